@@ -1,0 +1,52 @@
+"""LoRA for PyTorch: freeze the weights W of a model and train y = W x + b + (lora_alpha / r) B A x.
+
+>>> import torch, loralib as lora
+>>> model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+>>> lora.inject_lora(model, r=2, lora_alpha=4, target_modules=["0", "2"])
+['0', '2']
+>>> lora.count_parameters(model)
+ParameterCount(trainable=104, total=444)
+>>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+>>> model(torch.ones(8, 16)).sum().backward()
+>>> optimizer.step()
+>>> sorted(lora.lora_state_dict(model))
+['0.lora_A', '0.lora_B', '2.lora_A', '2.lora_B']
+>>> plain = lora.merge_and_unload(model.eval())
+"""
+
+from loralib.checkpoint import load_lora, save_lora
+from loralib.inject import inject_lora
+from loralib.layers import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoRALayer, MergedLinear
+from loralib.utils import (
+    count_parameters,
+    disable_adapters,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+    merge_and_unload,
+    merge_lora_weights,
+    unload,
+    unmerge_lora_weights,
+)
+
+__version__ = "0.2.0"
+
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Embedding",
+    "Linear",
+    "LoRALayer",
+    "MergedLinear",
+    "count_parameters",
+    "disable_adapters",
+    "inject_lora",
+    "load_lora",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "merge_and_unload",
+    "merge_lora_weights",
+    "save_lora",
+    "unload",
+    "unmerge_lora_weights",
+]

@@ -1,0 +1,23 @@
+"""Packaging of loralib; the library itself needs torch and safetensors only."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+EXAMPLES = ["transformers>=4.46", "numpy", "tqdm", "scikit-learn", "sacrebleu>=2.4"]
+
+setup(
+    name="loralib",
+    version=re.search(r'__version__ = "(.+)"', (HERE / "loralib/__init__.py").read_text(encoding="utf-8"))[1],
+    description="LoRA for PyTorch: small, exact and fast low-rank adaptation",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=["loralib"],
+    package_data={"loralib": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=["torch>=2.4", "safetensors>=0.4"],
+    extras_require={"examples": EXAMPLES, "test": [*EXAMPLES, "pytest>=8", "hypothesis>=6.100", "ruff>=0.6"]},
+)
