@@ -86,36 +86,61 @@ def load_lora(model: nn.Module, path: str | os.PathLike) -> list[str]:
     """
     path = Path(path)
     tensors, config = _read(path)
-    bias, modules_to_save, specs = config["bias"], config["modules_to_save"], config["layers"]
     present = _adapted_layers(model)
-    misfit = f"{path} does not fit {type(model).__name__}; nothing was loaded"
+    layers, problems = _match_layers(present, config["layers"]) if present else _plan(model, config["layers"])
+    problems += _misfits(model, layers, tensors, config)
+    if problems:
+        what = f"{path} does not fit {type(model).__name__}; nothing was loaded"
+        raise ValueError("\n  ".join([what + ":", *problems]))
+    if not present:
+        put_layers(model, layers)
+        mark_only_lora_as_trainable(model, config["bias"], config["modules_to_save"])
+    for name, layer in layers.items():
+        layer.lora_alpha = config["layers"][name]["lora_alpha"]
+        layer.scaling = config["layers"][name]["scaling"]
+    model.load_state_dict(tensors, strict=False)
+    return list(layers)
+
+
+def _match_layers(present: dict[str, LoRALayer], specs: dict[str, dict]) -> tuple[dict[str, LoRALayer], list[str]]:
+    problems = [f"{name}: the file adapts it, the model does not" for name in specs if name not in present]
+    problems += [f"{name}: the model adapts it, the file does not" for name in present if name not in specs]
+    for name in specs.keys() & present.keys():
+        theirs, ours = specs[name].get("enable_lora"), _spec(present[name]).get("enable_lora")
+        if theirs != ours:
+            problems.append(f"{name}: enable_lora is {theirs} in the file, {ours} in the model")
+    return present, problems
+
+
+def _plan(model: nn.Module, specs: dict[str, dict]) -> tuple[dict[str, LoRALayer], list[str]]:
+    layers, problems = {}, []
+    for name, spec in specs.items():
+        arguments = {key: value for key, value in spec.items() if key != "scaling"}
+        try:
+            layers.update(plan_layers(model, {name: arguments}))
+        except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            problems.append(f"{name}: {error}")
+    return layers, problems
+
+
+def _misfits(model: nn.Module, layers: dict[str, LoRALayer], tensors: dict[str, Tensor], config: dict) -> list[str]:
+    bias = config["bias"]
     try:
-        layers = present or plan_layers(model, {name: _without_scaling(spec) for name, spec in specs.items()})
-        wanted = trained_names(model, bias, modules_to_save)
-    except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{misfit}: {error}") from error
+        wanted = trained_names(model, bias, config["modules_to_save"])
+    except ValueError as error:
+        return [str(error)]
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    for prefix, layer in layers.items():
+    for prefix, layer in layers.items():  # planned ones are not in the model yet
         for name, parameter in layer._parameters.items():
             if name.startswith("lora_") or (name == "bias" and bias == "lora_only" and parameter is not None):
                 wanted.add(f"{prefix}.{name}")
                 shapes[f"{prefix}.{name}"] = parameter.shape
-    problems = [f"{name}: the file adapts it, the model does not" for name in specs if name not in layers]
-    problems += [f"{name}: the model adapts it, the file does not" for name in layers if name not in specs]
-    problems += [f"{name}: missing in the file" for name in sorted(wanted - tensors.keys())]
+    problems = [f"{name}: missing in the file" for name in sorted(wanted - tensors.keys())]
     problems += [f"{name}: unexpected in the file" for name in sorted(tensors.keys() - wanted)]
     for name in sorted(wanted & tensors.keys()):
         if tensors[name].shape != shapes[name]:
             problems.append(f"{name}: {tuple(tensors[name].shape)} in the file, {tuple(shapes[name])} in the model")
-    if problems:
-        raise ValueError(f"{misfit}:\n  " + "\n  ".join(problems))
-    if not present:
-        put_layers(model, layers)
-        mark_only_lora_as_trainable(model, bias, modules_to_save)
-    for name, layer in layers.items():
-        layer.lora_alpha, layer.scaling = specs[name]["lora_alpha"], specs[name]["scaling"]
-    model.load_state_dict(tensors, strict=False)
-    return list(layers)
+    return problems
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -144,10 +169,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has a malformed loralib configuration: {error!r}") from error
     return tensors, config
-
-
-def _without_scaling(spec: dict) -> dict:
-    return {key: value for key, value in spec.items() if key != "scaling"}
 
 
 def _adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:

@@ -142,10 +142,11 @@ def put_layers(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     """Give the planned `layers` real adapters, put them into `model`, and freeze all the rest of it."""
     replaced = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
     for layer in layers.values():
-        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        weight = layer._base_weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
         for name in ("lora_A", "lora_B"):
             if name in layer._parameters:
-                empty = torch.empty(layer._parameters[name].shape, device=layer._base_weight.device, dtype=dtype)
+                empty = torch.empty(layer._parameters[name].shape, device=weight.device, dtype=dtype)
                 setattr(layer, name, nn.Parameter(empty))
         layer.reset_lora_parameters()
     model.requires_grad_(False)

@@ -1,0 +1,86 @@
+"""The JSON file of a run: everything needed to tell where a number comes from, written whole or not at all."""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "sacrebleu", "numpy")
+
+
+def write_atomically(path, text):
+    """Write a text file beside its place and then move it there: an earlier file stays whole until then."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def write_json(path, results):
+    write_atomically(path, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def environment(device):
+    """Where a run took place: versions, commit, device."""
+    return {
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "commit": _commit(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def peak_memory_bytes(device):
+    """The most memory the process has held, and the most that torch has held on a CUDA device."""
+    peak = {"process": None}
+    if resource is not None:
+        # Bytes on macOS, KiB elsewhere.
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if device.type == "cuda":
+        peak["cuda"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def portable(value):
+    """A knob as a result file shows it: paths relative to the repository or, outside it, without their folders."""
+    if not isinstance(value, str) or not os.path.exists(value):
+        return value  # no path, or a name on the hub
+    path = Path(value).resolve()
+    return path.relative_to(REPOSITORY).as_posix() if path.is_relative_to(REPOSITORY) else path.name
+
+
+def _commit():
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40", "--match", ""]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None  # no git, or no repository: an unpacked archive

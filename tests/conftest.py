@@ -1,0 +1,21 @@
+"""Settings shared by all tests: no network, a fixed seed before every test, reproducible hypothesis examples.
+
+Run everything: `pytest`; with the long tests: `pytest -m "slow or not slow"`.
+"""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import pytest
+import torch
+
+pytest.register_assert_rewrite("reference")
+hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None, print_blob=False)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)

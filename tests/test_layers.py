@@ -1,0 +1,749 @@
+"""Properties of the layers: what every layer case computes, in every state, and what it refuses.
+
+How: the table in reference.py times one test per property, the oracle being the plain torch layer in float64 with
+W + scaling * B A written out; random sequences of operations come from hypothesis. Run alone:
+`pytest tests/test_layers.py`; with the compiled ones: `pytest tests/test_layers.py -m "slow or not slow"`.
+"""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import (
+    ALPHA,
+    CASES,
+    CONV,
+    EMBEDDING,
+    IO,
+    KINDS,
+    LINEAR,
+    MERGED,
+    NOTHING_ENABLED,
+    QV,
+    Case,
+    R,
+    assert_close,
+    assert_laws,
+    assert_same_bits,
+    dense_forward,
+    dense_weight,
+    expected,
+    randomize,
+    snapshot,
+    tensors,
+)
+from torch import nn
+from torch.func import functional_call, stack_module_state
+from torch.nn.utils.parametrize import register_parametrization
+from torch.utils.checkpoint import checkpoint
+
+import loralib as lora
+
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_kind = pytest.mark.parametrize("case", KINDS, ids=str)
+each_mode = pytest.mark.parametrize("mode", ["train", "eval"])
+STATES = ["train", "eval", "merged in training", "unmerged in eval"]
+each_state = pytest.mark.parametrize("state", STATES)
+
+
+def put(layer, state):
+    layer.train("train" in state)
+    if state == "merged in training":
+        lora.merge_lora_weights(layer)
+    elif state == "unmerged in eval":
+        lora.unmerge_lora_weights(layer)
+    assert layer.merged == (state in ("eval", "merged in training"))
+    return layer
+
+
+# Forward.
+
+
+@pytest.mark.parametrize("case", CASES + NOTHING_ENABLED, ids=str)
+def test_fresh_layer_equals_its_base(case):
+    """A new layer computes what the plain torch layer with its weights does, in training and evaluation."""
+    layer, x = case.fresh(torch.float64), case.inputs(torch.float64)
+    state = {name: value for name, value in tensors(layer).items() if "lora_" not in name}
+    if case.base.get("max_norm") is None:
+        plain = case.plain()
+        plain.load_state_dict(state if not case.transposed else {**state, "weight": state["weight"].T})
+        assert_close(layer(x), plain(x))
+    wanted = dense_forward(case, state, 0.0, x)
+    assert_close(layer(x), wanted)
+    assert_close(layer.eval()(x), wanted)
+    assert layer.delta_weight().abs().sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each_case
+def test_forward_equals_the_dense_formula(case, dtype):
+    """In all four states, with and without gradients, forward is W + scaling * B A; the state dict never changes."""
+    layer, x = case.layer(dtype), case.inputs(dtype)
+    wanted, before = expected(case, layer, x), snapshot(layer)
+    for state in STATES:
+        put(layer, state)
+        for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with context():
+                out = layer(x)
+            assert out.dtype == dtype
+            assert_close(out, wanted)
+    if case.base.get("max_norm") is None:
+        assert_same_bits(layer.state_dict(), before)
+
+
+@each_case
+def test_weight_reads_as_the_merged_value(case):
+    """`weight` is W + scaling * B A while merged and W itself otherwise; `delta_weight()` is the difference."""
+    layer = case.layer(torch.float64)
+    state = tensors(layer)
+    merged = dense_weight(case, state, ALPHA / R)
+    assert torch.equal(layer.weight, state["weight"]) and isinstance(layer.weight, nn.Parameter)
+    assert_close(layer.eval().weight, merged)
+    assert_close(layer.delta_weight(), merged - dense_weight(case, {"weight": state["weight"]}, 0))
+    with lora.disable_adapters(layer):
+        assert torch.equal(layer.weight, state["weight"])
+    assert torch.equal(layer.train().weight, state["weight"])
+
+
+@pytest.mark.parametrize("case", [case for case in KINDS if not case.is_embedding], ids=str)
+def test_dropout_concerns_the_update_in_training_only(case):
+    """The low-rank branch sees F.dropout(x), the base sees x; evaluation and merging drop nothing."""
+    layer, x = case.layer(torch.float64, lora_dropout=0.4), case.inputs(torch.float64)
+    state = tensors(layer)
+    torch.manual_seed(1)
+    out = layer(x)
+    torch.manual_seed(1)
+    dropped = F.dropout(x, 0.4)
+    without = {name: value for name, value in state.items() if "lora_" not in name}
+    update = dense_forward(case, state, layer.scaling, dropped) - dense_forward(case, without, 0, dropped)
+    assert_close(out, dense_forward(case, without, 0, x) + update)
+    for quiet in STATES[1:]:
+        assert_close(put(layer, quiet)(x), expected(case, layer, x))
+
+
+@each_kind
+def test_forward_leaves_its_input_alone(case):
+    """No forward writes to its input or returns a view of the weight."""
+    layer, x = case.layer(), case.inputs()
+    before = x.clone()
+    for state in STATES:
+        put(layer, state)(x)
+    assert torch.equal(x, before)
+
+
+def test_embedding_with_max_norm_bounds_the_base_rows_as_torch_does():
+    """A looked-up row of the stored table is bounded in place in training, exactly as nn.Embedding does it."""
+    case = EMBEDDING[2]
+    layer, plain, index = case.layer(), case.plain(torch.float32), torch.tensor([1, 4])
+    plain.load_state_dict({"weight": layer.state_dict()["weight"]})
+    layer(index), plain(index)
+    assert torch.equal(layer.weight, plain.weight)
+
+
+def test_embedding_from_pretrained_keeps_the_table():
+    """`from_pretrained` gives a layer on that table."""
+    table = torch.randn(9, 4)
+    layer = lora.Embedding.from_pretrained(table)
+    assert torch.equal(layer.weight, table) and torch.equal(layer(torch.arange(9)), table)
+
+
+# Gradients.
+
+
+@each_mode
+@each_case
+def test_gradients_equal_those_of_the_dense_formula(case, mode):
+    """A, B, bias and input get autograd's gradients of the dense formula, in training and evaluation; W gets none."""
+    layer, x = case.layer(torch.float64).train(mode == "train"), case.inputs(torch.float64)
+    if not case.is_embedding:
+        x.requires_grad_()
+    out = layer(x)
+    probe = torch.randn_like(out)
+    out.backward(probe)
+
+    # In B, torch's scale_grad_by_freq has no part: it scales the gradient of looked-up rows, which are A's.
+    def gradient(case):
+        state = {name: value.requires_grad_(name != "weight") for name, value in tensors(layer).items()}
+        given_x = x.detach().clone().requires_grad_() if x.is_floating_point() else x
+        dense_forward(case, state, layer.scaling, given_x).backward(probe)
+        return {name: value.grad for name, value in state.items()} | {"input": given_x.grad}
+
+    wanted = gradient(case)
+    if case.base.get("scale_grad_by_freq"):
+        wanted["lora_B"] = gradient(EMBEDDING[0])["lora_B"]
+    got = {name: parameter.grad for name, parameter in layer.named_parameters()} | {"input": x.grad}
+    assert {name for name, grad in got.items() if grad is not None} == {
+        name for name, grad in wanted.items() if grad is not None
+    }
+    for name, grad in got.items():
+        if grad is not None:
+            torch.testing.assert_close(grad, wanted[name], rtol=1e-10, atol=1e-10, msg=f"{name} of {case}")
+
+
+@pytest.mark.parametrize("case", [EMBEDDING[0], *[case for case in KINDS if not case.is_embedding]], ids=str)
+def test_gradcheck(case):
+    """Analytic gradients of A and B equal finite differences, in training and evaluation."""
+    layer, x = case.layer(torch.float64), case.inputs(torch.float64)
+
+    def output(A, B):
+        return functional_call(layer, {"lora_A": A, "lora_B": B}, (x,))
+
+    given_tensors = [layer.lora_A.detach().requires_grad_(), layer.lora_B.detach().requires_grad_()]
+    assert torch.autograd.gradcheck(output, given_tensors)
+    layer.eval()
+    assert torch.autograd.gradcheck(output, given_tensors)
+
+
+@each_kind
+def test_only_the_adapter_requires_gradients(case):
+    """The constructor freezes the weight alone, as upstream does; r=0 freezes nothing."""
+    frozen = {name for name, parameter in case.fresh().named_parameters() if not parameter.requires_grad}
+    assert frozen == {"weight"}
+    assert all(parameter.requires_grad for parameter in case.fresh(r=0).parameters())
+
+
+@each_state
+@each_kind
+def test_a_step_in_any_state_counts_at_once(case, state):
+    """An optimizer step on the adapter changes the next output, also where the weights are merged."""
+    layer, x = put(case.layer(), state), case.inputs()
+    base = layer.state_dict()["weight"].clone()
+    with torch.no_grad():
+        layer(x)
+    optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], lr=0.1)
+    for _ in range(3):
+        before = layer.lora_B.detach().clone()
+        optimizer.zero_grad()
+        layer(x).pow(2).sum().backward()
+        optimizer.step()
+        assert not torch.equal(layer.lora_B, before)
+        assert_laws(case, layer, base, x)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@each_state
+@each_kind
+def test_gradient_checkpointing(case, state, reentrant):
+    """Both kinds of torch.utils.checkpoint give the gradients of a plain backward."""
+    layer = put(case.layer(torch.float64), state)
+    x = case.inputs(torch.float64)
+    plain = torch.autograd.grad(layer(x).sum(), [layer.lora_A, layer.lora_B])
+    if case.is_embedding and reentrant:  # needs an input with a gradient
+        weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+        out = checkpoint(lambda one: layer(x) * one, weight, use_reentrant=True)
+    else:
+        out = checkpoint(layer, x if case.is_embedding else x.requires_grad_(), use_reentrant=reentrant)
+    out.sum().backward()
+    assert torch.equal(layer.lora_A.grad, plain[0]) and torch.equal(layer.lora_B.grad, plain[1])
+
+
+# Both laws after any sequence of operations.
+
+
+class Dense:
+    """The oracle: base, bias, A, B and scaling in float64, with every conversion's rounding applied."""
+
+    def __init__(self, case, layer):
+        self.case, self.dtype, self.scaling, self.state = case, torch.float32, layer.scaling, tensors(layer)
+
+    def convert(self, dtype):
+        self.dtype = dtype
+        self.state = {name: value.to(dtype).double() for name, value in self.state.items()}
+
+    def check(self, layer, x):
+        stored = layer.state_dict()
+        assert stored.keys() == self.state.keys()
+        for name, value in self.state.items():
+            assert stored[name].dtype == self.dtype and torch.equal(stored[name].double(), value), name
+        wanted = dense_forward(self.case, self.state, self.scaling, x)
+        weight = dense_weight(self.case, self.state, self.scaling) if layer.merged else self.state["weight"]
+        for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with context():
+                out = layer(x.to(self.dtype) if x.is_floating_point() else x)
+                read = layer.weight
+            # The narrow dtypes have rounded x as well.
+            bound = {torch.float64: 1e-12, torch.float32: 5e-5, torch.bfloat16: 0.4}[self.dtype]
+            torch.testing.assert_close(out.double(), wanted, rtol=bound, atol=bound, check_layout=False)
+            torch.testing.assert_close(read.double(), weight, rtol=bound, atol=bound)
+
+
+OPERATIONS = [
+    "train", "eval", "merge", "unmerge", "edit", "edit data", "base data", "replace", "scaling", "merge_weights",
+    "load", "load adapter", "load assign", "float64", "bfloat16", "deepcopy", "pickle", "torch.save", "reset",
+    "reset adapter", "step", "disabled",
+]  # fmt: skip
+
+
+def operate(name, layer, dense, number):
+    """Do one operation on the layer and its meaning on the oracle; return the layer, which a copy replaces."""
+    generator = torch.Generator().manual_seed(number)
+
+    def draw(key):
+        value = torch.randn(dense.state[key].shape, generator=generator, dtype=torch.float64) / 2
+        if key == "lora_A" and getattr(layer, "padding_idx", None) is not None:
+            value[:, layer.padding_idx] = 0
+        return value.to(dense.dtype)
+
+    def replace(**values):
+        dense.state.update({key: value.double() for key, value in values.items()})
+
+    if name in ("train", "eval"):
+        getattr(layer, name)()
+    elif name == "merge":
+        lora.merge_lora_weights(layer)
+    elif name == "unmerge":
+        lora.unmerge_lora_weights(layer)
+    elif name in ("edit", "edit data", "replace"):
+        values = {key: draw(key) for key in ("lora_A", "lora_B")}
+        for key, value in values.items():
+            parameter = getattr(layer, key)
+            if name == "edit":
+                with torch.no_grad():
+                    parameter.copy_(value)
+            elif name == "edit data":
+                parameter.data.copy_(value)
+            else:
+                setattr(layer, key, nn.Parameter(value))
+        replace(**values)
+    elif name == "base data":
+        value = draw("weight")
+        dict(layer.named_parameters())["weight"].data = value
+        replace(weight=value)
+    elif name == "scaling":
+        layer.scaling = dense.scaling = (number % 7) / 2 - 1
+    elif name == "merge_weights":
+        layer.merge_weights = not layer.merge_weights
+    elif name.startswith("load"):
+        values = {key: draw(key) for key in dense.state if name != "load adapter" or "lora_" in key}
+        layer.load_state_dict({key: value.clone() for key, value in values.items()}, False, assign="assign" in name)
+        replace(**values)
+    elif name in ("float64", "bfloat16"):
+        dtype = getattr(torch, name)
+        layer.to(dtype)
+        dense.convert(dtype)
+    elif name == "deepcopy":
+        layer = copy.deepcopy(layer)
+    elif name == "pickle":
+        layer = pickle.loads(pickle.dumps(layer))
+    elif name == "torch.save":
+        file = io.BytesIO()
+        torch.save(layer, file)
+        file.seek(0)
+        layer = torch.load(file, weights_only=False)
+    elif name.startswith("reset"):
+        layer.reset_parameters() if name == "reset" else layer.reset_lora_parameters()
+        fresh = tensors(layer)
+        assert not fresh["lora_A" if dense.case.is_embedding else "lora_B"].any()
+        replace(**{key: value for key, value in fresh.items() if name == "reset" or "lora_" in key})
+    elif name == "step":
+        x = dense.case.inputs(dense.dtype)
+        optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.01)
+        layer(x).sum().backward()
+        optimizer.step()
+        layer.zero_grad()
+        replace(lora_A=layer.lora_A.detach().clone(), lora_B=layer.lora_B.detach().clone())
+    elif name == "disabled":
+        with lora.disable_adapters(layer):
+            x = dense.case.inputs(dense.dtype)
+            without = {key: value for key, value in dense.state.items() if "lora_" not in key}
+            assert_close(layer(x), dense_forward(dense.case, without, 0, x))
+    return layer
+
+
+@settings(max_examples=25)
+@given(st.lists(st.sampled_from(OPERATIONS), max_size=12), st.integers(0, 2**20))
+@each_kind
+def test_both_laws_after_any_sequence(case, operations, seed):
+    """After every operation of a random sequence, output, stored tensors and readable weight are the oracle's."""
+    torch.manual_seed(seed)
+    layer = case.layer()
+    dense = Dense(case, layer)
+    x = case.inputs(torch.bfloat16)
+    x = x.double() if x.is_floating_point() else x
+    dense.check(layer, x)
+    for number, name in enumerate(operations):
+        layer = operate(name, layer, dense, seed + number)
+        dense.check(layer, x)
+
+
+@pytest.mark.parametrize("first", ["merge", "eval", "train"])
+@pytest.mark.parametrize("name", OPERATIONS)
+@each_kind
+def test_both_laws_after_each_operation(case, name, first):
+    """Every single operation, done in all three states and followed by train(), keeps both laws."""
+    layer = case.layer()
+    dense = Dense(case, layer)
+    x = case.inputs(torch.bfloat16)
+    x = x.double() if x.is_floating_point() else x
+    for number, operation in enumerate([first, name, "train"]):
+        layer = operate(operation, layer, dense, number)
+        dense.check(layer, x)
+
+
+@pytest.mark.parametrize("case", [LINEAR[0]], ids=str)
+def test_base_written_through_data_while_merged(case):
+    """A base weight overwritten through `.data`, as EMA code does, counts at once while merged."""
+    layer, x = case.layer().eval(), case.inputs()
+    with torch.no_grad():
+        layer(x)
+        dict(layer.named_parameters())["weight"].data.mul_(0.5)
+        assert_close(layer(x), expected(case, layer, x))
+
+
+class Same(nn.Module):
+    def forward(self, value):
+        return value * 1
+
+
+@each_state
+@each_kind
+def test_adapter_as_a_computed_attribute(case, state):
+    """An adapter that torch.nn.utils.parametrize computes is used as a Parameter would be."""
+    layer, x = case.layer(), case.inputs()
+    wanted = expected(case, layer, x)
+    for name in ("lora_A", "lora_B"):
+        register_parametrization(layer, name, Same())
+    put(layer, state)
+    for context in (torch.enable_grad, torch.no_grad):
+        with context():
+            assert_close(layer(x), wanted)
+
+
+@each_mode
+@each_kind
+def test_replica_of_data_parallel(case, mode):
+    """nn.DataParallel's replicas hold plain tensors in place of Parameters; they compute with the adapter too."""
+    layer, x = case.layer().train(mode == "train"), case.inputs()
+    with torch.no_grad():
+        wanted = expected(case, layer, x)
+        layer(x)
+        replica = layer._replicate_for_data_parallel()
+        for name, parameter in layer._parameters.items():  # as torch.nn.parallel.replicate does
+            setattr(replica, name, None if parameter is None else parameter * 1)
+        assert_close(replica(x), wanted)
+
+
+@each_kind
+def test_merged_weight_made_in_inference_mode_is_usable_outside(case):
+    """A weight first merged in inference mode works under autograd and no_grad afterwards."""
+    layer, x = case.layer().eval(), case.inputs()
+    with torch.inference_mode():
+        layer(x)
+    with torch.no_grad():
+        assert_close(layer(x), expected(case, layer, x))
+    layer.lora_A.requires_grad_(False), layer.lora_B.requires_grad_(False)
+    if not case.is_embedding:
+        given_x = case.inputs().requires_grad_()
+        layer(given_x).sum().backward()
+        assert given_x.grad is not None
+
+
+@each_kind
+def test_layer_made_in_inference_mode(case):
+    """A layer constructed and merged inside inference mode computes as any other."""
+    with torch.inference_mode():
+        layer, x = case.layer(), case.inputs()
+        for state in STATES:
+            assert_close(put(layer, state)(x), expected(case, layer, x))
+
+
+@each_kind
+def test_weights_shared_by_two_layers(case):
+    """Of two layers on one weight Parameter, merging one leaves the other's output and the Parameter alone."""
+    one, two, x = case.layer(), case.layer(), case.inputs()
+    two.weight = one.weight
+    wanted = expected(case, one, x), expected(case, two, x)
+    base = one.weight.detach().clone()
+    one.eval()
+    with torch.no_grad():
+        assert_close(one(x), wanted[0])
+        assert_close(two(x), wanted[1])
+    assert torch.equal(two.weight, base) and one._parameters["weight"] is two._parameters["weight"]
+
+
+def test_merge_weights_false_never_merges():
+    """With `merge_weights=False` eval() leaves the layer unmerged, and the output is the same."""
+    for case in KINDS:
+        layer, x = case.layer(merge_weights=False).eval(), case.inputs()
+        assert not layer.merged and layer.weight is layer._parameters["weight"]
+        assert_close(layer(x), expected(case, layer, x))
+
+
+@each_kind
+def test_rank_zero_is_the_plain_layer(case):
+    """With r=0 there are no LoRA tensors, and every state computes the plain layer."""
+    layer, x = case.fresh(r=0), case.inputs()
+    assert not layer.has_adapter and set(layer.state_dict()) <= {"weight", "bias"}
+    for mode in (False, True):
+        assert_close(layer.train(mode)(x), expected(case, layer, x))
+    lora.unmerge_lora_weights(lora.merge_lora_weights(layer))
+
+
+# Mixed precision.
+
+
+@each_state
+@each_kind
+def test_autocast(case, state):
+    """Under bf16 autocast every state is right to bf16, the gradients are float32, and nothing stored changes."""
+    layer, x = case.layer(), case.inputs()
+    wanted, before = expected(case, layer, x), snapshot(layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        put(layer, state)
+        out = layer(x)
+        with torch.no_grad():
+            assert_close(layer(x), wanted, torch.bfloat16)
+    assert_close(out, wanted, torch.bfloat16)
+    out.float().sum().backward()
+    assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
+    assert_close(layer(x), wanted)
+    assert_same_bits(layer.state_dict(), before)
+
+
+@each_state
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_case
+def test_float32_adapter_on_a_half_precision_base(case, dtype, state):
+    """Forward and backward work in every state, and the output has the base's dtype."""
+    layer, x = case.layer(dtype), case.inputs(dtype)
+    layer.lora_A = nn.Parameter(layer.lora_A.detach().float())
+    layer.lora_B = nn.Parameter(layer.lora_B.detach().float())
+    put(layer, state)
+    out = layer(x)
+    assert out.dtype == dtype
+    assert_close(out, expected(case, layer, x))
+    out.float().sum().backward()
+    assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
+
+
+# torch.func and torch.compile.
+
+
+@each_state
+@each_kind
+def test_functional_call_uses_what_it_is_given(case, state):
+    """functional_call computes with the given adapter and base, and leaves the layer as it was."""
+    layer, other, x = put(case.layer(), state), case.layer(), case.inputs()
+    wanted, given_tensors = expected(case, other, x), {k: v.detach() for k, v in other.named_parameters()}
+    own, before = expected(case, layer, x), snapshot(layer)
+    for context in (torch.enable_grad, torch.no_grad):
+        with context():
+            assert_close(functional_call(layer, given_tensors, (x,)), wanted)
+            assert_close(layer(x), own)
+    assert_same_bits(layer.state_dict(), before)
+
+
+@each_mode
+@each_kind
+def test_vmap_over_stacked_layers(case, mode):
+    """stack_module_state and vmap give each layer's own output."""
+    layers, x = [case.layer().train(mode == "train") for _ in range(3)], case.inputs()
+    parameters, buffers = stack_module_state(layers)
+    template = copy.deepcopy(layers[0])
+    out = torch.vmap(lambda p, b: functional_call(template, (p, b), (x,)))(parameters, buffers)
+    for got, layer in zip(out, layers, strict=True):
+        assert_close(got, expected(case, layer, x))
+
+
+@each_mode
+@each_kind
+def test_per_sample_gradients(case, mode):
+    """vmap(grad) over samples gives the gradient of each sample alone."""
+    layer = case.layer(torch.float64).train(mode == "train")
+    x = case.inputs(torch.float64)
+    x = x if x.dim() == len(case.shape) else x[None]
+    adapter = {name: p.detach() for name, p in layer.named_parameters() if "lora_" in name}
+
+    def loss(adapter, sample):
+        return functional_call(layer, adapter, (sample[None],)).pow(2).sum()
+
+    got = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(adapter, x)
+    for index, sample in enumerate(x):
+        wanted = torch.autograd.grad(layer(sample[None]).pow(2).sum(), [layer.lora_A, layer.lora_B])
+        torch.testing.assert_close(got["lora_A"][index], wanted[0])
+        torch.testing.assert_close(got["lora_B"][index], wanted[1])
+
+
+@each_state
+@each_kind
+def test_compiled_as_one_graph(case, state):
+    """torch.compile(fullgraph=True) takes forward and backward in every state, and follows changes of the adapter."""
+    layer, x = put(case.layer(), state), case.inputs()
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    out = compiled(x)
+    assert_close(out, expected(case, layer, x))
+    out.sum().backward()
+    reference = torch.autograd.grad(layer(x).sum(), [layer.lora_A, layer.lora_B])
+    assert_close(layer.lora_A.grad, reference[0]), assert_close(layer.lora_B.grad, reference[1])
+    randomize(layer)
+    layer.scaling = 0.5
+    with torch.no_grad():
+        assert_close(compiled(x), expected(case, layer, x))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
+@pytest.mark.parametrize("case", [LINEAR[0], MERGED[0], EMBEDDING[0], CONV[6]], ids=str)
+def test_compiled_by_inductor(case):
+    """Inductor's kernels, which once dropped the scaling, compute the same output and gradients."""
+    layer, x = case.layer(), case.inputs()
+    torch.compiler.reset()
+    out = torch.compile(layer, fullgraph=True)(x)
+    assert_close(out, expected(case, layer, x))
+    out.sum().backward()
+    reference = torch.autograd.grad(layer(x).sum(), [layer.lora_A, layer.lora_B])
+    assert_close(layer.lora_A.grad, reference[0]), assert_close(layer.lora_B.grad, reference[1])
+
+
+# Construction, copies, repr.
+
+
+@each_case
+def test_meta_device(case):
+    """A layer made on the meta device has the same keys and shapes, and works once loaded with assign=True."""
+    source = case.layer()
+    with torch.device("meta"):
+        layer = case.fresh()
+    assert all(value.is_meta for value in layer.state_dict().values())
+    assert {k: v.shape for k, v in layer.state_dict().items()} == {k: v.shape for k, v in source.state_dict().items()}
+    layer.load_state_dict(source.state_dict(), assign=True)
+    x = case.inputs()
+    for state in STATES:
+        assert_close(put(layer, state)(x), expected(case, source, x))
+
+
+@each_state
+@each_case
+def test_copies_compute_the_same_and_share_nothing(case, state):
+    """deepcopy, pickle and torch.save give equal, independent layers in the same state."""
+    layer, x = put(case.layer(), state), case.inputs()
+    with torch.no_grad():
+        layer(x)
+    wanted, file = expected(case, layer, x), io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)):
+        assert (other.merged, other.training, repr(other)) == (layer.merged, layer.training, repr(layer))
+        assert_same_bits(other.state_dict(), layer.state_dict())
+        with torch.no_grad():
+            assert_close(other(x), wanted)
+            randomize(other)
+            assert_close(layer(x), wanted)
+            assert_close(other(x), expected(case, other, x))
+
+
+def test_a_pickled_merged_layer_does_not_carry_the_merged_weight():
+    """The file of a merged layer is no larger than that of an unmerged one."""
+    layer = lora.Linear(64, 64, r=1)
+    unmerged = len(pickle.dumps(layer))
+    layer.eval()
+    assert layer.weight is not None and len(pickle.dumps(layer)) < unmerged + 1000
+
+
+REPR = {
+    "in_features=4, out_features=6, bias=True, r=2, lora_alpha=4": lambda: lora.Linear(4, 6, 2, 4),
+    "fan_in_fan_out=True": lambda: lora.Linear(4, 6, r=2, fan_in_fan_out=True),
+    "r=2, lora_alpha=4, enable_lora=[True, False, True]": lambda: lora.MergedLinear(4, 6, 2, 4, enable_lora=QV),
+    "9, 4, r=2, lora_alpha=4": lambda: lora.Embedding(9, 4, 2, 4),
+    "4, 6, kernel_size=(3, 3), stride=(1, 1), r=2, lora_alpha=4": lambda: lora.Conv2d(4, 6, 3, 2, 4),
+    "(lora_dropout): Dropout(p=0.1, inplace=False)": lambda: lora.Conv1d(4, 6, 3, 2, 4, 0.1),
+}
+
+
+@pytest.mark.parametrize("text", REPR)
+def test_repr(text):
+    """`repr` shows rank, alpha, groups, dropout, and whether the layer is merged."""
+    layer = REPR[text]()
+    assert text in repr(layer) and "merged" not in repr(layer).replace("MergedLinear", "")
+    assert "merged" in repr(layer.eval()).replace("MergedLinear", "")
+
+
+@each_kind
+def test_attributes_that_upstream_code_reads(case):
+    """Names, order and classes that users of 0.1.2 rely on."""
+    layer = case.fresh()
+    assert (layer.r, layer.lora_alpha, layer.scaling, layer.merged, layer.merge_weights) == (R, 5, 5 / R, False, True)
+    assert isinstance(layer, (type(case.plain()), lora.LoRALayer)) and isinstance(layer, type(case.plain()))
+    assert set(dict(layer.named_parameters())) - {"bias"} == {"weight", "lora_A", "lora_B"}
+
+
+def test_argument_order_is_upstreams():
+    """Positional arguments mean what they mean in 0.1.2."""
+    layer = lora.Linear(4, 6, 2, 3, 0.5, True, False)
+    assert (layer.r, layer.lora_alpha, layer.lora_dropout.p) == (2, 3, 0.5)
+    assert (layer.fan_in_fan_out, layer.merge_weights) == (True, False)
+    layer = lora.MergedLinear(4, 6, 2, 3, 0.5, QV, True, False)
+    assert (layer.enable_lora, layer.fan_in_fan_out, layer.merge_weights) == (QV, True, False)
+    assert not lora.Embedding(9, 4, 2, 3, False).merge_weights
+    layer = lora.Conv2d(4, 6, 3, 2, 3, 0.5, False)
+    assert (layer.r, layer.lora_alpha, layer.lora_dropout.p, layer.merge_weights) == (2, 3, 0.5, False)
+
+
+CONSTRUCTORS = {"Linear": (4, 6), "MergedLinear": (4, 6), "Embedding": (9, 4), "Conv1d": (4, 6, 3), "Conv2d": (4, 6, 3)}
+REFUSED = [
+    ({"r": -1}, ValueError, "r=-1: the rank must be 0 .* or a positive integer"),
+    ({"r": 1.5}, TypeError, "r=1.5: the rank must be an integer, not float"),
+    ({"r": True}, TypeError, "r=True: the rank must be an integer, not bool"),
+    ({"r": "2"}, TypeError, "r='2': the rank must be an integer, not str"),
+    ({"r": None}, TypeError, "r=None: the rank must be an integer"),
+    ({"r": 2, "lora_alpha": float("nan")}, ValueError, "lora_alpha=nan: must be finite"),
+    ({"r": 2, "lora_alpha": float("inf")}, ValueError, "lora_alpha=inf: must be finite"),
+    ({"r": 2, "lora_alpha": "16"}, TypeError, "lora_alpha='16': must be a number, not str"),
+    ({"r": 2, "lora_alpha": True}, TypeError, "lora_alpha=True: must be a number, not bool"),
+]
+REFUSED_DROPOUT = [
+    ({"lora_dropout": 1.5}, ValueError, "lora_dropout=1.5: must be a probability between 0 and 1"),
+    ({"lora_dropout": -0.1}, ValueError, "lora_dropout=-0.1: must be a probability"),
+    ({"lora_dropout": float("nan")}, ValueError, "lora_dropout=nan: must be a probability"),
+    ({"lora_dropout": "0.1"}, TypeError, "lora_dropout='0.1': must be a number, not str"),
+    ({"lora_dropout": None}, TypeError, "lora_dropout=None: must be a number"),
+]
+REFUSED_ENABLE = [
+    ({"enable_lora": [1, 0, 1]}, TypeError, r"enable_lora=\[1, 0, 1\].*True or False.*\[True, False, True\]"),
+    ({"enable_lora": "101"}, TypeError, "enable_lora='101': must be a list of booleans"),
+    ({"enable_lora": True}, TypeError, "enable_lora=True: must be a list of booleans"),
+    ({"enable_lora": None}, TypeError, "enable_lora=None: must be a list of booleans"),
+    ({"enable_lora": []}, ValueError, r"enable_lora=\[\]: its length must divide out_features=6"),
+    ({"enable_lora": [True] * 4}, ValueError, "its length must divide out_features=6, one entry per group"),
+]
+
+
+@pytest.mark.parametrize(
+    "kind, arguments, error, message",
+    [(kind, *row) for kind in CONSTRUCTORS for row in REFUSED]
+    + [(kind, *row) for kind in CONSTRUCTORS if kind != "Embedding" for row in REFUSED_DROPOUT]
+    + [("MergedLinear", *row) for row in REFUSED_ENABLE],
+)
+def test_refused_arguments(kind, arguments, error, message):
+    """A wrong argument raises, saying what came and what is allowed, before any random number is drawn."""
+    before = torch.get_rng_state()
+    with pytest.raises(error, match=message):
+        getattr(lora, kind)(*CONSTRUCTORS[kind], **arguments)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_arguments_are_copied():
+    """A list given as `enable_lora` can be changed afterwards; tuples are taken too."""
+    enable = [True, False, True]
+    layer = lora.MergedLinear(4, 6, r=2, enable_lora=enable)
+    enable[1] = True
+    assert layer.enable_lora == QV and lora.MergedLinear(4, 6, r=2, enable_lora=(True, False, True)).enable_lora == QV
+
+
+def test_numpy_integers_are_ranks():
+    """A rank from numpy, as configurations often hold, is an integer."""
+    numpy = pytest.importorskip("numpy")
+    assert lora.Linear(4, 6, r=numpy.int64(2), lora_alpha=numpy.float32(4)).scaling == 2
+
+
+def test_zero_alpha_is_no_update():
+    """`lora_alpha=0` gives the base."""
+    case = Case("Linear", (5, 7), (4, 5), lora={"lora_alpha": 0, **IO})
+    layer, x = case.layer(), case.inputs()
+    assert torch.equal(layer(x), F.linear(x, layer.weight.T, layer.bias))
