@@ -105,10 +105,12 @@ def load_lora(model: nn.Module, path: str | os.PathLike) -> list[str]:
 def _match_layers(present: dict[str, LoRALayer], specs: dict[str, dict]) -> tuple[dict[str, LoRALayer], list[str]]:
     problems = [f"{name}: the file adapts it, the model does not" for name in specs if name not in present]
     problems += [f"{name}: the model adapts it, the file does not" for name in present if name not in specs]
-    for name in specs.keys() & present.keys():
-        theirs, ours = specs[name].get("enable_lora"), _spec(present[name]).get("enable_lora")
-        if theirs != ours:
-            problems.append(f"{name}: enable_lora is {theirs} in the file, {ours} in the model")
+    for name in sorted(specs.keys() & present.keys()):
+        ours = _spec(present[name])
+        for key in ("r", "enable_lora"):
+            theirs = specs[name].get(key)
+            if theirs != ours.get(key):
+                problems.append(f"{name}: {key} is {theirs} in the file, {ours.get(key)} in the model")
     return present, problems
 
 

@@ -24,7 +24,10 @@ Two laws hold in every state (training, eval, merged or not, after loading, movi
 
 The registered `weight` is therefore always the base. A merged layer keeps W + scaling * B A beside it, made at first
 use and again whenever A, B, `scaling` or W have changed; the attribute `weight` then reads as that merged value. The
-price is a copy of the adapted weights; `merge_weights=False`, or `merge_and_unload` for deployment, avoids it.
+price is a copy of the adapted weights; `merge_weights=False`, or `merge_and_unload` for deployment, avoids it. Two
+limits: what is written into the attribute `weight` of a merged layer goes to that copy and is lost; and a write that
+leaves no trace in torch's version counters (through `.data` of W anywhere or of A and B off the CPU, or by a fused
+optimizer without a forward before it) shows after the next `train()`, `eval()` or merge only.
 """
 
 import contextlib
@@ -112,7 +115,7 @@ class LoRALayer:
     @property
     def has_adapter(self) -> bool:
         """Whether the layer has LoRA parameters (false for r = 0 and for a `MergedLinear` with nothing enabled)."""
-        return "lora_A" in self._parameters
+        return hasattr(self, "lora_A")  # not `_parameters`: replicas of nn.DataParallel hold plain tensors
 
     @property
     def _base_weight(self) -> Tensor:
@@ -161,8 +164,10 @@ class LoRALayer:
         self.merged = not mode and (self.merged or self.merge_weights)
         return self
 
-    def plain_layer(self) -> nn.Module:
+    def plain_layer(self, merged: bool = False) -> nn.Module:
         """Return the layer without its adapter: the class it had before injection, on the same Parameter objects.
+
+        `merged` says that the adapter has been added to the weight for good.
 
         >>> Linear(4, 6, r=2).plain_layer()
         Linear(in_features=4, out_features=6, bias=True)
@@ -336,8 +341,8 @@ class _Linear(LoRALayer, nn.Linear):
         delta = self._full_B(B) @ A
         return delta.T if self.fan_in_fan_out else delta
 
-    def plain_layer(self) -> nn.Module:
-        plain = super().plain_layer()
+    def plain_layer(self, merged: bool = False) -> nn.Module:
+        plain = super().plain_layer(merged)
         if self.fan_in_fan_out and self._shell is None:
             plain.weight = nn.Parameter(self._base_weight.detach().T.contiguous(), requires_grad=False)
         return plain
@@ -415,6 +420,7 @@ class MergedLinear(_Linear):
         merge_weights: bool = True,
         **kwargs,
     ):
+        check_hyperparameters(r, lora_alpha, lora_dropout)
         enable_lora = _as_booleans(enable_lora)
         if not enable_lora or out_features % len(enable_lora):
             raise ValueError(
@@ -527,6 +533,12 @@ class Embedding(LoRALayer, nn.Embedding):
 
     def _delta(self, A: Tensor, B: Tensor) -> Tensor:
         return (B @ A).T
+
+    def plain_layer(self, merged: bool = False) -> nn.Module:
+        plain = super().plain_layer(merged)
+        if merged:  # the rows were bounded before the update came on top
+            plain.max_norm = None
+        return plain
 
 
 class _Conv(LoRALayer):

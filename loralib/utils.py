@@ -237,7 +237,7 @@ def _put_plain_layers(model: nn.Module, merge: bool) -> nn.Module:
             else:
                 layer.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
                 _untie(model)
-        plain_layers[id(layer)] = layer.plain_layer()
+        plain_layers[id(layer)] = layer.plain_layer(merged=merge)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             parent._modules[name] = plain_layers.get(id(child), child)

@@ -145,7 +145,7 @@ def test_the_folder_is_ordinary_hugging_face(model, tokenizer, report):
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     assert end == tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id
     assert end == model.config.eos_token_id == model.generation_config.eos_token_id
-    assert tokenizer("A pub.<|endoftext|>")["input_ids"].count(end) == 1  # none added, and the text's own is known
+    assert tokenizer("A pub.<|endoftext|>")["input_ids"].count(end) == 1  # the text's own, and none added
 
 
 @pytest.mark.parametrize(

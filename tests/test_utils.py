@@ -19,7 +19,7 @@ MERGING = ["merge_lora_weights", "merge_and_unload"]
 
 
 class Attention(nn.Module):
-    """A block with the names that have misled upstream: a buffer `bias`, `bias_k`, `lora_net`, an r=0 layer."""
+    """A block with the names that have misled upstream: a buffer `bias`, `bias_k`, `debiasing`, `lora_net`, r=0."""
 
     def __init__(self):
         super().__init__()
@@ -30,9 +30,10 @@ class Attention(nn.Module):
         self.relative_attention_bias = nn.Embedding(3, 4)
         self.register_buffer("bias", torch.ones(2, 2))
         self.gate_bias = nn.Parameter(torch.zeros(4))
+        self.debiasing = nn.Parameter(torch.zeros(4))
 
     def forward(self, x):
-        return self.lora_net(self.out(self.qkv(x)[..., 8:])) + self.gate_bias
+        return self.lora_net(self.out(self.qkv(x)[..., 8:])) + self.gate_bias + self.debiasing
 
 
 class Model(nn.Module):

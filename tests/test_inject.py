@@ -1,0 +1,301 @@
+"""Injection into existing models: what is replaced, shared, frozen and refused.
+
+Tiny Hugging Face models built from configurations; the oracle is the model before injection.
+Run alone: `pytest tests/test_inject.py`.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import loralib as lora
+
+TOKENS = torch.arange(24).reshape(2, 12) % 50
+SIZES = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+
+def gpt2(**options):
+    return GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4, n_positions=32, **SIZES, **options))
+
+
+def llama():
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **SIZES
+    )
+    return LlamaForCausalLM(config)
+
+
+def bert():
+    config = BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, pad_token_id=0
+    )
+    return BertModel(config, add_pooling_layer=False)
+
+
+class Small(nn.Module):
+    """One layer of every plain kind, and one module under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(50, 8, padding_idx=1)
+        self.conv = nn.Conv1d(8, 8, 3, padding="same", padding_mode="circular", bias=False)
+        self.inner = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 6, bias=False))
+        self.again = self.inner[0]
+
+    def forward(self, x):
+        x = self.conv(self.embed(x).transpose(1, 2)).transpose(1, 2)
+        return self.inner(self.again(x))
+
+
+def output(model):
+    with torch.no_grad():
+        out = model(TOKENS)
+    return out if isinstance(out, torch.Tensor) else out[0]
+
+
+def randomize(model):
+    for module in model.modules():
+        if isinstance(module, lora.LoRALayer):
+            nn.init.normal_(module.lora_A, std=0.3)
+            nn.init.normal_(module.lora_B, std=0.3)
+
+
+ALL_OF_SMALL = ["embed", "conv", "inner.0", "2"]
+# fmt: off
+MODELS = {
+    "gpt2": (gpt2, None, ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]),
+    "gpt2 mlp": (
+        gpt2,
+        ["c_fc", "mlp.c_proj"],
+        [f"transformer.h.{i}.mlp.{c}" for i in (0, 1) for c in ("c_fc", "c_proj")],
+    ),
+    "gpt2 wte": (gpt2, ["wte"], ["transformer.wte"]),
+    "llama": (llama, None, [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"]),
+    "bert": (bert, None, [f"encoder.layer.{i}.attention.self.{p}" for i in (0, 1) for p in ("query", "value")]),
+    "regular expression": (
+        bert,
+        r"encoder\.layer\.1\..*(key|query)",
+        [f"encoder.layer.1.attention.self.{p}" for p in ("query", "key")],
+    ),
+    "every kind": (Small, ALL_OF_SMALL, ["embed", "conv", "inner.0", "inner.2"]),
+}
+# fmt: on
+each_model = pytest.mark.parametrize("build, targets, names", MODELS.values(), ids=MODELS)
+
+
+@each_model
+def test_what_is_replaced_shared_and_frozen(build, targets, names):
+    """Injection changes neither outputs, nor Parameter objects, nor their keys; only the adapters train."""
+    model = build().train()
+    before, keys = dict(model.named_parameters()), set(model.state_dict())
+    wanted = output(model.eval())
+    model.train()
+    assert lora.inject_lora(model, r=2, target_modules=targets) == names
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+    adapters = {f"{name}.{part}" for name in names for part in ("lora_A", "lora_B")}
+    assert set(after) - set(before) == adapters
+    assert {name for name, parameter in after.items() if parameter.requires_grad} == adapters
+    assert keys <= set(model.state_dict())
+    assert all(model.get_submodule(name).training and not model.get_submodule(name).merged for name in names)
+    assert torch.equal(output(lora.unmerge_lora_weights(model.eval())), wanted)
+    torch.testing.assert_close(output(lora.merge_lora_weights(model)), wanted)
+
+
+@each_model
+def test_unload_gives_the_plain_model_back(build, targets, names):
+    """unload: original classes, settings, Parameter objects, outputs; merge_and_unload: the adapted outputs."""
+    model = build().eval()
+    wanted, printed, before = output(model), repr(model), dict(model.named_parameters())
+    lora.inject_lora(model, r=2, target_modules=targets)
+    randomize(model)
+    adapted = output(model)
+    assert not torch.allclose(adapted, wanted, atol=1e-3)
+    merged = lora.merge_and_unload(copy.deepcopy(model)) if targets != ["wte"] else None
+    if merged is not None:
+        assert repr(merged) == printed
+        torch.testing.assert_close(output(merged), adapted)
+    assert lora.unload(model) is model
+    assert repr(model) == printed and torch.equal(output(model), wanted)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == {
+        name: id(parameter) for name, parameter in before.items()
+    }
+
+
+def test_merging_an_embedding_with_max_norm():
+    """The base rows are bounded, their update is not: the plain layer must not bound the sum."""
+    model, rows = nn.Sequential(nn.Embedding(10, 4, max_norm=0.5)).eval(), torch.arange(10)
+    lora.inject_lora(model, r=2, target_modules=["0"])
+    randomize(model)
+    adapted = model(rows)
+    torch.testing.assert_close(lora.merge_and_unload(model)(rows), adapted)
+
+
+def test_merging_a_tied_embedding_unties_and_says_so():
+    """The adapted wte gets its own merged weight, lm_head keeps the base, and a reload must not tie them again."""
+    model = gpt2().eval()
+    base = model.lm_head.weight.detach().clone()
+    lora.inject_lora(model, r=2, target_modules=["wte"])
+    randomize(model)
+    adapted = output(model)
+    with pytest.warns(UserWarning, match="set config.tie_word_embeddings to False"):
+        lora.merge_and_unload(model)
+    assert torch.equal(model.lm_head.weight, base) and model.lm_head.weight is not model.transformer.wte.weight
+    assert model.config.tie_word_embeddings is False
+    torch.testing.assert_close(output(model), adapted)
+
+
+@pytest.mark.parametrize(
+    "enable_lora, kind, trainable",
+    [
+        ((True, False, True), lora.MergedLinear, 2 * 2 * (2 * 32 + 2 * 32)),
+        ((True, True, True), lora.MergedLinear, 2 * 2 * (3 * 32 + 3 * 32)),
+        (None, lora.Linear, 2 * 2 * (32 + 96)),
+    ],
+)
+def test_fused_projection(enable_lora, kind, trainable):
+    """c_attn is adapted as q, k, v apart, or as a whole; k is untouched by default."""
+    model = gpt2()
+    lora.inject_lora(model, r=2, target_modules=["c_attn"], enable_lora=enable_lora)
+    layer = model.transformer.h[0].attn.c_attn
+    assert type(layer) is kind and layer.fan_in_fan_out
+    assert lora.count_parameters(model).trainable == trainable
+    randomize(model)
+    delta = layer.delta_weight()
+    touched = [bool(delta[:, i * 32 : (i + 1) * 32].any()) for i in range(3)]
+    assert touched == list(enable_lora or (True, True, True))
+
+
+def test_cross_attention_of_gpt2_adapts_the_value():
+    """The two-part c_attn of cross-attention holds k and v."""
+    model = gpt2(add_cross_attention=True)
+    lora.inject_lora(model, r=2)
+    assert model.transformer.h[0].attn.c_attn.enable_lora == [True, False, True]
+    assert model.transformer.h[0].crossattention.c_attn.enable_lora == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_adapters_are_float32_or_wider(dtype):
+    model = gpt2().to(dtype)
+    lora.inject_lora(model, r=2)
+    assert model.transformer.h[0].attn.c_attn.lora_A.dtype == torch.promote_types(dtype, torch.float32)
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert model.transformer.h[0].attn.c_attn.lora_B.grad.abs().sum() > 0
+
+
+def test_one_layer_under_two_names_stays_one():
+    model = Small()
+    lora.inject_lora(model, r=2, target_modules=["inner.0"])
+    assert isinstance(model.again, lora.Linear) and model.again is model.inner[0]
+
+
+def test_injection_draws_only_the_adapters():
+    """The random state moves by the adapters alone, and the same seed gives the same adapters."""
+    drawn = []
+    for _ in range(2):
+        model = gpt2()
+        torch.manual_seed(1)
+        lora.inject_lora(model, r=2)
+        drawn.append((lora.lora_state_dict(model), torch.rand(1)))
+    assert torch.equal(drawn[0][1], drawn[1][1])
+    assert all(torch.equal(drawn[0][0][name], drawn[1][0][name]) for name in drawn[0][0])
+    torch.manual_seed(1)
+    for layer in (model.transformer.h[0].attn.c_attn, model.transformer.h[1].attn.c_attn):
+        nn.init.kaiming_uniform_(torch.empty_like(layer.lora_A), a=5**0.5)
+    assert torch.equal(torch.rand(1), drawn[0][1])
+
+
+def test_injection_on_the_meta_device_costs_nothing_and_materialises():
+    with torch.device("meta"):
+        model = gpt2()
+    lora.inject_lora(model, r=2)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+class MyLinear(nn.Linear):
+    pass
+
+
+REFUSED = {
+    "no match": (gpt2, {"target_modules": ["c_atn"]}, ValueError, "nothing in .* 'c_atn'; did you mean .*c_attn"),
+    "partly": (gpt2, {"target_modules": ["c_attn", "query"]}, ValueError, "nothing in the model is called 'query'"),
+    "empty": (gpt2, {"target_modules": []}, ValueError, "nothing in the model"),
+    "a name as a string": (gpt2, {"target_modules": "c_attn"}, ValueError, "a string is a regular expression"),
+    "bad expression": (gpt2, {"target_modules": "("}, ValueError, "is no regular expression"),
+    "container": (gpt2, {"target_modules": ["attn"]}, TypeError, "transformer.h.0.attn is a GPT2Attention, which"),
+    "norm": (gpt2, {"target_modules": ["ln_f"]}, TypeError, "transformer.ln_f is a LayerNorm, which"),
+    "subclass": (lambda: nn.Sequential(MyLinear(4, 4)), {"target_modules": ["0"]}, TypeError, "0 is a MyLinear"),
+    "architecture": (Small, {}, ValueError, "no default target_modules for Small"),
+    "rank 0": (gpt2, {"r": 0}, ValueError, "r=0: the rank to inject must be at least 1"),
+    "rank -1": (gpt2, {"r": -1}, ValueError, "r=-1"),
+    "rank 2.0": (gpt2, {"r": 2.0}, TypeError, "r=2.0: the rank must be an integer"),
+    "rank 33": (gpt2, {"r": 33}, ValueError, "r=33: .* at most 32 here"),
+    "dropout": (gpt2, {"lora_dropout": 2}, ValueError, "lora_dropout=2"),
+    "enable_lora": (gpt2, {"enable_lora": [1, 0, 1]}, TypeError, "every entry must be True or False"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("build, arguments, error, message", REFUSED.values(), ids=REFUSED)
+def test_refused_and_nothing_changed(build, arguments, error, message):
+    model = build()
+    before = {name: (id(module), type(module)) for name, module in model.named_modules()}
+    with pytest.raises(error, match=message):
+        lora.inject_lora(model, **arguments)
+    assert {name: (id(module), type(module)) for name, module in model.named_modules()} == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_injecting_twice_and_into_a_bare_layer_is_refused():
+    model = gpt2()
+    lora.inject_lora(model, r=2)
+    with pytest.raises(ValueError, match="already has LoRA layers .*c_attn.*; call lora.unload"):
+        lora.inject_lora(model, r=2, target_modules=["c_fc"])
+    with pytest.raises(ValueError, match="nothing in the model"):
+        lora.inject_lora(nn.Linear(4, 4), r=2, target_modules=["weight"])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_of_a_hugging_face_model(use_reentrant):
+    """Both kinds give the gradients of a run without; the reentrant kind needs inputs that require gradients."""
+    model = gpt2()
+    lora.inject_lora(model, r=2)
+    randomize(model)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_input_require_grads()
+            # The name before transformers 5.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": use_reentrant})
+        model.zero_grad()
+        torch.manual_seed(3)
+        model.eval() if not checkpointing else model.train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_a_step_of_training_then_generation_merged_and_not():
+    model = gpt2()
+    lora.inject_lora(model, r=4, lora_alpha=32)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    settings = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(TOKENS)}
+    merged = model.eval().generate(TOKENS, **settings)
+    assert model.transformer.h[0].attn.c_attn.merged
+    unmerged = lora.unmerge_lora_weights(model).generate(TOKENS, **settings)
+    assert torch.equal(merged, unmerged)
