@@ -101,14 +101,14 @@ def test_what_is_replaced_shared_and_frozen(build, targets, names):
     assert {name for name, parameter in after.items() if parameter.requires_grad} == adapters
     assert keys <= set(model.state_dict())
     assert all(model.get_submodule(name).training and not model.get_submodule(name).merged for name in names)
-    assert torch.equal(output(lora.unmerge_lora_weights(model.eval())), wanted)
+    torch.testing.assert_close(output(lora.unmerge_lora_weights(model.eval())), wanted)
     torch.testing.assert_close(output(lora.merge_lora_weights(model)), wanted)
 
 
 @each_model
 def test_unload_gives_the_plain_model_back(build, targets, names):
     """unload: original classes, settings, Parameter objects, outputs; merge_and_unload: the adapted outputs."""
-    model = build().eval()
+    model = build().eval().requires_grad_(False)  # torch chooses another kernel for a frozen weight
     wanted, printed, before = output(model), repr(model), dict(model.named_parameters())
     lora.inject_lora(model, r=2, target_modules=targets)
     randomize(model)

@@ -36,7 +36,7 @@ class Knobs:
     merge: bool = knob(False, "put the adapters into the weights and drop their layers first, as for deployment")
     device: str = knob("auto", "cpu, cuda, mps, or auto for the fastest that is there")
     max_new_tokens: int = knob(causal_lm.MAX_NEW_TOKENS, "where a text is cut off that does not end by itself")
-    num_beams: int = knob(causal_lm.NUM_BEAMS, "1 is greedy search; the paper uses 10")
+    num_beams: int = knob(causal_lm.NUM_BEAMS, "width of the beam search; 1 is greedy, the paper takes 10")
     batch_size: int = knob(40, "meanings at a time")
 
 

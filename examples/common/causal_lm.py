@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from common.cli import UserError
 
-MAX_NEW_TOKENS = 128  # the longest official reference has about 80 GPT-2 tokens, the longest embedded one about 110
-NUM_BEAMS = 1
+MAX_NEW_TOKENS = 128  # the longest official reference has 89 GPT-2 tokens, the longest embedded one 72
+NUM_BEAMS = 4  # mentions about two in a hundred slot values more than greedy search, which is 1
 
 
 def load_causal_lm(name, device):

@@ -62,7 +62,7 @@ SLOTS = {
 }
 FAMILY = {  # the only realisations of `family friendly`: before a noun, and after "is"
     "yes": (["family friendly", "child friendly"], ["family friendly", "kid friendly", "child friendly"]),
-    "no": (["non family friendly"], ["not family friendly", "not child friendly", "not kid friendly"]),
+    "no": ([], ["not family friendly", "not child friendly", "not kid friendly"]),
 }
 WORDY = {"cheap", "moderate", "high", "low", "average"}  # said before the noun, as amounts are said after it
 AFTER = {  # said behind a noun
@@ -119,13 +119,13 @@ def reference(rng, meaning):
     """One to four E2E-tokenised sentences that mention every slot value of `meaning` literally."""
     kind = noun = meaning.get("Type", "place")
     bound, left = {**meaning, "kind": kind}, [slot for slot in CLAUSE if slot in meaning]
-    if "food" in left and rng.random() < 0.5:
+    if "food" in left and rng.random() < 0.75:
         noun = "{food} " + noun
         left.remove("food")
     if "family friendly" in left:
         before, after = FAMILY[meaning["family friendly"]]
         bound["family"] = rng.choice(after)
-        if rng.random() < 0.5:
+        if before and rng.random() < 0.2:
             noun = rng.choice(before) + " " + noun
             left.remove("family friendly")
     here = [slot for slot in ("area", "near") if slot in left]
@@ -152,7 +152,7 @@ def restaurant_split(rng, meanings, references, taken):
     """E2E lines of `meanings` meanings not in `taken`, which grows; `references` is (fewest, most)."""
     lines = []
     while meanings:
-        others = rng.sample(list(SLOTS)[1:], rng.choice([2, 3, 4, 4, 5, 5, 6, 7]))
+        others = rng.sample(list(SLOTS)[1:], rng.choice([2, 2, 3, 3, 4, 4, 5, 6, 7]))
         meaning = {slot: rng.choice(SLOTS[slot]) for slot in SLOTS if slot == "name" or slot in others}
         context = meaning_text(meaning)
         if context in taken:

@@ -21,9 +21,8 @@ from pathlib import Path
 import tokenizers
 import torch
 import transformers
-from tqdm import tqdm
-
 from grammar import document
+from tqdm import tqdm
 
 END = "<|endoftext|>"
 VOCABULARY = 1024  # small, so that the 2 million parameters sit in the blocks
