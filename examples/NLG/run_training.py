@@ -49,7 +49,7 @@ class Knobs:
     num_epochs: int = knob(3, "passes over the training file")
     max_steps: int | None = knob(None, "stop after so many optimizer steps, for a quick look at a large file")
     batch_size: int = knob(8, "texts in an optimizer step")
-    lr: float = knob(1e-2, "peak learning rate; a large pretrained model wants less, GPT-2 medium 2e-4")
+    lr: float = knob(7e-3, "peak learning rate; a large pretrained model wants less, GPT-2 medium 2e-4")
     warmup_steps: int = knob(30, "steps up to the peak; the adapters start from zero and Adam without statistics")
     seq_len: int = knob(256, "most tokens of meaning and text together; longer ones are left out, and counted")
     max_train_samples: int | None = knob(None, "train on so many lines, drawn with the seed")
@@ -130,7 +130,9 @@ def train_model(**overrides):
     with as_user_error(OSError):  # before the work rather than after it
         output_dir.mkdir(parents=True, exist_ok=True)
     device = training.choose_device(knobs.device)
+    data_files = [Path(knobs.data_dir) / name for name in (knobs.train_file, knobs.valid_file, knobs.test_file)]
     train, valid, test = load_data(knobs)
+    fingerprints = {path.name: {"sha256": results.sha256(path)} for path in data_files}  # now: a file may change later
     model, tokenizer = build_model(knobs, device)
 
     parameters = lora.count_parameters(model)
@@ -168,13 +170,12 @@ def train_model(**overrides):
     share_of_references = metrics.slot_share([reference for _, reference in pairs], [meaning for meaning, _ in pairs])
     _, signature = metrics.bleu(texts_after, list(test.values()))
     model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    data_files = [Path(knobs.data_dir) / name for name in (knobs.train_file, knobs.valid_file, knobs.test_file)]
     total = time.perf_counter() - started
     record = {
         "task": "e2e",
         "adapt": "lora",
         "configuration": {name: results.portable(value) for name, value in asdict(knobs).items()},
-        "data": {path.name: {"sha256": results.sha256(path)} for path in data_files},
+        "data": fingerprints,
         "counts": {"train_texts": len(train_samples), "valid_texts": len(valid_samples), "test_meanings": len(test)},
         "parameters": parameters._asdict(),
         "bytes": {"adapter": adapter.stat().st_size, "model": model_bytes},
