@@ -52,7 +52,7 @@ def save_lora(
         raise ValueError(f"{type(model).__name__} has no adapters to save; call lora.inject_lora(model, ...) first")
     config = {
         "format_version": _FORMAT_VERSION,
-        "base_model": getattr(getattr(model, "config", None), "_name_or_path", None),
+        "base_model": _base_model(model),
         "bias": bias,
         "modules_to_save": list(modules_to_save or ()),
         "layers": layers,
@@ -63,7 +63,8 @@ def save_lora(
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata={"format": "pt", _METADATA_KEY: json.dumps(config)})
+        # A single entry, because safetensors writes several in an order of chance: equal adapters give equal files.
+        save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(config)})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -171,6 +172,12 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has a malformed loralib configuration: {error!r}") from error
     return tensors, config
+
+
+def _base_model(model: nn.Module) -> str | None:
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    # The folders around a local model are this machine's and nobody else's business.
+    return os.path.basename(os.path.abspath(name)) if name and os.path.isdir(name) else name
 
 
 def _adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:

@@ -13,11 +13,15 @@ The second does the same with real ones: any folder or hub name of a causal lang
 --output_dir: adapter.safetensors, the adapter alone, for run_inference.py; and results.json, the record of the run.
 """
 
+import os
 import random
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+# Read when torch loads. Threads that spin while they wait make small steps 20 times slower beside any busy process.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 

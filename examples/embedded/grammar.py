@@ -23,16 +23,10 @@ HEAD = words(
     "Alder Ash Bram Brindle Cal Dor Dun Ember Fal Fen Gar Hal Hart Hazel Kel Kes Lang Lin Mar Mere "
     "Nor Oak Pel Pend Quill Rav Ros Sal Shel Stan Tam Thorn Tol Ulver Ven Wend Wes Whit Yar Zan"
 )
-TAIL = words(
-    "bourne bridge bury by combe dale den ford gate ham ley low mere mont more ridge stead stow ton wick"
-)
-CREATURE = words(
-    "Badger Bison Crane Curlew Fox Hare Heron Lantern Lynx Magpie Otter Owl Pheasant Raven Stag Swift"
-)
+TAIL = words("bourne bridge bury by combe dale den ford gate ham ley low mere mont more ridge stead stow ton wick")
+CREATURE = words("Badger Bison Crane Curlew Fox Hare Heron Lantern Lynx Magpie Otter Owl Pheasant Raven Stag Swift")
 COLOUR = words("Amber Brass Copper Crimson Golden Green Ivory Marble Painted Quiet Scarlet Silver Tin Velvet")
-THING = words(
-    "Anchor Bell Clock Candle Feather Garden Island Kite Ladder Letter Mirror Orchard River Storm Window"
-)
+THING = words("Anchor Bell Clock Candle Feather Garden Island Kite Ladder Letter Mirror Orchard River Storm Window")
 
 # The restaurant domain: slots in E2E order, their values, and every way to say each.
 
@@ -211,9 +205,7 @@ RULES = {
     "mood": words("tired happy quiet hungry nervous proud curious late early cold"),
     "good": words("good fine lovely kind pleasant charming excellent"),
     "bad": words("bad slow dull noisy poor cold disappointing"),
-    "dish": words(
-        "soup|bread|fish pie|roast lamb|lentil stew|apple cake|rice|dumplings|salad|noodles|toast", "|"
-    ),
+    "dish": words("soup|bread|fish pie|roast lamb|lentil stew|apple cake|rice|dumplings|salad|noodles|toast", "|"),
     "item": words("umbrella|lamp|bicycle|coat|map|kettle|clock|violin|notebook|suitcase|camera|chair", "|"),
     "ingredient": words("onion flour butter garlic rice lemon pepper salt milk honey ginger carrots beans"),
     "job": words("teacher baker doctor sailor painter engineer gardener printer nurse lawyer cook driver"),
@@ -432,9 +424,7 @@ has a {level} price range]. [People who live near {l} prefer {t}|{s} and {t} are
 {thing}]. {a} often ate at {spot}, a {eatery} in the {area}.
 """
 PROSE = {
-    style: [
-        " ".join(template.split("\n")).replace("\\n", "\n") for template in templates.strip().split("\n\n")
-    ]
+    style: [" ".join(template.split("\n")).replace("\\n", "\n") for template in templates.strip().split("\n\n")]
     for style, templates in (part.split("\n", 1) for part in PARAGRAPHS.split("\n# ")[1:])
 }
 
@@ -527,9 +517,7 @@ def record(rng, noun, name, facts):
 
 def repeated(rng):
     """A list of values said twice: the plainest lesson in copying."""
-    rules = rng.choices(
-        ["person", "place", "spot", "sight", "money", "item", "food", "time"], k=rng.randint(2, 6)
-    )
+    rules = rng.choices(["person", "place", "spot", "sight", "money", "item", "food", "time"], k=rng.randint(2, 6))
     said = rng.choice([", ", " ; ", "\n", " and "]).join(expand(f"{{{rule}}}", rng) for rule in rules)
     return said + rng.choice(["\n", " . Again : ", " = "]) + said
 

@@ -34,8 +34,6 @@ def make_data(output_dir, seed=SEED):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", default=Path(__file__).parents[1] / "NLG" / "data")
-    parser.add_argument(
-        "--seed", type=int, default=SEED, help="of the meanings and texts (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=int, default=SEED, help="of the meanings and texts (default: %(default)s)")
     args = parser.parse_args()
     make_data(args.output_dir, args.seed)
