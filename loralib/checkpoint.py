@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from loralib.inject import plan_layers, put_layers
@@ -64,7 +64,11 @@ def save_lora(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         # A single entry, because safetensors writes several in an order of chance: equal adapters give equal files.
-        save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(config)})
+        content = save(tensors, metadata={_METADATA_KEY: json.dumps(config)})
+        with temporary.open("wb") as file:  # safetensors' own save_file would make it readable to its owner alone
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

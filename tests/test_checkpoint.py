@@ -155,6 +155,12 @@ def test_file_is_what_the_format_says(file):
     assert [entry.name for entry in file.parent.iterdir()] == [file.name]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+def test_file_has_the_permissions_of_any_new_file(file, tmp_path):
+    (tmp_path / "other").touch()
+    assert file.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_equal_adapters_give_equal_files_without_local_paths(tmp_path):
     model = adapted()
     files = []
