@@ -6,7 +6,7 @@
 
 Takes a few seconds to start. The first prints, after the default run of run_training.py:
 
-    <MEASURE the text of the first command>
+    name : Tamarind Yard | Type : pub | food : Thai | area : old town -> Tamarind Yard is a Thai pub in the old town .
 
 A file holds a meaning or an E2E line (whose reference is ignored) in each line; every distinct meaning gets one text,
 and the output file has lines `meaning||text`.

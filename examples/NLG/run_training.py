@@ -4,10 +4,12 @@
     python run_training.py
     python run_training.py --model gpt2 --lr 1e-3 --data_dir ../../../shared/data/e2e --max_steps 200
 
-The first command uses the model and the data that ship here and takes about <MEASURE seconds.total> seconds on 2 CPU
-cores. On the held-out test file it reaches about
+The first command uses the model and the data that ship here and takes about two minutes on 2 CPU cores. On the held-out
+test file (examples/results/nlg_embedded.json is the record of such a run) it reaches
 
-    <MEASURE the table of scores>
+                               before    after  references
+    BLEU                          4.2     92.7
+    slot values, %               18.1     98.8       100.0
 
 The second does the same with real ones: any folder or hub name of a causal language model, any E2E files. Written to
 --output_dir: adapter.safetensors, the adapter alone, for run_inference.py; and results.json, the record of the run.
