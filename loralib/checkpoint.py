@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loralib.inject import plan_layers, put_layers
 from loralib.layers import LoRALayer, MergedLinear, check_hyperparameters
-from loralib.utils import lora_state_dict, mark_only_lora_as_trainable, trained_names
+from loralib.utils import lora_state_dict, mark_only_lora_as_trainable, match_modules_to_save, trained_names
 
 __all__ = ["load_lora", "save_lora"]
 
@@ -25,7 +25,7 @@ def save_lora(
     model: nn.Module,
     path: str | os.PathLike,
     bias: str = "none",
-    modules_to_save: Sequence[str] | None = None,
+    modules_to_save: Sequence[str] | str | None = None,
 ) -> None:
     """Write the adapters of `model` and their configuration to one safetensors file, atomically.
 
@@ -54,7 +54,7 @@ def save_lora(
         "format_version": _FORMAT_VERSION,
         "base_model": _base_model(model),
         "bias": bias,
-        "modules_to_save": list(modules_to_save or ()),
+        "modules_to_save": match_modules_to_save(model, modules_to_save),
         "layers": layers,
     }
     tensors = lora_state_dict(model, bias, modules_to_save)
@@ -171,6 +171,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
                 raise ValueError(f"a layer has {sorted(spec)}, of {sorted(_SPEC_KEYS)}")
             check_hyperparameters(spec["r"], spec["lora_alpha"], spec["lora_dropout"])
             check_hyperparameters(1, spec["scaling"], 0.0)
+        if not isinstance(config["modules_to_save"], list):
+            raise ValueError("modules_to_save must be a list")
         if not all(isinstance(name, str) for name in (config["bias"], *config["modules_to_save"])):
             raise ValueError("bias and modules_to_save must be names")
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -27,7 +27,7 @@ _BIAS_MODES = ("none", "all", "lora_only")
 
 
 def mark_only_lora_as_trainable(
-    model: nn.Module, bias: str = "none", modules_to_save: Sequence[str] | None = None
+    model: nn.Module, bias: str = "none", modules_to_save: Sequence[str] | str | None = None
 ) -> None:
     """Set `requires_grad` of every Parameter: true for the adapters and what the arguments add, false for the rest.
 
@@ -41,7 +41,7 @@ def mark_only_lora_as_trainable(
         model: a Hugging Face model of a known architecture without LoRA layers is given its default adapters first,
             with a `UserWarning`; any other model without LoRA layers has none to train, with a `UserWarning`.
         bias: "none"; "all", every bias of the model; or "lora_only", the biases of the LoRA layers.
-        modules_to_save: full names or last parts of names of modules to train whole, such as a classifier head.
+        modules_to_save: modules to train whole, such as a classifier head, named as `inject_lora` names targets.
 
     Raises:
         ValueError: `bias` is none of the three, or an entry of `modules_to_save` matches nothing. Nothing has been
@@ -64,7 +64,7 @@ def mark_only_lora_as_trainable(
 
 
 def lora_state_dict(
-    model: nn.Module, bias: str = "none", modules_to_save: Sequence[str] | None = None
+    model: nn.Module, bias: str = "none", modules_to_save: Sequence[str] | str | None = None
 ) -> dict[str, Tensor]:
     """Return what `mark_only_lora_as_trainable` with the same arguments trains, as `state_dict()` names and holds it.
 
@@ -190,7 +190,7 @@ def _lora_layers(model: nn.Module) -> list[LoRALayer]:
     return [module for module in model.modules() if isinstance(module, LoRALayer)]
 
 
-def trained_names(model: nn.Module, bias: str, modules_to_save: Sequence[str] | None) -> set[str]:
+def trained_names(model: nn.Module, bias: str, modules_to_save: Sequence[str] | str | None) -> set[str]:
     """Return the state-dict names of what `mark_only_lora_as_trainable` trains and `lora_state_dict` holds."""
     if bias not in _BIAS_MODES:
         raise ValueError(f"bias={bias!r}: must be one of {', '.join(map(repr, _BIAS_MODES))}")
@@ -204,9 +204,15 @@ def trained_names(model: nn.Module, bias: str, modules_to_save: Sequence[str] | 
             chosen_bias = _is_bias(name) and (bias == "all" or (bias == "lora_only" and is_lora))
             if parameter is not None and (adapter or chosen_bias):
                 names.add(dot + name)
-    for prefix in match_names(modules, modules_to_save, "modules_to_save") if modules_to_save else ():
+    for prefix in match_modules_to_save(model, modules_to_save):
         names.update(f"{prefix}.{name}" for name in modules[prefix].state_dict())
     return names
+
+
+def match_modules_to_save(model: nn.Module, modules_to_save: Sequence[str] | str | None) -> list[str]:
+    """Return the full names of the modules that `modules_to_save` means."""
+    names = dict(model.named_modules(remove_duplicate=False))
+    return match_names(names, modules_to_save, "modules_to_save") if modules_to_save else []
 
 
 def _is_bias(name: str) -> bool:

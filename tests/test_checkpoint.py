@@ -110,7 +110,7 @@ def test_round_trip(tmp_path, mode, into):
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
-@pytest.mark.parametrize("modules_to_save", [None, ["head"]])
+@pytest.mark.parametrize("modules_to_save", [None, ["head"], "hea."])
 def test_biases_and_heads_travel(tmp_path, bias, modules_to_save):
     """What mark_only_lora_as_trainable trains is in the file, and trains again after loading into a plain base."""
     path, model = tmp_path / "a.safetensors", adapted()
