@@ -17,8 +17,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-# Read when torch loads. Threads that spin while they wait make small steps 20 times slower beside any busy process.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when torch loads: how long its threads spin while they wait. By default so long that beside another busy process
+# a small model's steps take many times longer; with no spinning at all (OMP_WAIT_POLICY=PASSIVE) they are slow alone.
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
 from common import causal_lm, e2e, results, training
