@@ -213,7 +213,9 @@ class LoRALayer:
                 merged = self._merge(self._base_weight.detach())
                 adapter = self.lora_A.detach().clone(), self.lora_B.detach().clone()
             cache = made_from, adapter, merged
-            if isinstance(self.lora_A, nn.Parameter) and isinstance(self.lora_B, nn.Parameter):
+            if all(
+                isinstance(tensor, nn.Parameter) for tensor in made_from[1]
+            ):  # torch.func's must not outlive its call
                 self._merge_cache = cache
         return cache[2]
 

@@ -750,3 +750,23 @@ def test_zero_alpha_is_no_update():
     case = Case("Linear", (5, 7), (4, 5), lora={"lora_alpha": 0, **IO})
     layer, x = case.layer(), case.inputs()
     assert torch.equal(layer(x), F.linear(x, layer.weight.T, layer.bias))
+
+
+def test_merged_weight_read_under_functional_call_is_not_kept():
+    """`weight` read inside functional_call is of the given base, and that of the layer's own base afterwards."""
+
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = LINEAR[0].layer().eval()
+
+        def forward(self):
+            return self.layer.weight
+
+    reader = Reader()
+    own = reader().clone()
+    given = torch.func.functional_call(reader, {"layer.weight": torch.zeros(7, 5)}, ())
+    assert_close(given, reader.layer.delta_weight().double())
+    assert torch.equal(reader(), own) and isinstance(reader.layer._merge_cache[0][1][0], nn.Parameter)
+    torch.func.functional_call(reader, {"layer.weight": torch.zeros(7, 5)}, ())
+    assert isinstance(reader.layer._merge_cache[0][1][0], nn.Parameter)
