@@ -14,6 +14,7 @@ ParameterCount(trainable=104, total=444)
 >>> plain = lora.merge_and_unload(model.eval())
 """
 
+from loralib.adapters import active_adapter, delete_adapter, list_adapters, set_adapter
 from loralib.checkpoint import load_lora, save_lora
 from loralib.inject import inject_lora
 from loralib.layers import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoRALayer, MergedLinear
@@ -38,15 +39,19 @@ __all__ = [
     "Linear",
     "LoRALayer",
     "MergedLinear",
+    "active_adapter",
     "count_parameters",
+    "delete_adapter",
     "disable_adapters",
     "inject_lora",
+    "list_adapters",
     "load_lora",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge_and_unload",
     "merge_lora_weights",
     "save_lora",
+    "set_adapter",
     "unload",
     "unmerge_lora_weights",
 ]

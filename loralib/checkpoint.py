@@ -1,24 +1,30 @@
-"""Adapter files: one safetensors file with the tensors and, in its metadata, the configuration that they need."""
+"""Save the adapter of a model to a file, and load one: what is in the file against what is in the model."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
-from loralib.inject import plan_layers, put_layers
-from loralib.layers import LoRALayer, MergedLinear, check_hyperparameters
-from loralib.utils import lora_state_dict, mark_only_lora_as_trainable, match_modules_to_save, trained_names
+from loralib.adapters import (
+    DEFAULT_NAME,
+    LORA_NAMES,
+    Slot,
+    active_adapter,
+    active_parts,
+    add_part,
+    base_modules,
+    list_adapters,
+    set_adapter,
+    slot_of,
+)
+from loralib.formats import Adapter, read_native, read_upstream, write_native
+from loralib.inject import BIAS_MODES, check_bias_mode, own_names, plan_layers, put_adapter
+from loralib.layers import LoRALayer, MergedLinear
+from loralib.peft_format import CONFIG, read_peft, write_peft
+from loralib.utils import lora_state_dict, match_modules_to_save
 
 __all__ = ["load_lora", "save_lora"]
-
-_METADATA_KEY = "loralib"
-_FORMAT_VERSION = 1
-_SPEC_KEYS = {"r", "lora_alpha", "scaling", "lora_dropout", "enable_lora"}
 
 
 def save_lora(
@@ -26,8 +32,10 @@ def save_lora(
     path: str | os.PathLike,
     bias: str = "none",
     modules_to_save: Sequence[str] | str | None = None,
+    format: str = "loralib",
+    single_rank: bool = False,
 ) -> None:
-    """Write the adapters of `model` and their configuration to one safetensors file, atomically.
+    """Write the active adapter of `model` and its configuration to one safetensors file, or to a folder for PEFT.
 
     >>> import tempfile, loralib as lora
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -40,144 +48,220 @@ def save_lora(
 
     Args:
         model: a model with LoRA layers, in any state.
-        path: the file to write; an earlier one stays whole until the new one is complete.
-        bias, modules_to_save: what to save besides the adapters, as given to `mark_only_lora_as_trainable`.
+        path: the file to write; an earlier one stays whole until the new one is complete. For PEFT a folder, made if it
+            does not exist; each of its two files is replaced in that way, the configuration last.
+        bias, modules_to_save: what to save besides the adapter and the heads and biases that it got from
+            `inject_lora`, as given to `mark_only_lora_as_trainable`.
+        format: "loralib", or "peft" for a folder that `peft.PeftModel.from_pretrained` reads.
+        single_rank: for PEFT, write one rank and one alpha for all layers, as some serving engines need it: smaller
+            ranks are padded with zeros, differing scales multiplied into B.
 
     Raises:
-        ValueError: the model has no adapters, or the arguments are wrong as in `mark_only_lora_as_trainable`.
+        ValueError: the model has no adapter, the arguments are wrong as in `mark_only_lora_as_trainable`, or PEFT has
+            no equal of a layer.
         OSError: the file cannot be written.
     """
-    layers = {name: _spec(layer) for name, layer in _adapted_layers(model).items()}
+    if format not in ("loralib", "peft"):
+        raise ValueError(f"format={format!r}: must be 'loralib' or 'peft'")
+    if single_rank and format != "peft":
+        raise ValueError("single_rank=True is for format='peft'; loralib's own file keeps the rank of each layer")
+    path = Path(path)
+    if format == "loralib" and path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file, or format='peft'")
+    if format == "peft" and path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; give the name of a folder for format='peft'")
+    layers = _lora_layers(model, None)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapters to save; call lora.inject_lora(model, ...) first")
-    config = {
-        "format_version": _FORMAT_VERSION,
-        "base_model": _base_model(model),
-        "bias": bias,
-        "modules_to_save": match_modules_to_save(model, modules_to_save),
-        "layers": layers,
-    }
-    tensors = lora_state_dict(model, bias, modules_to_save)
-    # Copies, because safetensors refuses tensors that share memory.
-    tensors = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # A single entry, because safetensors writes several in an order of chance: equal adapters give equal files.
-        content = save(tensors, metadata={_METADATA_KEY: json.dumps(config)})
-        with temporary.open("wb") as file:  # safetensors' own save_file would make it readable to its owner alone
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    adapter = _collect(model, layers, bias, modules_to_save)
+    if format == "peft":
+        write_peft(path, adapter, model, base_modules(model), layers, single_rank)
+    else:
+        write_native(path, adapter)
 
 
-def load_lora(model: nn.Module, path: str | os.PathLike) -> list[str]:
-    """Load a file of `save_lora` into `model` and return the names of its LoRA layers.
+def load_lora(
+    model: nn.Module,
+    path: str | os.PathLike,
+    adapter_name: str | None = None,
+    lora_alpha: float | None = None,
+    enable_lora: Sequence[bool] = (True, False, True),
+    merge_weights: bool = True,
+) -> list[str]:
+    """Load an adapter into `model`, make it the active one and return the names of its LoRA layers.
 
-    A model without LoRA layers gets those that the file describes, and is then frozen but for what the file holds. One
-    with LoRA layers must have the same; its `lora_alpha` and `scaling` become the file's. Example: see `save_lora`.
+    A model without the adapter gets the layers, heads and biases that the file describes, and is frozen but for them.
+    If it has the adapter, that must have the same; its `lora_alpha` and `scaling` become the file's. Example: see
+    `save_lora`.
 
     Args:
         model: the base model, or one with LoRA layers, in any state (merged, in eval, on any device).
-        path: the file.
+        path: a file of `save_lora`; a folder of PEFT; or a .bin, .pt or .pth file of upstream's `lora_state_dict`.
+            Nothing in any of them is executed.
+        adapter_name: which adapter to load into; a new name makes a new adapter beside those that are there. None means
+            the active one, or else "default".
+        lora_alpha: for upstream's files, which do not carry it, and for no others.
+        enable_lora: for upstream's files, which do not carry it: the groups of a fused projection that are adapted,
+            where the shapes leave it open and the model has no such layer yet.
+        merge_weights: whether `eval()` merges layers made here.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no loralib adapter, or does not fit the model: one error lists every missing, unexpected
-            and misshapen tensor. The model has not been changed then.
+        ValueError: the file is damaged or of another kind, `lora_alpha` is missing, or the adapter does not fit the
+            model: one error lists every missing, unexpected and misshapen tensor. The model has not been changed then.
     """
     path = Path(path)
-    tensors, config = _read(path)
-    present = _adapted_layers(model)
-    layers, problems = _match_layers(present, config["layers"]) if present else _plan(model, config["layers"])
-    problems += _misfits(model, layers, tensors, config)
+    modules = base_modules(model)
+    name = adapter_name or active_adapter(model) or DEFAULT_NAME
+    present = _lora_layers(model, name) if name in list_adapters(model) else {}
+    adapter = _read(path, modules, present, lora_alpha, enable_lora)
+    if present:
+        layers, problems = present, _differences(present, adapter.layers)
+    else:
+        layers, problems = _plan(modules, adapter.layers, merge_weights)
+    own, more_problems = _own(model, modules, layers, adapter, name)
+    problems += more_problems
     if problems:
         what = f"{path} does not fit {type(model).__name__}; nothing was loaded"
         raise ValueError("\n  ".join([what + ":", *problems]))
-    if not present:
-        put_layers(model, layers)
-        mark_only_lora_as_trainable(model, config["bias"], config["modules_to_save"])
-    for name, layer in layers.items():
-        layer.lora_alpha = config["layers"][name]["lora_alpha"]
-        layer.scaling = config["layers"][name]["scaling"]
-    model.load_state_dict(tensors, strict=False)
+    if present:
+        set_adapter(model, name)
+        _add_own(model, modules, own, name)
+    else:
+        put_adapter(model, name, layers, own)
+    for path_, layer in layers.items():
+        layer.lora_alpha = adapter.layers[path_]["lora_alpha"]
+        layer.scaling = adapter.layers[path_]["scaling"]
+    model.load_state_dict(adapter.tensors, strict=False)
     return list(layers)
 
 
-def _match_layers(present: dict[str, LoRALayer], specs: dict[str, dict]) -> tuple[dict[str, LoRALayer], list[str]]:
+def _collect(
+    model: nn.Module, layers: dict[str, LoRALayer], bias: str, modules_to_save: Sequence[str] | str | None
+) -> Adapter:
+    check_bias_mode(bias)
+    saved = match_modules_to_save(model, modules_to_save)
+    modules = base_modules(model)
+    for name, part in active_parts(model).items():
+        if part.own >= set(modules[name].state_dict()):
+            saved.append(name)
+        elif part.own - LORA_NAMES:
+            bias = max(bias, "lora_only" if name in layers else "all", key=_STRENGTH.index)
+    saved = list(dict.fromkeys(saved))
+    everything = lora_state_dict(model, bias, saved)
+    own = own_names(modules, layers, bias, saved)
+    tensors = {f"{name}.{key}": everything[f"{name}.{key}"] for name, keys in own.items() for key in sorted(keys)}
+    return Adapter(tensors, {name: _spec(layer) for name, layer in layers.items()}, bias, saved, _base_model(model))
+
+
+_STRENGTH = ("none", "lora_only", "all")
+
+
+def _read(
+    path: Path,
+    modules: dict[str, nn.Module],
+    present: dict[str, LoRALayer],
+    lora_alpha: float | None,
+    enable_lora: Sequence[bool],
+) -> Adapter:
+    if path.suffix in (".bin", ".pt", ".pth") and path.is_file():
+        groups = {name: _groups(layer) for name, layer in present.items()}
+        return read_upstream(path, modules, lora_alpha, enable_lora, groups)
+    if lora_alpha is not None:
+        raise ValueError(f"lora_alpha={lora_alpha}: {path} carries its own; it is for upstream's .bin and .pt files")
+    if path.is_dir():
+        if not (path / CONFIG).is_file():
+            raise FileNotFoundError(f"{path}: a folder without {CONFIG} holds no adapter of PEFT")
+        return read_peft(path, modules)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such adapter file")
+    return read_native(path)
+
+
+def _differences(present: dict[str, LoRALayer], specs: dict[str, dict]) -> list[str]:
     problems = [f"{name}: the file adapts it, the model does not" for name in specs if name not in present]
     problems += [f"{name}: the model adapts it, the file does not" for name in present if name not in specs]
     for name in sorted(specs.keys() & present.keys()):
         ours = _spec(present[name])
-        for key in ("r", "enable_lora"):
+        for key in ("r", "enable_lora", "group_sizes", "interleave"):
             theirs = specs[name].get(key)
             if theirs != ours.get(key):
                 problems.append(f"{name}: {key} is {theirs} in the file, {ours.get(key)} in the model")
-    return present, problems
+    return problems
 
 
-def _plan(model: nn.Module, specs: dict[str, dict]) -> tuple[dict[str, LoRALayer], list[str]]:
+def _plan(
+    modules: dict[str, nn.Module], specs: dict[str, dict], merge_weights: bool
+) -> tuple[dict[str, LoRALayer], list[str]]:
     layers, problems = {}, []
     for name, spec in specs.items():
-        arguments = {key: value for key, value in spec.items() if key != "scaling"}
         try:
-            layers.update(plan_layers(model, {name: arguments}))
+            layers.update(plan_layers(modules, {name: spec}, merge_weights))
         except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             problems.append(f"{name}: {error}")
     return layers, problems
 
 
-def _misfits(model: nn.Module, layers: dict[str, LoRALayer], tensors: dict[str, Tensor], config: dict) -> list[str]:
-    bias = config["bias"]
-    try:
-        wanted = trained_names(model, bias, config["modules_to_save"])
-    except ValueError as error:
-        return [str(error)]
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    for prefix, layer in layers.items():  # planned ones are not in the model yet
-        for name, parameter in layer._parameters.items():
-            if name.startswith("lora_") or (name == "bias" and bias == "lora_only" and parameter is not None):
-                wanted.add(f"{prefix}.{name}")
-                shapes[f"{prefix}.{name}"] = parameter.shape
-    problems = [f"{name}: missing in the file" for name in sorted(wanted - tensors.keys())]
-    problems += [f"{name}: unexpected in the file" for name in sorted(tensors.keys() - wanted)]
-    for name in sorted(wanted & tensors.keys()):
+def _own(
+    model: nn.Module, modules: dict[str, nn.Module], layers: dict[str, LoRALayer], adapter: Adapter, adapter_name: str
+) -> tuple[dict[str, frozenset[str]], list[str]]:
+    if adapter.bias not in BIAS_MODES:
+        return {}, [f"bias={adapter.bias!r}: must be one of {', '.join(map(repr, BIAS_MODES))}"]
+    problems = [
+        f"{name}: the file saves it whole, the model has none"
+        for name in adapter.modules_to_save
+        if name not in modules
+    ]
+    saved = [name for name in adapter.modules_to_save if name in modules]
+    own = own_names(modules, layers, adapter.bias, saved)
+    shapes = {}
+    for path, keys in own.items():
+        state = modules[path].state_dict()
+        for key in keys:
+            tensor = layers[path]._parameters[key] if key in LORA_NAMES else state[key]
+            shapes[f"{path}.{key}"] = tensor.shape
+    # What the model's adapter has beyond the file would silently stay as it is.
+    for path, module in modules.items():
+        slot = slot_of(module)
+        if slot and adapter_name in slot.parts:
+            problems += [
+                f"{path}.{key}: the model's adapter has it, the file does not"
+                for key in sorted(slot.parts[adapter_name].own - LORA_NAMES - own.get(path, frozenset()))
+            ]
+    tensors = adapter.tensors
+    problems += [f"{name}: missing in the file" for name in sorted(shapes.keys() - tensors.keys())]
+    problems += [f"{name}: unexpected in the file" for name in sorted(tensors.keys() - shapes.keys())]
+    for name in sorted(shapes.keys() & tensors.keys()):
         if tensors[name].shape != shapes[name]:
             problems.append(f"{name}: {tuple(tensors[name].shape)} in the file, {tuple(shapes[name])} in the model")
-    return problems
+    return own, problems
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such adapter file")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
-    if _METADATA_KEY not in metadata:
-        raise ValueError(f"{path} has no loralib configuration: it was not written by lora.save_lora")
-    try:
-        config = json.loads(metadata[_METADATA_KEY])
-        version = config["format_version"]
-        if version != _FORMAT_VERSION:
-            raise ValueError(f"format_version is {version!r}, this library reads {_FORMAT_VERSION}")
-        for spec in config["layers"].values():
-            if not {"r", "lora_alpha", "scaling", "lora_dropout"} <= spec.keys() <= _SPEC_KEYS:
-                raise ValueError(f"a layer has {sorted(spec)}, of {sorted(_SPEC_KEYS)}")
-            check_hyperparameters(spec["r"], spec["lora_alpha"], spec["lora_dropout"])
-            check_hyperparameters(1, spec["scaling"], 0.0)
-        if not isinstance(config["modules_to_save"], list):
-            raise ValueError("modules_to_save must be a list")
-        if not all(isinstance(name, str) for name in (config["bias"], *config["modules_to_save"])):
-            raise ValueError("bias and modules_to_save must be names")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} has a malformed loralib configuration: {error!r}") from error
-    return tensors, config
+def _add_own(
+    model: nn.Module, modules: dict[str, nn.Module], own: dict[str, frozenset[str]], adapter_name: str
+) -> None:
+    # Layers made by hand train heads and biases in place; with slots the base is shared and must not be written to.
+    if not any(slot_of(module) for module in modules.values()):
+        return
+    for path, keys in own.items():
+        slot = slot_of(modules[path]) or Slot(modules[path])
+        part = slot.parts.get(adapter_name)
+        if part is None or not keys <= part.own:
+            layer = part.module if part and isinstance(part.module, LoRALayer) else None
+            add_part(slot, adapter_name, keys | (part.own if part else frozenset()), layer)
+    set_adapter(model, adapter_name)
+
+
+def _lora_layers(model: nn.Module, adapter_name: str | None) -> dict[str, LoRALayer]:
+    """The LoRA layers of an adapter, by name; None means the active one."""
+    layers = {}
+    for name, module in model.named_modules():
+        slot = slot_of(module)
+        if slot:
+            module = slot.module(adapter_name or slot.active)
+        if isinstance(module, LoRALayer) and module.has_adapter:
+            layers[name] = module
+    return layers
 
 
 def _base_model(model: nn.Module) -> str | None:
@@ -186,15 +270,15 @@ def _base_model(model: nn.Module) -> str | None:
     return os.path.basename(os.path.abspath(name)) if name and os.path.isdir(name) else name
 
 
-def _adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    return {
-        name: module for name, module in model.named_modules() if isinstance(module, LoRALayer) and module.has_adapter
-    }
-
-
 def _spec(layer: LoRALayer) -> dict:
     spec = {"r": layer.r, "lora_alpha": layer.lora_alpha, "scaling": layer.scaling}
-    spec["lora_dropout"] = getattr(layer.lora_dropout, "p", 0.0)
-    if isinstance(layer, MergedLinear):
-        spec["enable_lora"] = layer.enable_lora
-    return spec
+    return {**spec, "lora_dropout": getattr(layer.lora_dropout, "p", 0.0), **_groups(layer)}
+
+
+def _groups(layer: LoRALayer) -> dict:
+    if not isinstance(layer, MergedLinear):
+        return {}
+    groups: dict = {"enable_lora": layer.enable_lora}
+    if len(set(layer.group_sizes)) > 1 or layer.interleave > 1:
+        groups.update(group_sizes=layer.group_sizes, interleave=layer.interleave)
+    return groups

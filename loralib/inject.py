@@ -1,13 +1,33 @@
 """Put LoRA into an existing model: replace chosen layers by LoRA layers that share their Parameters."""
 
-import copy
 import difflib
+import math
 import re
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
+from loralib.adapters import (
+    DEFAULT_NAME,
+    LORA_NAMES,
+    Slot,
+    add_part,
+    adopt,
+    base_modules,
+    exchange,
+    list_adapters,
+    set_adapter,
+    slot_of,
+)
+from loralib.architectures import (
+    default_modules_to_save,
+    default_target_modules,
+    fused_layout,
+    is_conv1d,
+    is_linear,
+    output_layer,
+)
 from loralib.layers import (
     Conv1d,
     Conv2d,
@@ -18,20 +38,13 @@ from loralib.layers import (
     MergedLinear,
     check_hyperparameters,
     constructor_arguments,
+    is_quantized,
 )
 
 __all__ = ["inject_lora"]
 
-# Query and value projections, which section 4.2 of the paper adapts, by `config.model_type` of Hugging Face.
-DEFAULT_TARGET_MODULES = {
-    "gpt2": ["c_attn"],
-    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra", "albert", "vit"], ["query", "value"]),
-    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi"], ["q_proj", "v_proj"]),
-    **dict.fromkeys(["opt", "gpt_neo", "bart", "whisper"], ["q_proj", "v_proj"]),
-    "distilbert": ["q_lin", "v_lin"],
-    "deberta-v2": ["query_proj", "value_proj"],
-    "t5": ["q", "v"],
-}
+BIAS_MODES = ("none", "all", "lora_only")
+ALL_LINEAR = "all-linear"
 
 # By exact class: a subclass may compute something else, and some parents (nn.MultiheadAttention) bypass its forward.
 _LAYERS = {cls._plain_class: cls for cls in (Linear, Embedding, Conv1d, Conv2d, Conv3d)}
@@ -43,13 +56,20 @@ def inject_lora(
     lora_alpha: float = 16,
     lora_dropout: float = 0.0,
     target_modules: Sequence[str] | str | None = None,
-    enable_lora: Sequence[bool] | None = (True, False, True),
+    exclude_modules: Sequence[str] | str | None = None,
+    rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, float] | None = None,
+    modules_to_save: Sequence[str] | str | None = None,
+    use_rslora: bool = False,
+    bias: str = "none",
+    enable_lora: Sequence[bool] | None = None,
     merge_weights: bool = True,
+    adapter_name: str = DEFAULT_NAME,
 ) -> list[str]:
     """Replace layers of `model` by LoRA layers, freeze everything but their adapters and return the replaced names.
 
     The new layers share the Parameters of the old ones under the old names, so checkpoints of the base still load.
-    Adapters of a half-precision base are float32.
+    Adapters of a half-precision base are float32. The arguments have PEFT's names and meanings.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     >>> inject_lora(model, r=2, target_modules=["0"])
@@ -59,49 +79,72 @@ def inject_lora(
 
     Args:
         model: changed in place; its `nn.Linear`, `nn.Embedding`, `nn.Conv1d/2d/3d` and Hugging Face `Conv1D` layers
-            can be adapted.
+            can be adapted, their weights quantised by torchao or not.
         r: rank, at least 1.
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: see `LoRALayer`; embeddings have none.
         target_modules: a list of full names or last parts of names ("q_proj", "attn.c_attn"); or one string, a regular
-            expression that matches full names; or None for query and value of a known Hugging Face architecture.
-        enable_lora: which of q, k, v to adapt in a fused `c_attn` (`MergedLinear`); None adapts the matrix as a whole.
-        merge_weights: whether `eval()` merges.
+            expression that matches full names; or "all-linear", every linear layer but the output layer or head; or
+            None for query and value of a known Hugging Face architecture.
+        exclude_modules: targets to leave out after all, named in the same way.
+        rank_pattern, alpha_pattern: ranks and alphas that differ, by full names, last parts or regular expressions for
+            the end of a name ("attn.c_proj", "layer.(0|1).attention.query"); the first that matches counts.
+        modules_to_save: modules to train whole, in copies of their own, such as a classifier head; named as targets
+            are. None means the head of a sequence or token classifier of Hugging Face; [] means none.
+        use_rslora: scale by lora_alpha / sqrt(r) instead (Kalajdzievski, arXiv 2312.03732).
+        bias: biases to train, in copies of their own: "none", "all", or "lora_only", those of the adapted layers.
+        enable_lora: which of q, k, v to adapt in a fused projection whose layout is known, such as GPT-2's `c_attn`
+            (`MergedLinear`). None means q and v, [True, False, True], while `target_modules` is None, and with named
+            targets the matrix as a whole, as PEFT does.
+        merge_weights: whether `eval()` merges; quantised weights are never merged by it.
+        adapter_name: what to call the adapter; a model can have several (`set_adapter`), the new one becomes active.
 
     Raises:
         TypeError: a target is of a class that cannot be adapted, or an argument of a wrong type.
-        ValueError: a target matches nothing, the model has LoRA layers already, its architecture has no default, or an
-            argument is out of range. Nothing has been changed then.
+        ValueError: a target matches nothing, the model has an adapter of that name already, its architecture has no
+            default, or an argument is out of range. Nothing has been changed then.
     """
     check_hyperparameters(r, lora_alpha, lora_dropout)
     if r < 1:
         raise ValueError(f"r={r}: the rank to inject must be at least 1")
-    if target_modules is None:
-        target_modules = default_target_modules(model)
-    modules = dict(model.named_modules())
-    names = match_names(modules, target_modules, "target_modules")
-    present = [name for name, module in modules.items() if isinstance(module, LoRALayer)]
-    if present:
-        raise ValueError(f"the model already has LoRA layers ({_some(present)}); call lora.unload(model) first")
-    spec = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
-    specs = {name: dict(spec, **_fused(name, modules[name], enable_lora)) for name in names}
-    layers = plan_layers(model, specs, merge_weights)
-    widest = max(min(_matrix_shape(layer)) for layer in layers.values())
-    if r > widest:
-        raise ValueError(f"r={r}: an update of that rank is low-rank for none of the targets; at most {widest} here")
-    put_layers(model, layers)
-    return names
-
-
-def default_target_modules(model: nn.Module) -> list[str]:
-    """Return the layers to adapt when none are named, by the model's `config.model_type`."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in DEFAULT_TARGET_MODULES:
+    check_bias_mode(bias)
+    modules = base_modules(model)
+    if modules_to_save is None:
+        modules_to_save = default_modules_to_save(model)
+    saved = match_names(modules, modules_to_save, "modules_to_save") if modules_to_save else []
+    names = _targets(model, modules, target_modules, exclude_modules, saved)
+    if enable_lora is None and target_modules is None:
+        enable_lora = (True, False, True)
+    specs = {
+        name: {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, **_fused(modules, name, enable_lora)}
+        for name in names
+    }
+    if target_modules is not None and enable_lora is not None and not any("enable_lora" in s for s in specs.values()):
         raise ValueError(
-            f"no default target_modules for {type(model).__name__} (model_type={model_type!r}); name them, "
-            f"or use one of {', '.join(sorted(DEFAULT_TARGET_MODULES))}"
+            f"enable_lora={list(enable_lora)}: none of the targets is a fused projection whose layout is known; "
+            "leave it out to adapt them whole"
         )
-    return DEFAULT_TARGET_MODULES[model_type]
+    _apply_pattern(specs, rank_pattern, "rank_pattern", "r")
+    _apply_pattern(specs, alpha_pattern, "alpha_pattern", "lora_alpha")
+    for spec in specs.values():
+        check_hyperparameters(spec["r"], spec["lora_alpha"], lora_dropout)
+        if use_rslora:
+            spec["scaling"] = spec["lora_alpha"] / math.sqrt(spec["r"])
+    present = [name for name, module in model.named_modules() if isinstance(module, LoRALayer)]
+    if adapter_name in list_adapters(model):
+        raise ValueError(
+            f"the model already has LoRA layers of an adapter {adapter_name!r} ({_some(present)}); "
+            "call lora.unload(model) first, or give another adapter_name"
+        )
+    layers = plan_layers(modules, specs, merge_weights)
+    widest = max(min(_matrix_shape(layer)) for layer in layers.values())
+    largest = max(spec["r"] for spec in specs.values())
+    if not 1 <= largest <= widest:
+        raise ValueError(
+            f"r={largest}: an update of that rank is low-rank for none of the targets; at most {widest} here"
+        )
+    put_adapter(model, adapter_name, layers, own_names(modules, names, bias, saved))
+    return names
 
 
 def match_names(names: Iterable[str], targets: Sequence[str] | str, argument: str) -> list[str]:
@@ -131,68 +174,210 @@ def match_names(names: Iterable[str], targets: Sequence[str] | str, argument: st
     return [name for name in names if name in chosen]
 
 
-def plan_layers(model: nn.Module, specs: dict[str, dict], merge_weights: bool = True) -> dict[str, LoRALayer]:
-    """Return a LoRA layer for each name in `specs`, its adapter still on the meta device; `model` is not changed."""
+def check_bias_mode(bias: str) -> None:
+    """Raise if `bias` is none of the three modes."""
+    if bias not in BIAS_MODES:
+        raise ValueError(f"bias={bias!r}: must be one of {', '.join(map(repr, BIAS_MODES))}")
+
+
+def is_bias(name: str) -> bool:
+    """Whether a Parameter of that name is a bias."""
+    return name == "bias" or name.startswith("bias_") or name.endswith("_bias")
+
+
+def own_names(
+    modules: dict[str, nn.Module], targets: Iterable[str], bias: str, saved: Iterable[str]
+) -> dict[str, frozenset[str]]:
+    """Return, by module, which names of its state dict an adapter has of its own: the one place that knows.
+
+    Args:
+        modules: the modules of the model without its adapters, by name.
+        targets: the names of the adapted layers.
+        bias: the bias mode.
+        saved: the names of the modules to save whole.
+    """
+    own = {name: LORA_NAMES for name in targets}
+    first = {id(module): name for name, module in reversed(modules.items())}
+    first.update((id(modules[name]), name) for name in own)
+    for name in first.values():
+        if bias == "all" or (bias == "lora_only" and name in own):
+            parameters = modules[name]._parameters
+            biases = {key for key, value in parameters.items() if value is not None and is_bias(key)}
+            if biases:
+                own[name] = own.get(name, frozenset()) | biases
+    for name in saved:
+        own = {other: keys for other, keys in own.items() if not other.startswith(name + ".")}
+        own[name] = own.get(name, frozenset()) | set(modules[name].state_dict())
+    return own
+
+
+def plan_layers(
+    modules: dict[str, nn.Module], specs: dict[str, dict], merge_weights: bool = True
+) -> dict[str, LoRALayer]:
+    """Return a LoRA layer for each name in `specs`, its adapter still on the meta device; nothing is changed."""
     if "" in specs:
-        raise ValueError(f"{type(model).__name__} itself cannot be replaced; put it into a model, or use a LoRA layer")
-    return {name: _wrap(name, model.get_submodule(name), spec, merge_weights) for name, spec in specs.items()}
+        raise ValueError(f"{type(modules['']).__name__} itself cannot be replaced; put it into a model")
+    layers = {}
+    for name, spec in specs.items():
+        if name not in modules:
+            raise ValueError("the model has no such layer")
+        layers[name] = _wrap(name, modules[name], spec, merge_weights)
+    return layers
 
 
-def put_layers(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
-    """Give the planned `layers` real adapters, put them into `model`, and freeze all the rest of it."""
-    replaced = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
+def put_adapter(
+    model: nn.Module, adapter_name: str, layers: dict[str, LoRALayer], own: dict[str, frozenset[str]]
+) -> None:
+    """Put the planned `layers`, and copies of what else is the adapter's own, into `model`, and freeze all the rest.
+
+    The adapters of the layers get memory and are drawn. ValueError: parts of two adapters would contain one another;
+    nothing has been changed then.
+    """
+    modules = base_modules(model)
+    _check_nesting(modules, own)
     for layer in layers.values():
         weight = layer._base_weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        for name in ("lora_A", "lora_B"):
-            if name in layer._parameters:
-                empty = torch.empty(layer._parameters[name].shape, device=weight.device, dtype=dtype)
-                setattr(layer, name, nn.Parameter(empty))
+        for name in LORA_NAMES & layer._parameters.keys():
+            empty = torch.empty(layer._parameters[name].shape, device=weight.device, dtype=dtype)
+            layer._parameters[name] = nn.Parameter(empty)
         layer.reset_lora_parameters()
+    adopt(model)
+    exchange(model, lambda slot: slot.base)
     model.requires_grad_(False)
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            parent._modules[name] = replaced.get(id(child), child)
+    for name, keys in own.items():
+        module = modules[name]
+        slot = slot_of(module) or Slot(module)
+        if adapter_name not in slot.parts:  # one module can have two names
+            add_part(slot, adapter_name, keys, layers.get(name))
+    set_adapter(model, adapter_name)
+
+
+def _targets(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    target_modules: Sequence[str] | str | None,
+    exclude_modules: Sequence[str] | str | None,
+    saved: list[str],
+) -> list[str]:
+    if target_modules is None:
+        target_modules = default_target_modules(model)
+    # A module has several names where it is used twice; the first is the one to report.
+    first = {name for name, _ in model.named_modules()}
+    modules = {name: module for name, module in modules.items() if name in first}
+    heads = [*saved]
+    if target_modules == ALL_LINEAR:
+        heads += default_modules_to_save(model)
+        last = output_layer(model)
+        names = [name for name, m in model.named_modules() if name in modules and m is not last]
+        names = [name for name in names if isinstance(modules[name], nn.Linear) or is_conv1d(modules[name])]
+    else:
+        names = match_names(modules, target_modules, "target_modules")
+    excluded = match_names(modules, exclude_modules, "exclude_modules") if exclude_modules else []
+    inside = [name for name in names if any(f"{name}.".startswith(f"{head}.") for head in heads)]
+    left = [name for name in names if name not in excluded and name not in inside]
+    if not left:
+        raise ValueError(
+            f"target_modules={target_modules!r}: nothing is left of {_some(names) or 'it'} after exclude_modules="
+            f"{exclude_modules!r} and the modules trained whole, {_some(heads) or 'none'}"
+        )
+    return left
+
+
+def _fused(modules: dict[str, nn.Module], name: str, enable_lora: Sequence[bool] | None) -> dict:
+    if enable_lora is None:
+        return {}
+    layout = fused_layout(modules[name.rpartition(".")[0]], name, modules[name])
+    if layout is None:
+        return {}
+    sizes, turns = layout
+    fused: dict = {"enable_lora": list(enable_lora)[-len(sizes) :]}
+    if len(set(sizes)) > 1 or turns > 1:
+        fused.update(group_sizes=sizes, interleave=turns)
+    return fused
+
+
+def _apply_pattern(specs: dict[str, dict], pattern: dict | None, argument: str, key: str) -> None:
+    matched = set()
+    for name, spec in specs.items():
+        matching = match_pattern(pattern or {}, name)
+        if matching is not None:
+            matched.add(matching)
+            spec[key] = pattern[matching]
+    unmatched = sorted((pattern or {}).keys() - matched)
+    if unmatched:
+        near = {close for part in unmatched for close in difflib.get_close_matches(part, list(specs), cutoff=0.4)}
+        raise ValueError(
+            f"{argument}: {_some(unmatched)!r} applies to none of the targets, or a pattern before it always does; "
+            f"the targets are {_some(sorted(near) or specs)}"
+        )
+
+
+def match_pattern(pattern: Iterable[str], name: str) -> str | None:
+    """Return the first key of a rank or alpha pattern that means the layer `name`, as PEFT reads them.
+
+    >>> match_pattern({"fc": 4, r"layers\\.[01]\\.v": 8}, "layers.1.v")
+    'layers\\\\.[01]\\\\.v'
+    """
+    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", name)), None)
 
 
 def _wrap(name: str, module: nn.Module, spec: dict, merge_weights: bool) -> LoRALayer:
-    spec = dict(spec, merge_weights=merge_weights, device="meta")
-    cls = Linear if _is_conv1d(module) else _LAYERS.get(type(module))
+    weight = module._parameters.get("weight")
+    merge_weights = merge_weights and not (weight is not None and is_quantized(weight))
+    spec = dict(spec, device="meta", merge_weights=merge_weights)
+    scaling = spec.pop("scaling", None)
+    transposed = is_conv1d(module) or getattr(module, "fan_in_fan_out", False)
+    if is_conv1d(module) or is_linear(module):
+        cls: type[LoRALayer] | None = Linear
+    elif isinstance(module, LoRALayer):  # made by hand, without its adapter
+        cls = _LAYERS[module._plain_class]
+    else:
+        cls = _LAYERS.get(type(module))
     if cls is Linear and "enable_lora" in spec:
         cls = MergedLinear
     if cls is Embedding:
         spec.pop("lora_dropout")
-    if _is_conv1d(module):
-        in_features, out_features = module.weight.shape
-        layer = cls(in_features, out_features, fan_in_fan_out=True, **spec)
-    elif cls is not None:
-        layer = cls(**constructor_arguments(module, cls._plain_arguments), **spec)
-    else:
+    if cls is None:
         allowed = ", ".join(f"nn.{plain.__name__}" for plain in _LAYERS)
-        raise TypeError(f"{name} is a {type(module).__name__}, which LoRA cannot adapt; {allowed} and Conv1D it can")
-    layer._parameters.update(module._parameters)
-    shell = copy.copy(module)
-    shell._parameters = dict.fromkeys(module._parameters)
-    layer.__dict__["_shell"] = shell  # past nn.Module, which would register it
+        raise TypeError(
+            f"{name} is a {type(module).__name__}, which LoRA cannot adapt; {allowed} and Conv1D it can. "
+            "exclude_modules leaves layers out"
+        )
+    if transposed:
+        spec["fan_in_fan_out"] = True
+    if is_conv1d(module):
+        arguments = dict(zip(("in_features", "out_features"), module.weight.shape, strict=True))
+    else:
+        arguments = constructor_arguments(module, cls._plain_arguments)
+    layer = cls(**arguments, **spec)
+    layer._parameters.update({key: value for key, value in module._parameters.items() if key not in LORA_NAMES})
+    if scaling is not None:
+        layer.scaling = scaling
     return layer.train(module.training)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    # Hugging Face's class, known by its shape because the library does not import transformers.
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and module.weight.dim() == 2
-
-
-def _fused(name: str, module: nn.Module, enable_lora: Sequence[bool] | None) -> dict:
-    if enable_lora is None or name.rsplit(".", 1)[-1] != "c_attn" or not _is_conv1d(module):
-        return {}
-    # q, k, v in self-attention; k, v where GPT-2 attends to another sequence.
-    groups = module.weight.shape[1] // module.weight.shape[0]
-    return {"enable_lora": list(enable_lora)[-groups:]}
+def _check_nesting(modules: dict[str, nn.Module], own: dict[str, frozenset[str]]) -> None:
+    # Of two parts, one inside the other, the inner one would be lost whenever the outer one is exchanged.
+    whole = {name for name, keys in own.items() if keys >= set(modules[name].state_dict())}
+    taken = {name: slot_of(module) for name, module in modules.items()}
+    taken = {name: slot for name, slot in taken.items() if slot}
+    taken_whole = {
+        name
+        for name, slot in taken.items()
+        if any(part.own >= set(slot.base.state_dict()) for part in slot.parts.values())
+    }
+    for outer, inner in [(o, i) for o in whole for i in taken] + [(o, i) for o in taken_whole for i in own]:
+        if inner.startswith(outer + "."):
+            raise ValueError(
+                f"{outer} is trained whole by one adapter and {inner}, inside it, is part of another; "
+                "delete one of the two first"
+            )
 
 
 def _matrix_shape(layer: LoRALayer) -> tuple[int, int]:
     if isinstance(layer, MergedLinear):
-        return layer.in_features, layer.out_features // len(layer.enable_lora)
+        return layer.in_features, max(layer.group_sizes)
     weight = layer._base_weight
     return weight.shape[0], weight[0].numel()
 

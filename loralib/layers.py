@@ -2,7 +2,8 @@
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, section 4.1. W and b belong to the
 replaced layer and stay frozen; A and B are trained. The axes below: i `in_features`, o `out_features`, r the rank,
-V `num_embeddings`, d `embedding_dim`, g the size of one group of a fused projection, n the number of adapted groups.
+V `num_embeddings`, d `embedding_dim`, g the rows of one adapted group of a fused projection (all of one size, unless
+`group_sizes` says otherwise), n the number of adapted groups.
 
 | layer        | weight                | lora_A    | lora_B    | starts as        |
 |--------------|-----------------------|-----------|-----------|------------------|
@@ -31,7 +32,6 @@ optimizer without a forward before it) shows after the next `train()`, `eval()` 
 """
 
 import contextlib
-import copy
 import math
 import numbers
 from collections.abc import Sequence
@@ -70,8 +70,6 @@ class LoRALayer:
     merged = False
     _disabled = False
     _merge_cache: tuple | None = None
-    # An injected layer keeps its original without the parameters, for plain_layer().
-    _shell: nn.Module | None = None
     # The class a subclass extends and the names of its arguments, `bias` aside.
     _plain_class: type[nn.Module]
     _plain_arguments: tuple[str, ...]
@@ -164,23 +162,20 @@ class LoRALayer:
         self.merged = not mode and (self.merged or self.merge_weights)
         return self
 
-    def plain_layer(self, merged: bool = False) -> nn.Module:
-        """Return the layer without its adapter: the class it had before injection, on the same Parameter objects.
-
-        `merged` says that the adapter has been added to the weight for good.
+    def plain_layer(self) -> nn.Module:
+        """Return the `torch.nn` layer that this one is without its adapter, on the same Parameter objects.
 
         >>> Linear(4, 6, r=2).plain_layer()
         Linear(in_features=4, out_features=6, bias=True)
         """
-        if self._shell is None:
-            plain = self._plain_class(**constructor_arguments(self, self._plain_arguments), device="meta")
-        else:
-            plain = copy.copy(self._shell)
+        plain = self._plain_class(**constructor_arguments(self, self._plain_arguments), device="meta")
         plain._parameters = {name: self._parameters[name] for name in plain._parameters}
         return plain.train(self.training)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"r={self.r}", f"lora_alpha={self.lora_alpha}"]
+        if self.has_adapter and self.scaling != self.lora_alpha / self.r:
+            parts.append(f"scaling={self.scaling:.6g}")
         return ", ".join(parts + self._extra_repr() + (["merged"] if self.merged else []))
 
     def _extra_repr(self) -> list[str]:
@@ -221,6 +216,8 @@ class LoRALayer:
 
     def _merge(self, base: Tensor) -> Tensor:
         delta = self.delta_weight()
+        if is_quantized(base):
+            base = base.dequantize()
         return (base.to(torch.promote_types(base.dtype, delta.dtype)) + delta).to(base.dtype)
 
     def _cache_key(self) -> tuple:
@@ -271,6 +268,15 @@ def constructor_arguments(layer: nn.Module, names: tuple[str, ...]) -> dict:
     if "bias" in layer._parameters:
         arguments["bias"] = layer.bias is not None
     return arguments
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether `weight` is of a tensor subclass that stores rounded values and knows how to restore them (torchao).
+
+    >>> is_quantized(nn.Linear(4, 4).weight)
+    False
+    """
+    return type(weight).dequantize is not Tensor.dequantize
 
 
 def _full_precision(device: torch.device):
@@ -343,9 +349,9 @@ class _Linear(LoRALayer, nn.Linear):
         delta = self._full_B(B) @ A
         return delta.T if self.fan_in_fan_out else delta
 
-    def plain_layer(self, merged: bool = False) -> nn.Module:
-        plain = super().plain_layer(merged)
-        if self.fan_in_fan_out and self._shell is None:
+    def plain_layer(self) -> nn.Module:
+        plain = super().plain_layer()
+        if self.fan_in_fan_out:
             plain.weight = nn.Parameter(self._base_weight.detach().T.contiguous(), requires_grad=False)
         return plain
 
@@ -390,12 +396,18 @@ class Linear(_Linear):
 class MergedLinear(_Linear):
     """A linear layer that computes several projections at once, some of them with a low-rank update of their own.
 
-    (..., in_features) -> (..., out_features), the output being `len(enable_lora)` groups of equal size, such as q, k
-    and v of GPT-2's `c_attn`. Section 4.2 of the paper adapts q and v.
+    (..., in_features) -> (..., out_features), the output being `len(enable_lora)` groups, such as q, k and v of GPT-2's
+    `c_attn`. Section 4.2 of the paper adapts q and v.
 
     >>> layer = MergedLinear(128, 384, r=2, enable_lora=[True, False, True])
     >>> layer.lora_A.shape, layer.lora_B.shape
     (torch.Size([4, 128]), torch.Size([256, 2]))
+
+    Four query heads of size 32 that share one key and one value head:
+
+    >>> layer = MergedLinear(128, 192, r=2, enable_lora=[True, False, True], group_sizes=[128, 32, 32])
+    >>> layer.lora_A.shape, layer.lora_B.shape
+    (torch.Size([4, 128]), torch.Size([160, 2]))
 
     Args:
         in_features, out_features: sizes of the last axis of input and output.
@@ -403,11 +415,14 @@ class MergedLinear(_Linear):
         lora_alpha, lora_dropout, merge_weights: see `LoRALayer`.
         enable_lora: for each group whether it is adapted; with none the layer is a plain one.
         fan_in_fan_out: store `weight` as (in_features, out_features).
+        group_sizes: how many rows each group has; equal shares of `out_features` if not given.
+        interleave: in how many turns the groups take their rows. 1: all of q, all of k, all of v. The number of heads:
+            q, k, v of the first head, then of the second, as GPT-NeoX has it. `lora_B` is ordered by groups always.
         **kwargs: `bias`, `device`, `dtype` of `nn.Linear`.
 
     Raises:
-        TypeError: see `LoRALayer`; or an entry of `enable_lora` is no boolean.
-        ValueError: see `LoRALayer`; or `enable_lora` is empty or its length does not divide `out_features`.
+        TypeError: see `LoRALayer`; or an entry of `enable_lora` is no boolean, of `group_sizes` no integer.
+        ValueError: see `LoRALayer`; or the groups do not add up to `out_features` or do not divide by `interleave`.
     """
 
     def __init__(
@@ -420,37 +435,69 @@ class MergedLinear(_Linear):
         enable_lora: Sequence[bool] = (False,),
         fan_in_fan_out: bool = False,
         merge_weights: bool = True,
+        group_sizes: Sequence[int] | None = None,
+        interleave: int = 1,
         **kwargs,
     ):
         check_hyperparameters(r, lora_alpha, lora_dropout)
         enable_lora = _as_booleans(enable_lora)
-        if not enable_lora or out_features % len(enable_lora):
-            raise ValueError(
-                f"enable_lora={enable_lora}: its length must divide out_features={out_features}, one entry per group"
-            )
-        adapted = sum(enable_lora)
-        shapes = (r * adapted, in_features), (out_features // len(enable_lora) * adapted, r)
+        group_sizes = _group_sizes(out_features, enable_lora, group_sizes, interleave)
+        enabled_sizes = [size for size, enabled in zip(group_sizes, enable_lora, strict=True) if enabled]
+        shapes = (r * len(enabled_sizes), in_features), (sum(enabled_sizes), r)
         super().__init__(
             in_features, out_features, r, lora_alpha, lora_dropout, fan_in_fan_out, merge_weights, shapes, **kwargs
         )
         self.enable_lora = enable_lora
+        self.group_sizes = group_sizes
+        self.interleave = interleave
 
     def _full_B(self, B: Tensor) -> Tensor:
         # Each block on its group's rows and columns, zero elsewhere: (n g, r) -> (o, n r).
-        adapted = sum(self.enable_lora)
-        size = self.out_features // len(self.enable_lora)
-        blocks = iter(enumerate(B.split(size)))
-        rows = []
-        for enabled in self.enable_lora:
+        adapted, column, start, rows = sum(self.enable_lora), 0, 0, []
+        for size, enabled in zip(self.group_sizes, self.enable_lora, strict=True):
             if enabled:
-                column, block = next(blocks)
-                rows.append(F.pad(block, (column * self.r, (adapted - 1 - column) * self.r)))
+                rows.append(F.pad(B[start : start + size], (column * self.r, (adapted - 1 - column) * self.r)))
+                column, start = column + 1, start + size
             else:
                 rows.append(B.new_zeros(size, adapted * self.r))
+        if self.interleave > 1:
+            rows = [group.unflatten(0, (self.interleave, -1)) for group in rows]
+            return torch.cat(rows, 1).flatten(0, 1)
         return torch.cat(rows)
 
     def _extra_repr(self) -> list[str]:
-        return [f"enable_lora={self.enable_lora}", *super()._extra_repr()]
+        parts = [f"enable_lora={self.enable_lora}"]
+        if len(set(self.group_sizes)) > 1:
+            parts.append(f"group_sizes={self.group_sizes}")
+        if self.interleave > 1:
+            parts.append(f"interleave={self.interleave}")
+        return [*parts, *super()._extra_repr()]
+
+
+def _group_sizes(
+    out_features: int, enable_lora: list[bool], group_sizes: Sequence[int] | None, interleave: int
+) -> list[int]:
+    groups = len(enable_lora)
+    if isinstance(interleave, bool) or not isinstance(interleave, numbers.Integral):
+        raise TypeError(f"interleave={interleave!r}: must be an integer, not {type(interleave).__name__}")
+    if interleave < 1:
+        raise ValueError(f"interleave={interleave}: must be at least 1")
+    if group_sizes is None:
+        if not groups or out_features % groups:
+            raise ValueError(
+                f"enable_lora={enable_lora}: its length must divide out_features={out_features}, one entry per group"
+            )
+        group_sizes = [out_features // groups] * groups
+    if not all(isinstance(size, numbers.Integral) and not isinstance(size, bool) for size in group_sizes):
+        raise TypeError(f"group_sizes={group_sizes!r}: every entry must be an integer, the rows of one group")
+    if len(group_sizes) != groups or sum(group_sizes) != out_features or min(group_sizes) < 1:
+        raise ValueError(
+            f"group_sizes={list(group_sizes)}: must be one positive size for each of the {groups} entries of "
+            f"enable_lora, {out_features} (out_features) in all"
+        )
+    if any(size % interleave for size in group_sizes):
+        raise ValueError(f"interleave={interleave}: must divide every size of a group, {list(group_sizes)}")
+    return list(group_sizes)
 
 
 def _as_booleans(enable_lora: Sequence[bool]) -> list[bool]:
@@ -535,12 +582,6 @@ class Embedding(LoRALayer, nn.Embedding):
 
     def _delta(self, A: Tensor, B: Tensor) -> Tensor:
         return (B @ A).T
-
-    def plain_layer(self, merged: bool = False) -> nn.Module:
-        plain = super().plain_layer(merged)
-        if merged:  # the rows were bounded before the update came on top
-            plain.max_norm = None
-        return plain
 
 
 class _Conv(LoRALayer):

@@ -9,8 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from loralib.inject import DEFAULT_TARGET_MODULES, inject_lora, match_names
-from loralib.layers import LoRALayer
+from loralib.adapters import (
+    LORA_NAMES,
+    active_parts,
+    base_modules,
+    exchange,
+    exchanged,
+    replace_modules,
+    slot_of,
+    without_heads,
+)
+from loralib.architectures import DEFAULT_TARGET_MODULES
+from loralib.inject import check_bias_mode, inject_lora, is_bias, match_names
+from loralib.layers import LoRALayer, is_quantized
 
 __all__ = [
     "count_parameters",
@@ -22,8 +33,6 @@ __all__ = [
     "unload",
     "unmerge_lora_weights",
 ]
-
-_BIAS_MODES = ("none", "all", "lora_only")
 
 
 def mark_only_lora_as_trainable(
@@ -39,9 +48,11 @@ def mark_only_lora_as_trainable(
 
     Args:
         model: a Hugging Face model of a known architecture without LoRA layers is given its default adapters first,
-            with a `UserWarning`; any other model without LoRA layers has none to train, with a `UserWarning`.
+            with a `UserWarning`; any other model without LoRA layers has none to train, with a `UserWarning`. The
+            heads and biases that `inject_lora` gave to the active adapter count as part of it.
         bias: "none"; "all", every bias of the model; or "lora_only", the biases of the LoRA layers.
         modules_to_save: modules to train whole, such as a classifier head, named as `inject_lora` names targets.
+            Unlike those of `inject_lora` they are trained in place, not in a copy.
 
     Raises:
         ValueError: `bias` is none of the three, or an entry of `modules_to_save` matches nothing. Nothing has been
@@ -80,7 +91,10 @@ def lora_state_dict(
         ValueError: as `mark_only_lora_as_trainable`.
     """
     trained = trained_names(model, bias, modules_to_save)
-    return {name: tensor for name, tensor in model.state_dict().items() if name in trained}
+    state = model.state_dict()
+    for path, part in active_parts(model).items():  # which are not all in the model while adapters are disabled
+        state.update(part.module.state_dict(prefix=path + "."))
+    return {name: tensor for name, tensor in state.items() if name in trained}
 
 
 def merge_lora_weights(model: nn.Module) -> nn.Module:
@@ -114,10 +128,11 @@ def unmerge_lora_weights(model: nn.Module) -> nn.Module:
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
-    """Add every adapter to its weight for good and put plain layers back; return the model.
+    """Add the active adapter to the base for good and put plain layers back; return the model.
 
-    The layers have their original classes and Parameter objects; no LoRA parameters and no second copy of the weights
-    remain. A weight that another layer uses too stays with that layer, and the adapted one gets a weight of its own.
+    The layers have their original classes and Parameter objects, and heads and biases of the adapter its values; no
+    LoRA parameters, no second copy of the weights and no other adapters remain. A weight that another layer uses too
+    stays with that layer, and the adapted one gets a weight of its own.
 
     >>> import loralib as lora
     >>> lora.merge_and_unload(nn.Sequential(lora.Linear(8, 8, r=2)))
@@ -126,14 +141,23 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     )
 
     Raises:
-        ValueError: an adapter holds NaN or infinity. Nothing has been changed then.
+        ValueError: an adapter holds NaN or infinity, or a weight is quantised. Nothing has been changed then.
     """
     _check_finite(model)
-    return _put_plain_layers(model, merge=True)
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoRALayer) and layer.has_adapter and is_quantized(layer._base_weight):
+            raise ValueError(
+                f"{path}: the weight is quantised ({type(layer._base_weight).__name__}), and the sum would have to be "
+                "rounded to it; nothing was merged. Keep the adapter apart, or load the base in floating point"
+            )
+    _add_to_base(model)
+    return unload(model)
 
 
 def unload(model: nn.Module) -> nn.Module:
     """Drop every adapter and put plain layers back, the base bit for bit as it was; return the model.
+
+    Heads and biases that were trained in place, as `mark_only_lora_as_trainable` has them, stay as they are.
 
     >>> import loralib as lora
     >>> lora.unload(nn.Sequential(lora.Linear(8, 8, r=2)))
@@ -141,12 +165,17 @@ def unload(model: nn.Module) -> nn.Module:
       (0): Linear(in_features=8, out_features=8, bias=True)
     )
     """
-    return _put_plain_layers(model, merge=False)
+    exchange(model, lambda slot: slot.base)
+    for module in model.modules():
+        module.__dict__.pop("_slot", None)
+    plain = {id(layer): layer.plain_layer() for layer in _lora_layers(model)}
+    replace_modules(model, plain)
+    return plain.get(id(model), model)
 
 
 @contextlib.contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the `with` block every LoRA layer computes its base alone, merged or not.
+    """Within the `with` block the model computes its base alone, merged or not, and with the heads of the base.
 
     >>> import loralib as lora
     >>> layer, x = lora.Linear(4, 4, r=2), torch.ones(1, 4)
@@ -159,7 +188,8 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     try:
         for layer, _ in before:
             layer._disabled = True
-        yield model
+        with without_heads(model):
+            yield model
     finally:
         for layer, disabled in before:
             layer._disabled = disabled
@@ -192,8 +222,7 @@ def _lora_layers(model: nn.Module) -> list[LoRALayer]:
 
 def trained_names(model: nn.Module, bias: str, modules_to_save: Sequence[str] | str | None) -> set[str]:
     """Return the state-dict names of what `mark_only_lora_as_trainable` trains and `lora_state_dict` holds."""
-    if bias not in _BIAS_MODES:
-        raise ValueError(f"bias={bias!r}: must be one of {', '.join(map(repr, _BIAS_MODES))}")
+    check_bias_mode(bias)
     modules = dict(model.named_modules(remove_duplicate=False))
     names = set()
     for prefix, module in modules.items():
@@ -201,22 +230,19 @@ def trained_names(model: nn.Module, bias: str, modules_to_save: Sequence[str] | 
         for name, parameter in module._parameters.items():
             is_lora = isinstance(module, LoRALayer)
             adapter = is_lora and name.startswith("lora_")
-            chosen_bias = _is_bias(name) and (bias == "all" or (bias == "lora_only" and is_lora))
+            chosen_bias = is_bias(name) and (bias == "all" or (bias == "lora_only" and is_lora))
             if parameter is not None and (adapter or chosen_bias):
                 names.add(dot + name)
     for prefix in match_modules_to_save(model, modules_to_save):
         names.update(f"{prefix}.{name}" for name in modules[prefix].state_dict())
+    for prefix, part in active_parts(model).items():
+        names.update(f"{prefix}.{name}" for name in part.own)
     return names
 
 
 def match_modules_to_save(model: nn.Module, modules_to_save: Sequence[str] | str | None) -> list[str]:
     """Return the full names of the modules that `modules_to_save` means."""
-    names = dict(model.named_modules(remove_duplicate=False))
-    return match_names(names, modules_to_save, "modules_to_save") if modules_to_save else []
-
-
-def _is_bias(name: str) -> bool:
-    return name == "bias" or name.startswith("bias_") or name.endswith("_bias")
+    return match_names(base_modules(model), modules_to_save, "modules_to_save") if modules_to_save else []
 
 
 def _check_finite(model: nn.Module) -> None:
@@ -231,23 +257,30 @@ def _check_finite(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _put_plain_layers(model: nn.Module, merge: bool) -> nn.Module:
-    uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-    plain_layers = {}
+def _add_to_base(model: nn.Module) -> None:
+    with exchanged(model, lambda slot: slot.base):
+        uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+
+    def put(module: nn.Module, name: str, value: Tensor) -> None:
+        tensor = module._parameters.get(name, module._buffers.get(name))
+        if uses[id(tensor)] > 1:
+            setattr(module, name, nn.Parameter(value.clone(), requires_grad=tensor.requires_grad))
+            _untie(model)
+        else:
+            tensor.copy_(value)
+
     for layer in _lora_layers(model):
-        weight = layer._base_weight
-        if merge and layer.has_adapter:
-            merged = layer._merge(weight)
-            if uses[id(weight)] == 1:
-                weight.copy_(merged)
-            else:
-                layer.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
-                _untie(model)
-        plain_layers[id(layer)] = layer.plain_layer(merged=merge)
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            parent._modules[name] = plain_layers.get(id(child), child)
-    return plain_layers.get(id(model), model)
+        if layer.has_adapter:
+            put(layer, "weight", layer._merge(layer._base_weight))
+            slot = slot_of(layer)
+            for plain in (layer, slot.base if slot else layer):
+                if isinstance(plain, nn.Embedding):
+                    plain.max_norm = None  # the rows were bounded before the update came on top
+    for part in active_parts(model).values():
+        base, values = slot_of(part.module).base, part.module.state_dict()
+        for key in part.own - LORA_NAMES:
+            owner, _, name = key.rpartition(".")
+            put(base.get_submodule(owner), name, values[key])
 
 
 def _untie(model: nn.Module) -> None:
@@ -256,5 +289,5 @@ def _untie(model: nn.Module) -> None:
         model.config.tie_word_embeddings = False
         warnings.warn(
             "the merged embedding no longer equals the output layer's weight: set config.tie_word_embeddings to False",
-            stacklevel=4,
+            stacklevel=5,
         )

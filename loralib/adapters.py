@@ -1,0 +1,248 @@
+"""Several adapters on one base: what each puts into the model, and which of them is there.
+
+A model that adapters were put into has slots: places where each adapter has a module of its own (a LoRA layer, a copy
+of a head, a layer with its own bias), and where the original module goes back when no adapter is active. Switching
+exchanges these modules. They share the Parameters of the base, so an adapter costs its own tensors only, and
+`state_dict()` holds the active adapter alone, under the plain names.
+"""
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from loralib.layers import LoRALayer
+
+__all__ = ["active_adapter", "delete_adapter", "list_adapters", "set_adapter"]
+
+DEFAULT_NAME = "default"
+LORA_NAMES = frozenset({"lora_A", "lora_B"})
+
+
+class Part(NamedTuple):
+    """What an adapter puts into one slot: the module, and those names of its state dict that are the adapter's own."""
+
+    module: nn.Module
+    own: frozenset[str]
+
+
+class Slot:
+    """One place of a model: the module that was there first, each adapter's part by name, and the active adapter."""
+
+    def __init__(self, base: nn.Module):
+        self.base = base
+        self.parts: dict[str, Part] = {}
+        self.active: str | None = None
+        base.__dict__["_slot"] = self  # past nn.Module, which would register modules inside
+
+    def add(self, name: str, module: nn.Module, own: frozenset[str]) -> None:
+        module.__dict__["_slot"] = self
+        self.parts[name] = Part(module, own)
+
+    def module(self, name: str | None) -> nn.Module:
+        """What belongs here while adapter `name` (None: no adapter) is active."""
+        return self.parts[name].module if name in self.parts else self.base
+
+    def own(self, module: nn.Module) -> frozenset[str]:
+        return next((part.own for part in self.parts.values() if part.module is module), frozenset())
+
+
+def list_adapters(model: nn.Module) -> list[str]:
+    """Return the names of the adapters of `model`, sorted; LoRA layers made by hand are called "default".
+
+    >>> import loralib as lora
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    >>> lora.inject_lora(model, r=2, target_modules=["0"], adapter_name="sst2")
+    ['0']
+    >>> lora.inject_lora(model, r=4, target_modules=["0", "1"], adapter_name="mrpc")
+    ['0', '1']
+    >>> lora.list_adapters(model), lora.active_adapter(model)
+    (['mrpc', 'sst2'], 'mrpc')
+    >>> lora.set_adapter(model, "sst2")
+    >>> model[0].r, model[1]
+    (2, Linear(in_features=8, out_features=4, bias=True))
+    >>> lora.delete_adapter(model, "mrpc")
+    >>> lora.list_adapters(model)
+    ['sst2']
+    """
+    names = {name for slot in _slots(model) for name in slot.parts}
+    return sorted(names | ({DEFAULT_NAME} if _made_by_hand(model) else set()))
+
+
+def active_adapter(model: nn.Module) -> str | None:
+    """Return the name of the adapter that `model` computes with; None if it has none. Example: `list_adapters`."""
+    for slot in _slots(model):
+        return slot.active
+    return DEFAULT_NAME if _made_by_hand(model) else None
+
+
+def set_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Make `adapter_name` the adapter that `model` computes with, trains and saves, its head and biases included.
+
+    Nothing is copied or loaded; the modes (training, merged) carry over. In eval the layers of an adapter that merges
+    (`merge_weights`) are merged at the next forward, which takes a copy of the adapted weights; adapters that take
+    turns are better loaded with `merge_weights=False`. Example: see `list_adapters`.
+
+    Raises:
+        ValueError: `model` has no such adapter. Nothing has been changed then.
+    """
+    _check_present(model, adapter_name)
+    slots = _slots(model)
+    exchange(model, lambda slot: slot.module(adapter_name))
+    for slot in slots:
+        slot.active = adapter_name
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Drop an adapter that is not active, and its tensors. Example: see `list_adapters`.
+
+    Raises:
+        ValueError: `model` has no such adapter, or it is the active one. Nothing has been changed then.
+    """
+    _check_present(model, adapter_name)
+    if adapter_name == active_adapter(model):
+        raise ValueError(
+            f"adapter {adapter_name!r} is active; call lora.set_adapter(model, ...) with another one first "
+            f"({', '.join(list_adapters(model))}), or lora.unload(model) to drop all"
+        )
+    for slot in _slots(model):
+        slot.parts.pop(adapter_name, None)
+        if not slot.parts:
+            del slot.base.__dict__["_slot"]
+
+
+def add_part(slot: Slot, name: str, own: frozenset[str], layer: LoRALayer | None = None) -> nn.Module:
+    """Give adapter `name` its part in `slot`: `layer`, or else a copy of the base with `own` tensors."""
+    base = slot.base
+    whole = layer is None and own >= set(base.state_dict())
+    # The slot is shared, not copied.
+    module = layer or (copy.deepcopy(base, {id(slot): slot}) if whole else copy.copy(base))
+    if not whole:
+        module._parameters = dict(module._parameters)
+        for key in own - LORA_NAMES:
+            module._parameters[key] = nn.Parameter(base._parameters[key].detach().clone())
+    for key, parameter in module.named_parameters():
+        if key in own and parameter.is_floating_point():
+            parameter.requires_grad = True
+    slot.add(name, module, own)
+    return module
+
+
+def slot_of(module: nn.Module) -> Slot | None:
+    return module.__dict__.get("_slot")
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of `model` by name, under all their names, as they are while no adapter is active."""
+    modules, inside = {}, []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not any(name.startswith(prefix) for prefix in inside):
+            slot = slot_of(module)
+            modules[name] = slot.base if slot else module
+            if isinstance(module, LoRALayer):  # its dropout is nobody's target
+                inside.append(name + ".")
+    return modules
+
+
+def active_parts(model: nn.Module) -> dict[str, Part]:
+    """Return what the active adapter has in the slots of `model`, by name, whether or not it is disabled just now."""
+    slots = {name: slot_of(module) for name, module in model.named_modules(remove_duplicate=False)}
+    return {name: slot.parts[slot.active] for name, slot in slots.items() if slot and slot.active in slot.parts}
+
+
+def adopt(model: nn.Module) -> None:
+    """Make slots for the LoRA layers that `model` was built with, so that other adapters can take their place."""
+    for layer in _made_by_hand(model):
+        base = copy.copy(layer)
+        base._parameters = {key: value for key, value in layer._parameters.items() if key not in LORA_NAMES}
+        base._modules = {**layer._modules, "lora_dropout": nn.Identity()}
+        base.r, base.scaling = 0, 0.0
+        slot = Slot(base)
+        slot.add(DEFAULT_NAME, layer, LORA_NAMES)
+        slot.active = DEFAULT_NAME
+
+
+def exchange(model: nn.Module, choose: Callable[[Slot], nn.Module]) -> None:
+    """Put `choose(slot)` into every slot of `model`."""
+    replacements = {}
+    for module in model.modules():
+        slot = slot_of(module)
+        if slot is not None and choose(slot) is not module:
+            replacements[id(module)] = choose(slot)
+            _hand_over(slot, module, choose(slot))
+    replace_modules(model, replacements)
+
+
+@contextlib.contextmanager
+def exchanged(model: nn.Module, choose: Callable[[Slot], nn.Module]) -> Iterator[None]:
+    """Within the block the slots hold what `choose` says, afterwards the active adapter's modules again."""
+    exchange(model, choose)
+    try:
+        yield
+    finally:
+        exchange(model, lambda slot: slot.module(slot.active))
+
+
+def without_heads(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Within the block the slots hold the base wherever the active adapter owns more than `lora_A` and `lora_B`."""
+    return exchanged(model, lambda slot: slot.base if _owns_more(slot) else slot.module(slot.active))
+
+
+def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
+    """Put `replacements[id(module)]` in the place of `module`, everywhere below `model`."""
+    if replacements:
+        for parent in list(model.modules()):
+            for name, child in parent._modules.items():
+                parent._modules[name] = replacements.get(id(child), child)
+
+
+def _owns_more(slot: Slot) -> bool:
+    return slot.active in slot.parts and bool(slot.parts[slot.active].own - LORA_NAMES)
+
+
+def _hand_over(slot: Slot, old: nn.Module, new: nn.Module) -> None:
+    # The modules outside the model miss what is done to it. Shared Parameters may have been replaced, ...
+    own = slot.own(old) | slot.own(new)
+    for key, parameter in old._parameters.items():
+        if key not in own and key in new._parameters:
+            new._parameters[key] = parameter
+    # ... those of one's own stay behind on a device or in a dtype, ...
+    before = dict(_tensors(old))
+    for key, tensor in _tensors(new):
+        like = before.get(key)
+        device = next(iter(before.values()), tensor).device if like is None else like.device
+        dtype = tensor.dtype if like is None else like.dtype
+        if (tensor.device, tensor.dtype) != (device, dtype) and not tensor.is_meta:
+            tensor.data = tensor.data.to(device, dtype)
+    # ... and the modes are those of the last time.
+    if new.training != old.training:
+        new.train(old.training)
+    if isinstance(old, LoRALayer):
+        old._merge_cache = None
+        if isinstance(new, LoRALayer):
+            new.merged = old.merged
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return itertools.chain(module.named_parameters(), module.named_buffers())
+
+
+def _slots(model: nn.Module) -> list[Slot]:
+    return [slot for slot in map(slot_of, model.modules()) if slot is not None]
+
+
+def _made_by_hand(model: nn.Module) -> list[LoRALayer]:
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, LoRALayer) and module.has_adapter and slot_of(module) is None
+    ]
+
+
+def _check_present(model: nn.Module, adapter_name: str) -> None:
+    names = list_adapters(model)
+    if adapter_name not in names:
+        raise ValueError(f"no adapter {adapter_name!r}; the model has {', '.join(map(repr, names)) or 'none'}")

@@ -1,0 +1,125 @@
+"""What is known of Hugging Face architectures: which layers to adapt, how fused projections lie, what the head is.
+
+Models are recognised by `config.model_type` and by class names, because the library does not import transformers.
+"""
+
+from collections.abc import Callable
+
+from torch import nn
+
+# Query and value projections, which section 4.2 of the paper adapts, by `config.model_type`. Of the names given, a
+# model has those of its version of transformers.
+DEFAULT_TARGET_MODULES = {
+    **dict.fromkeys(["gpt2", "gpt_bigcode"], ["c_attn"]),
+    **dict.fromkeys(["gpt_neox", "falcon", "bloom"], ["query_key_value"]),
+    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra", "albert"], ["query", "value"]),
+    **dict.fromkeys(["llama", "mistral", "mixtral", "qwen2", "qwen3", "phi"], ["q_proj", "v_proj"]),
+    **dict.fromkeys(["gemma", "gemma2", "gemma3_text"], ["q_proj", "v_proj"]),
+    **dict.fromkeys(["opt", "gpt_neo", "gptj", "bart", "mbart", "whisper"], ["q_proj", "v_proj"]),
+    **dict.fromkeys(["t5", "mt5"], ["q", "v"]),
+    "deberta-v2": ["query_proj", "value_proj"],
+    "distilbert": ["q_lin", "v_lin"],
+    "mpt": ["Wqkv"],
+    "phi3": ["qkv_proj"],
+    "vit": ["query", "value", "q_proj", "v_proj"],
+}  # fmt: skip
+
+# Subclasses of nn.Linear that compute what nn.Linear computes.
+_LINEAR_BY_ANOTHER_NAME = ("FalconLinear",)
+
+# How many rows of a fused projection belong to q, k and v, and in how many turns they are laid out, by the class that
+# owns the projection and the projection's name.
+Layout = tuple[list[int], int]
+_FUSED: dict[tuple[str, str], Callable[[nn.Module, int], Layout]] = {
+    ("GPTNeoXAttention", "query_key_value"): lambda owner, rows: _thirds(rows, owner.config.num_attention_heads),
+    ("BloomAttention", "query_key_value"): lambda owner, rows: _thirds(rows, owner.num_heads),
+    ("FalconAttention", "query_key_value"): lambda owner, rows: _falcon(owner, rows),
+    ("Phi3Attention", "qkv_proj"): lambda owner, rows: (_grouped(rows, owner.head_dim, owner.num_key_value_heads), 1),
+    ("MptAttention", "Wqkv"): lambda owner, rows: _thirds(rows, 1),
+    ("GPTBigCodeAttention", "c_attn"): lambda owner, rows: (
+        (_grouped(rows, owner.kv_dim, 1), 1) if owner.multi_query else _thirds(rows, owner.num_heads)
+    ),
+}
+
+
+def default_target_modules(model: nn.Module) -> list[str]:
+    """Return the last parts of the names of the layers to adapt when none are named."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in DEFAULT_TARGET_MODULES:
+        raise ValueError(
+            f"no default target_modules for {type(model).__name__} (model_type={model_type!r}); name them, "
+            f"or use one of {', '.join(sorted(DEFAULT_TARGET_MODULES))}"
+        )
+    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    wanted = DEFAULT_TARGET_MODULES[model_type]
+    return [name for name in wanted if name in present] or wanted
+
+
+def default_modules_to_save(model: nn.Module) -> list[str]:
+    """Return the head of a sequence or token classifier: what a Hugging Face model has beside its pretrained part."""
+    kind = type(model).__name__
+    if not kind.endswith(("ForSequenceClassification", "ForTokenClassification", "ForImageClassification")):
+        return []
+    prefix = getattr(model, "base_model_prefix", None)
+    if prefix is None:  # not of transformers
+        return []
+    children = dict(model.named_children())
+    if prefix not in children:
+        raise ValueError(
+            f"{kind} has no {prefix!r}, so its head cannot be told from the rest ({', '.join(children)}); "
+            "name it in modules_to_save, or pass modules_to_save=[] to train no head"
+        )
+    return [name for name, child in children.items() if name != prefix and next(child.parameters(), None) is not None]
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """Return the layer that a Hugging Face language model ends with, if there is one."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is the Hugging Face class `Conv1D`, a linear layer with a transposed weight."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and module.weight.dim() == 2
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` computes exactly what `nn.Linear` does; a subclass may compute something else."""
+    return type(module) is nn.Linear or type(module).__name__ in _LINEAR_BY_ANOTHER_NAME
+
+
+def fused_layout(owner: nn.Module, name: str, module: nn.Module) -> Layout | None:
+    """Return the rows of q, k, v of a fused projection and in how many turns they lie; None if it is not one, or
+    its layout is not known.
+
+    Args:
+        owner: the module that has `module` under the last part of `name`.
+        name: name of `module`.
+        module: a linear layer.
+    """
+    attribute = name.rsplit(".", 1)[-1]
+    if is_conv1d(module):
+        # q, k, v in GPT-2's self-attention; k, v where it attends to another sequence.
+        columns, rows = module.weight.shape
+        return ([columns] * (rows // columns), 1) if attribute == "c_attn" and rows % columns == 0 else None
+    for cls in type(owner).__mro__:
+        if (cls.__name__, attribute) in _FUSED:
+            sizes, turns = _FUSED[cls.__name__, attribute](owner, module.out_features)
+            return sizes, turns
+    return None
+
+
+def _thirds(rows: int, turns: int) -> Layout:
+    return [rows // 3] * 3, turns
+
+
+def _grouped(rows: int, head_dim: int, key_heads: int) -> list[int]:
+    return [rows - 2 * key_heads * head_dim, key_heads * head_dim, key_heads * head_dim]
+
+
+def _falcon(owner: nn.Module, rows: int) -> Layout:
+    if owner.new_decoder_architecture:
+        return _grouped(rows, owner.head_dim, owner.num_kv_heads), owner.num_kv_heads
+    if owner.multi_query:
+        return _grouped(rows, owner.head_dim, 1), 1
+    return _thirds(rows, owner.num_heads)

@@ -1,0 +1,217 @@
+"""Adapter files of loralib itself and of upstream: bytes on one side, an `Adapter` on the other.
+
+Ours is one safetensors file: the tensors under their state-dict names, and in the metadata, under the single key
+"loralib", the configuration that they need as JSON. Upstream's is what `torch.save(lora_state_dict(model))` writes: the
+same names, and no configuration.
+"""
+
+import json
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from loralib.architectures import fused_layout, is_conv1d
+from loralib.inject import is_bias
+from loralib.layers import check_hyperparameters
+
+METADATA_KEY = "loralib"
+FORMAT_VERSION = 1
+_SPEC_KEYS = {"r", "lora_alpha", "scaling", "lora_dropout"}
+_FUSED_KEYS = {"enable_lora", "group_sizes", "interleave"}
+
+
+@dataclass
+class Adapter:
+    """An adapter outside a model, whatever file it came from.
+
+    Attributes:
+        tensors: by state-dict name, in loralib's layout.
+        layers: for each adapted layer `r`, `lora_alpha`, `scaling`, `lora_dropout`, and for a fused projection
+            `enable_lora`, `group_sizes`, `interleave`.
+        bias: the bias mode.
+        modules_to_save: full names of the modules saved whole.
+        base_model: name of the base model, if known.
+    """
+
+    tensors: dict[str, Tensor]
+    layers: dict[str, dict]
+    bias: str = "none"
+    modules_to_save: list[str] = field(default_factory=list)
+    base_model: str | None = None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is either the earlier one or the whole new one at every moment."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:  # safetensors' own save_file would make it readable to its owner alone
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Return the bytes of a safetensors file; `metadata` has a single entry, as several have an order of chance."""
+    # Copies, because safetensors refuses tensors that share memory.
+    tensors = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    return save(tensors, metadata=metadata)
+
+
+def write_native(path: Path, adapter: Adapter) -> None:
+    """Write our own file."""
+    from loralib import __version__  # this module is part of what the package imports
+
+    config = {
+        "format_version": FORMAT_VERSION,
+        "loralib_version": __version__,
+        "base_model": adapter.base_model,
+        "bias": adapter.bias,
+        "modules_to_save": adapter.modules_to_save,
+        "layers": adapter.layers,
+    }
+    write_atomically(path, to_bytes(adapter.tensors, {METADATA_KEY: json.dumps(config)}))
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return tensors and metadata of a safetensors file; ValueError if it is none."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+
+
+def read_native(path: Path) -> Adapter:
+    """Read a file of `write_native`; ValueError says what is wrong with it."""
+    tensors, metadata = read_safetensors(path)
+    if METADATA_KEY not in metadata:
+        raise ValueError(
+            f"{path} has no loralib configuration: it was not written by lora.save_lora. For an adapter of PEFT give "
+            "the folder that holds adapter_config.json"
+        )
+    try:
+        config = json.loads(metadata[METADATA_KEY])
+        version = config["format_version"]
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format_version is {version!r}, this library reads {FORMAT_VERSION}")
+        for spec in config["layers"].values():
+            if not spec.keys() >= _SPEC_KEYS or not spec.keys() <= _SPEC_KEYS | _FUSED_KEYS:
+                raise ValueError(f"a layer has {sorted(spec)}, of {sorted(_SPEC_KEYS | _FUSED_KEYS)}")
+            check_hyperparameters(spec["r"], spec["lora_alpha"], spec["lora_dropout"])
+            check_hyperparameters(1, spec["scaling"], 0.0)
+        if not isinstance(config["modules_to_save"], list):
+            raise ValueError("modules_to_save must be a list")
+        if not all(isinstance(name, str) for name in (config["bias"], *config["modules_to_save"])):
+            raise ValueError("bias and modules_to_save must be names")
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has a malformed loralib configuration: {error!r}") from error
+    return Adapter(tensors, config["layers"], config["bias"], config["modules_to_save"], config.get("base_model"))
+
+
+def read_torch(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file of `torch.save` without running code from it; ValueError if it holds others."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError, UnicodeDecodeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} cannot be read as a dict of tensors, and nothing in it was run: {reason}") from error
+    if isinstance(content, dict) and isinstance(content.get("model_state_dict"), dict):  # upstream's NLG scripts
+        content = content["model_state_dict"]
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    ):
+        raise ValueError(f"{path} holds no dict of tensors: {type(content).__name__}")
+    return content
+
+
+def read_upstream(
+    path: Path,
+    modules: dict[str, nn.Module],
+    lora_alpha: float | None,
+    enable_lora: Sequence[bool],
+    known_groups: dict[str, dict],
+) -> Adapter:
+    """Read a file of `torch.save(lora_state_dict(model))` for a model with `modules`.
+
+    Ranks come from the shapes. `enable_lora` says which groups a file with fewer adapted groups than the layer has
+    adapts, where `known_groups`, the specs of the model's own fused layers, does not.
+    """
+    tensors = read_torch(path)
+    if tensors and all(name.startswith("module.") for name in tensors):  # saved from DistributedDataParallel
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    names = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
+    if not names:
+        raise ValueError(f"{path} holds no adapter: no name in it ends with '.lora_A', as upstream's do")
+    if lora_alpha is None:
+        raise ValueError(
+            f"{path} carries no lora_alpha, which the result depends on; pass lora_alpha=... as it was trained with "
+            "(16 for the official RoBERTa-base files, 32 for the official E2E ones)"
+        )
+    layers = {}
+    for name in names:
+        # Newer upstream versions keep the convolution one level down, and name the same tensor twice.
+        for key in ("weight", "bias"):
+            inner = tensors.pop(f"{name}.conv.{key}", None)
+            if inner is not None:
+                tensors.setdefault(f"{name}.{key}", inner)
+        tensors.pop(f"{name}.weight", None)  # the frozen base, in the files of users who saved all of the layer
+        A, B = tensors[name + ".lora_A"], tensors.get(name + ".lora_B")
+        if B is None or A.dim() != 2 or B.dim() != 2:
+            raise ValueError(f"{path}: {name}.lora_A and .lora_B must both be there, with two axes")
+        owner = modules.get(name.rpartition(".")[0])
+        layers[name] = _spec_from_shapes(owner, name, modules.get(name), A, B, enable_lora, known_groups.get(name))
+    for spec in layers.values():
+        spec.update(lora_alpha=lora_alpha, scaling=lora_alpha / spec["r"], lora_dropout=0.0)
+    rest = {name for name in tensors if name.rpartition(".")[2] not in ("lora_A", "lora_B")}
+    saved, bias = sort_out(rest, layers)
+    return Adapter(tensors, layers, bias, saved)
+
+
+def sort_out(names: set[str], layers: dict[str, dict]) -> tuple[list[str], str]:
+    """Return which modules `names`, the tensors beside the adapters, belong to, and the bias mode of what is left."""
+    saved = sorted({name.rpartition(".")[0] for name in names if not is_bias(name.rpartition(".")[2])})
+    owners = {name.rpartition(".")[0] for name in names} - set(saved)
+    if not owners:
+        return saved, "none"
+    return saved, "lora_only" if owners <= layers.keys() else "all"
+
+
+def _spec_from_shapes(
+    owner: nn.Module | None,
+    name: str,
+    module: nn.Module | None,
+    A: Tensor,
+    B: Tensor,
+    enable_lora: Sequence[bool],
+    known: dict | None,
+) -> dict:
+    r = B.shape[1]
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        rows = module.kernel_size[0] if len(module.kernel_size) > 1 else 1
+        return {"r": max(1, A.shape[0] // rows)}
+    adapted = A.shape[0] // r if r else 0
+    if known is not None:
+        return {"r": r, **known}
+    if adapted <= 1 or module is None or owner is None or not (isinstance(module, nn.Linear) or is_conv1d(module)):
+        return {"r": r}
+    layout = fused_layout(owner, name, module)
+    groups = len(layout[0]) if layout else 0
+    if adapted != groups and (sum(enable_lora) != adapted or len(enable_lora) != groups):
+        raise ValueError(
+            f"{name}: the file adapts {adapted} groups of a fused projection and does not say which; pass "
+            f"enable_lora, one entry for each of the {groups or 'layer'} groups, {adapted} of them True"
+        )
+    spec: dict = {"r": r, "enable_lora": [True] * groups if adapted == groups else list(enable_lora)}
+    if layout and (len(set(layout[0])) > 1 or layout[1] > 1):
+        spec.update(group_sizes=layout[0], interleave=layout[1])
+    return spec
