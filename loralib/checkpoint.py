@@ -265,7 +265,7 @@ def _lora_layers(model: nn.Module, adapter_name: str | None) -> dict[str, LoRALa
 
 
 def _base_model(model: nn.Module) -> str | None:
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     # The folders around a local model are this machine's and nobody else's business.
     return os.path.basename(os.path.abspath(name)) if name and os.path.isdir(name) else name
 

@@ -15,6 +15,7 @@ Every conversion is exact. PEFT's `scaling` is alpha / r, or alpha / sqrt(r) wit
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,9 +81,10 @@ def write_peft(
         alphas[name] = _whole(scaling * (math.sqrt(ranks[name]) if use_rslora else ranks[name]))
     r, rank_pattern = _pattern(ranks)
     lora_alpha, alpha_pattern = _pattern(alphas)
-    dropouts = {
-        spec["lora_dropout"] for name, spec in adapter.layers.items() if type(modules[name]) is not nn.Embedding
-    }
+    dropouts = {spec["lora_dropout"] for spec in adapter.layers.values()} - {0.0}
+    if len(dropouts) > 1:
+        message = f"PEFT has one lora_dropout for all layers: of {sorted(dropouts)} the largest was written"
+        warnings.warn(f"{message}, which matters to further training only", stacklevel=3)
     transposed = any(is_conv1d(modules[name]) or getattr(modules[name], "fan_in_fan_out", False) for name in layers)
     config = {
         "peft_type": "LORA",

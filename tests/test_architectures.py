@@ -1,0 +1,199 @@
+"""The table of architectures: what the default injection finds, and that fused projections get q and v and nothing else.
+
+The oracle for fused projections is each model's own code, or a literal copy of the line that splits its output.
+Run alone: `pytest tests/test_architectures.py`.
+"""
+
+import pytest
+import torch
+import transformers
+from architectures import ARCHITECTURES, HEADS, TEXT, H, R
+from torch import nn
+
+import loralib as lora
+
+each = pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+
+
+def randomize(model):
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+
+
+@each
+def test_default_injection(architecture):
+    """The right layers, the number of parameters counted by hand, outputs unchanged, and unchanged after unloading."""
+    model = architecture.build()
+    wanted = architecture.output(model.requires_grad_(False))
+    names = lora.inject_lora(model, r=R)
+    assert {name.rpartition(".")[2] for name in names} == set(architecture.targets) and len(names) == architecture.adapted
+    assert lora.count_parameters(model).trainable == architecture.trained
+    torch.testing.assert_close(architecture.output(model), wanted)
+    randomize(model)
+    unmerged = architecture.output(lora.unmerge_lora_weights(model))
+    assert not torch.allclose(unmerged, wanted, atol=1e-3)
+    torch.testing.assert_close(architecture.output(lora.merge_lora_weights(model)), unmerged)
+    assert torch.equal(architecture.output(lora.unload(model)), wanted)
+
+
+def by_thirds(_, y):
+    return y.chunk(3, dim=-1)
+
+
+def by_one_key_head(_, y):
+    return y.split([H, H // HEADS, H // HEADS], dim=-1)
+
+
+def of_each_head(_, y):
+    return y.view(*y.shape[:2], HEADS, 3 * H // HEADS).chunk(3, dim=-1)
+
+
+FUSED = {
+    "GPT-2": by_thirds,
+    "GPT-NeoX": of_each_head,
+    "Falcon, one key head": lambda owner, y: owner._split_heads(y),
+    "Falcon, a key head each": lambda owner, y: owner._split_heads(y),
+    "Falcon, two key heads": lambda owner, y: owner._split_heads(y),
+    "Bloom": lambda owner, y: owner._reshape(y),
+    "MPT": by_thirds,
+    "Phi-3": lambda _, y: y.split([H, H // 2, H // 2], dim=-1),
+    "BigCode, one key head": by_one_key_head,
+    "BigCode, a key head each": of_each_head,
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("enable_lora", [[True, False, True], [False, True, False], [True, True, True]])
+def test_fused_projection_adapts_exactly_the_groups(name, enable_lora):
+    """Row by row: a group that is enabled gets scaling * B A of its own A and B, the others nothing."""
+    architecture = ARCHITECTURES[name]
+    model = architecture.build(torch.float64)
+    names = lora.inject_lora(model, r=R, lora_alpha=3, enable_lora=enable_lora)
+    randomize(model)
+    layer = model.get_submodule(names[-1])
+    assert type(layer) is lora.MergedLinear and str(enable_lora) in repr(layer)
+    delta = layer.delta_weight()
+    delta = delta.T if layer.fan_in_fan_out else delta
+    owner = model.get_submodule(names[-1].rpartition(".")[0])
+    rows = torch.arange(len(delta)).view(1, 1, -1)
+    # A key head that several query heads share comes out several times.
+    groups = [torch.unique(group).sort().values for group in FUSED[name](owner, rows)]
+    assert sum(map(len, groups)) == len(delta)
+    A, B = list(layer.lora_A.split(R)), layer.lora_B
+    for group, enabled in zip(groups, enable_lora, strict=True):
+        own = torch.zeros(len(group), H, dtype=torch.float64)
+        if enabled:
+            own, B = 1.5 * B[: len(group)] @ A.pop(0), B[len(group) :]
+        torch.testing.assert_close(delta[group], own, rtol=0, atol=1e-12)
+    assert len(B) == 0
+
+
+@pytest.mark.parametrize("name", ["GPT-NeoX", "Falcon, two key heads", "Phi-3", "GPT-2"])
+def test_named_fused_projection_is_adapted_whole(name):
+    """A name means what it means in PEFT; `enable_lora` asks for groups."""
+    architecture = ARCHITECTURES[name]
+    model = architecture.build()
+    names = lora.inject_lora(model, r=R, target_modules=architecture.targets)
+    assert {type(model.get_submodule(name)) for name in names} == {lora.Linear}
+    model = lora.unload(model)
+    lora.inject_lora(model, r=R, target_modules=architecture.targets, enable_lora=[True, False, True])
+    assert {type(model.get_submodule(name)) for name in names} == {lora.MergedLinear}
+
+
+SIZES = {"hidden_size": H, "num_attention_heads": HEADS, "num_hidden_layers": 1, "intermediate_size": 32, **TEXT}
+SHORT = {"n_embd": H, "n_layer": 1, "n_head": HEADS, "n_positions": 32, **TEXT}
+DISTIL = {"dim": H, "n_layers": 1, "n_heads": HEADS, "hidden_dim": 32, **TEXT}
+T5 = {"d_model": H, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": HEADS, **TEXT}
+HEADS_OF = {
+    "BertForSequenceClassification": ("BertConfig", SIZES, ["classifier"]),
+    "BertForTokenClassification": ("BertConfig", SIZES, ["classifier"]),
+    "RobertaForSequenceClassification": ("RobertaConfig", SIZES, ["classifier"]),
+    "RobertaForTokenClassification": ("RobertaConfig", SIZES, ["classifier"]),
+    "DistilBertForSequenceClassification": ("DistilBertConfig", DISTIL, ["pre_classifier", "classifier"]),
+    "DebertaV2ForSequenceClassification": ("DebertaV2Config", SIZES, ["pooler", "classifier"]),
+    "AlbertForSequenceClassification": ("AlbertConfig", SIZES, ["classifier"]),
+    "ElectraForSequenceClassification": ("ElectraConfig", SIZES, ["classifier"]),
+    "GPT2ForSequenceClassification": ("GPT2Config", SHORT, ["score"]),
+    "GPT2ForTokenClassification": ("GPT2Config", SHORT, ["classifier"]),
+    "LlamaForSequenceClassification": ("LlamaConfig", SIZES, ["score"]),
+    "GPTNeoXForSequenceClassification": ("GPTNeoXConfig", SIZES, ["score"]),
+    "T5ForSequenceClassification": ("T5Config", T5, ["classification_head"]),
+    "T5ForTokenClassification": ("T5Config", T5, ["classifier"]),
+    "ViTForImageClassification": ("ViTConfig", {**SIZES, "image_size": 8, "patch_size": 4}, ["classifier"]),
+    "BertForMaskedLM": ("BertConfig", SIZES, []),
+    "GPT2LMHeadModel": ("GPT2Config", SHORT, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, config, options, heads", [(name, *row) for name, row in HEADS_OF.items()], ids=HEADS_OF)
+def test_heads_of_classifiers_are_trained_and_saved(name, config, options, heads):
+    """The head, and nothing else beside the adapters; [] switches it off."""
+    options = {key: value for key, value in options.items() if config != "ViTConfig" or key not in TEXT}
+    model = getattr(transformers, name)(getattr(transformers, config)(**options))
+    lora.inject_lora(model, r=R)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    beside = {name for name in trained if not name.endswith(("lora_A", "lora_B"))}
+    wanted = {name for name, _ in model.named_parameters() if name.startswith(tuple(head + "." for head in heads))}
+    assert beside == wanted and bool(wanted) == bool(heads)
+    assert set(lora.lora_state_dict(model)) == trained
+    lora.inject_lora(lora.unload(model), r=R, modules_to_save=[])
+    assert all(name.endswith(("lora_A", "lora_B")) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_head_that_cannot_be_told_from_the_rest_is_asked_for():
+    """WhisperForAudioClassification keeps its encoder under a name of its own; a guess would train it whole."""
+
+    class SomeForSequenceClassification(nn.Module):
+        base_model_prefix = "model"
+
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.classifier = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    with pytest.raises(ValueError, match="has no 'model', so its head .*encoder, classifier.*modules_to_save="):
+        lora.inject_lora(SomeForSequenceClassification(), r=R, target_modules=["encoder"])
+    lora.inject_lora(SomeForSequenceClassification(), r=R, target_modules=["encoder"], modules_to_save=["classifier"])
+
+
+ALL_LINEAR = {
+    "GPT-2": 2 * 4,
+    "Llama": 2 * 7,
+    "BERT": 2 * 6 + 1,  # and the transform of its language model's head
+    "T5": 2 * (4 + 2) + 2 * (8 + 2),
+    "Falcon, two key heads": 2 * 4,
+    "Bloom": 2 * 4,
+    "ViT": 2 * 6 + 1,  # and the pooler
+}
+
+
+@pytest.mark.parametrize("name, layers", ALL_LINEAR.items(), ids=ALL_LINEAR)
+def test_all_linear(name, layers):
+    """Every linear layer, the whole of each, but not what ends the model."""
+    model = ARCHITECTURES[name].build()
+    names = lora.inject_lora(model, r=R, target_modules="all-linear")
+    assert len(names) == layers and not {"lm_head", "cls.predictions.decoder"} & set(names)
+    assert {type(model.get_submodule(name)) for name in names} == {lora.Linear}
+
+
+def test_all_linear_leaves_the_head_of_a_classifier_alone():
+    model = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**SIZES))
+    for modules_to_save in (None, []):
+        names = lora.inject_lora(model, r=R, target_modules="all-linear", modules_to_save=modules_to_save)
+        assert len(names) == 6 and not any(name.startswith("classifier") for name in names)
+        lora.unload(model)
+
+
+def test_counts_of_the_real_models():
+    """The figures of FORMATS.md for gpt2 and roberta-base, on the meta device, where weights cost nothing."""
+    with torch.device("meta"):
+        gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config())
+        roberta = transformers.RobertaForSequenceClassification(
+            transformers.RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
+        )
+    assert lora.count_parameters(gpt2).total == 124_439_808
+    lora.inject_lora(gpt2, r=4)
+    assert lora.count_parameters(gpt2).trainable == 147_456
+    assert lora.count_parameters(roberta).total == 124_647_170
+    lora.inject_lora(roberta, r=8)
+    assert lora.count_parameters(roberta).trainable == 294_912 + 592_130
