@@ -114,21 +114,25 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
             del slot.base.__dict__["_slot"]
 
 
-def add_part(slot: Slot, name: str, own: frozenset[str], layer: LoRALayer | None = None) -> nn.Module:
-    """Give adapter `name` its part in `slot`: `layer`, or else a copy of the base with `own` tensors."""
+def add_part(slot: Slot, name: str, own: frozenset[str], layer: LoRALayer | None, memo: dict) -> None:
+    """Give adapter `name` its part in `slot`: `layer`, or else a copy of the base with `own` tensors.
+
+    `memo` is one dict for all parts of an adapter, as `copy.deepcopy` takes it: tied tensors have one copy.
+    """
     base = slot.base
     whole = layer is None and own >= set(base.state_dict())
-    # The slot is shared, not copied.
-    module = layer or (copy.deepcopy(base, {id(slot): slot}) if whole else copy.copy(base))
+    memo[id(slot)] = slot  # shared, not copied
+    module = layer or (copy.deepcopy(base, memo) if whole else copy.copy(base))
     if not whole:
         module._parameters = dict(module._parameters)
         for key in own - LORA_NAMES:
-            module._parameters[key] = nn.Parameter(base._parameters[key].detach().clone())
+            shared = base._parameters[key]
+            if module._parameters[key] is shared:
+                module._parameters[key] = memo.setdefault(id(shared), nn.Parameter(shared.detach().clone()))
     for key, parameter in module.named_parameters():
         if key in own and parameter.is_floating_point():
             parameter.requires_grad = True
     slot.add(name, module, own)
-    return module
 
 
 def slot_of(module: nn.Module) -> Slot | None:

@@ -194,9 +194,10 @@ def _plan(
     modules: dict[str, nn.Module], specs: dict[str, dict], merge_weights: bool
 ) -> tuple[dict[str, LoRALayer], list[str]]:
     layers, problems = {}, []
-    for name, spec in specs.items():
+    order = {name: position for position, name in enumerate(modules)}
+    for name in sorted(specs, key=lambda name: order.get(name, len(order))):
         try:
-            layers.update(plan_layers(modules, {name: spec}, merge_weights))
+            layers.update(plan_layers(modules, {name: specs[name]}, merge_weights))
         except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             problems.append(f"{name}: {error}")
     return layers, problems
@@ -243,12 +244,13 @@ def _add_own(
     # Layers made by hand train heads and biases in place; with slots the base is shared and must not be written to.
     if not any(slot_of(module) for module in modules.values()):
         return
+    memo: dict = {}
     for path, keys in own.items():
         slot = slot_of(modules[path]) or Slot(modules[path])
         part = slot.parts.get(adapter_name)
         if part is None or not keys <= part.own:
             layer = part.module if part and isinstance(part.module, LoRALayer) else None
-            add_part(slot, adapter_name, keys | (part.own if part else frozenset()), layer)
+            add_part(slot, adapter_name, keys | (part.own if part else frozenset()), layer, memo)
     set_adapter(model, adapter_name)
 
 

@@ -245,11 +245,12 @@ def put_adapter(
     adopt(model)
     exchange(model, lambda slot: slot.base)
     model.requires_grad_(False)
+    memo: dict = {}
     for name, keys in own.items():
         module = modules[name]
         slot = slot_of(module) or Slot(module)
         if adapter_name not in slot.parts:  # one module can have two names
-            add_part(slot, adapter_name, keys, layers.get(name))
+            add_part(slot, adapter_name, keys, layers.get(name), memo)
     set_adapter(model, adapter_name)
 
 

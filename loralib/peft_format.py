@@ -301,6 +301,8 @@ def _target_modules(names: list[str], modules: dict[str, nn.Module], saved: list
 def _task(model: nn.Module, saved: list[str]) -> str | None:
     kind = type(model).__name__
     task = next((task for suffix, task in _TASKS.items() if kind.endswith(suffix)), None)
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None  # PEFT's classes for the tasks take texts
     if task in ("SEQ_CLS", "TOKEN_CLS") and not set(default_modules_to_save(model)) <= set(saved):
         return None  # PEFT would miss the head in the file
     return task
