@@ -1,14 +1,13 @@
 """Several adapters on one base: what each puts into the model, and which of them is there.
 
-A model that adapters were put into has slots: places where each adapter has a module of its own (a LoRA layer, a copy
-of a head, a layer with its own bias), and where the original module goes back when no adapter is active. Switching
-exchanges these modules. They share the Parameters of the base, so an adapter costs its own tensors only, and
-`state_dict()` holds the active adapter alone, under the plain names.
+A model that adapters were put into has slots: places where each adapter has a module of its own (a LoRA layer, or a
+layer with a bias or a weight of its own), and where the original module goes back when no adapter is active. Switching
+exchanges these modules. They share submodules and all other Parameters with the original, so an adapter costs its own
+tensors only, and `state_dict()` holds the active adapter alone, under the plain names.
 """
 
 import contextlib
 import copy
-import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -23,10 +22,14 @@ LORA_NAMES = frozenset({"lora_A", "lora_B"})
 
 
 class Part(NamedTuple):
-    """What an adapter puts into one slot: the module, and those names of its state dict that are the adapter's own."""
+    """What an adapter puts into one slot: the module, and which Parameters and buffers of it are the adapter's own."""
 
     module: nn.Module
     own: frozenset[str]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The adapter's own tensors, by their names in the module."""
+        return {key: tensor.detach() for key, tensor in own_tensors(self.module).items() if key in self.own}
 
 
 class Slot:
@@ -114,25 +117,27 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
             del slot.base.__dict__["_slot"]
 
 
-def add_part(slot: Slot, name: str, own: frozenset[str], layer: LoRALayer | None, memo: dict) -> None:
-    """Give adapter `name` its part in `slot`: `layer`, or else a copy of the base with `own` tensors.
+def add_part(slot: Slot, name: str, own: frozenset[str], layer: LoRALayer | None, copies: dict[int, Tensor]) -> None:
+    """Give adapter `name` its part in `slot`: `layer`, or else the base again, with copies of what is to be its `own`.
 
-    `memo` is one dict for all parts of an adapter, as `copy.deepcopy` takes it: tied tensors have one copy.
+    `copies` is one dict for all parts of an adapter: tensors that are tied in the base have one copy.
     """
     base = slot.base
-    whole = layer is None and own >= set(base.state_dict())
-    memo[id(slot)] = slot  # shared, not copied
-    module = layer or (copy.deepcopy(base, memo) if whole else copy.copy(base))
-    if not whole:
-        module._parameters = dict(module._parameters)
-        for key in own - LORA_NAMES:
-            shared = base._parameters[key]
-            if module._parameters[key] is shared:
-                module._parameters[key] = memo.setdefault(id(shared), nn.Parameter(shared.detach().clone()))
-    for key, parameter in module.named_parameters():
-        if key in own and parameter.is_floating_point():
-            parameter.requires_grad = True
+    module = layer or copy.copy(base)
+    module._parameters, module._buffers = dict(module._parameters), dict(module._buffers)
+    for tensors, wrap in ((module._parameters, nn.Parameter), (module._buffers, lambda copied: copied)):
+        for key in own & tensors.keys():
+            tensor = tensors[key]
+            if tensor is own_tensors(base).get(key):
+                tensors[key] = copies.setdefault(id(tensor), wrap(tensor.detach().clone()))
+            tensors[key].requires_grad = tensor.is_floating_point() and isinstance(tensor, nn.Parameter)
     slot.add(name, module, own)
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the Parameters and saved buffers of a module itself, by name."""
+    buffers = {key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set}
+    return {key: value for key, value in {**module._parameters, **buffers}.items() if value is not None}
 
 
 def slot_of(module: nn.Module) -> Slot | None:
@@ -214,24 +219,21 @@ def _hand_over(slot: Slot, old: nn.Module, new: nn.Module) -> None:
         if key not in own and key in new._parameters:
             new._parameters[key] = parameter
     # ... those of one's own stay behind on a device or in a dtype, ...
-    before = dict(_tensors(old))
-    for key, tensor in _tensors(new):
+    before = own_tensors(old)
+    for key, tensor in own_tensors(new).items():
         like = before.get(key)
         device = next(iter(before.values()), tensor).device if like is None else like.device
         dtype = tensor.dtype if like is None else like.dtype
         if (tensor.device, tensor.dtype) != (device, dtype) and not tensor.is_meta:
             tensor.data = tensor.data.to(device, dtype)
     # ... and the modes are those of the last time.
-    if new.training != old.training:
+    if isinstance(new, LoRALayer) and new.training != old.training:
         new.train(old.training)
+    new.training = old.training
     if isinstance(old, LoRALayer):
         old._merge_cache = None
         if isinstance(new, LoRALayer):
             new.merged = old.merged
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return itertools.chain(module.named_parameters(), module.named_buffers())
 
 
 def _slots(model: nn.Module) -> list[Slot]:

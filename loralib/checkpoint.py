@@ -1,5 +1,6 @@
 """Save the adapter of a model to a file, and load one: what is in the file against what is in the model."""
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from loralib.adapters import (
     add_part,
     base_modules,
     list_adapters,
+    own_tensors,
     set_adapter,
     slot_of,
 )
@@ -140,18 +142,29 @@ def _collect(
     model: nn.Module, layers: dict[str, LoRALayer], bias: str, modules_to_save: Sequence[str] | str | None
 ) -> Adapter:
     check_bias_mode(bias)
-    saved = match_modules_to_save(model, modules_to_save)
     modules = base_modules(model)
-    for name, part in active_parts(model).items():
-        if part.own >= set(modules[name].state_dict()):
-            saved.append(name)
-        elif part.own - LORA_NAMES:
+    own = {name: part.own for name, part in active_parts(model).items()}
+    saved = match_modules_to_save(model, modules_to_save) + _owned_whole(modules, own)
+    for name, keys in own.items():
+        if keys - LORA_NAMES and not any(f"{name}.".startswith(f"{whole}.") for whole in saved):
             bias = max(bias, "lora_only" if name in layers else "all", key=_STRENGTH.index)
     saved = list(dict.fromkeys(saved))
     everything = lora_state_dict(model, bias, saved)
     own = own_names(modules, layers, bias, saved)
     tensors = {f"{name}.{key}": everything[f"{name}.{key}"] for name, keys in own.items() for key in sorted(keys)}
     return Adapter(tensors, {name: _spec(layer) for name, layer in layers.items()}, bias, saved, _base_model(model))
+
+
+def _owned_whole(modules: dict[str, nn.Module], own: dict[str, frozenset[str]]) -> list[str]:
+    """The outermost modules all of whose tensors are the adapter's own."""
+    within: set[str] = set()
+    shared: set[str] = set()
+    for path, module in modules.items():
+        for key in own_tensors(module):
+            parents = itertools.accumulate(path.split("."), lambda above, part: f"{above}.{part}")
+            (within if key in own.get(path, ()) else shared).update(parents)
+    whole = within - shared
+    return [path for path in modules if path in whole and path.rpartition(".")[0] not in whole]
 
 
 _STRENGTH = ("none", "lora_only", "all")
@@ -217,10 +230,8 @@ def _own(
     own = own_names(modules, layers, adapter.bias, saved)
     shapes = {}
     for path, keys in own.items():
-        state = modules[path].state_dict()
-        for key in keys:
-            tensor = layers[path]._parameters[key] if key in LORA_NAMES else state[key]
-            shapes[f"{path}.{key}"] = tensor.shape
+        tensors = own_tensors(layers.get(path, modules[path]))
+        shapes.update({f"{path}.{key}": tensors[key].shape for key in keys})
     # What the model's adapter has beyond the file would silently stay as it is.
     for path, module in modules.items():
         slot = slot_of(module)
@@ -244,13 +255,13 @@ def _add_own(
     # Layers made by hand train heads and biases in place; with slots the base is shared and must not be written to.
     if not any(slot_of(module) for module in modules.values()):
         return
-    memo: dict = {}
+    copies: dict = {}
     for path, keys in own.items():
         slot = slot_of(modules[path]) or Slot(modules[path])
         part = slot.parts.get(adapter_name)
         if part is None or not keys <= part.own:
             layer = part.module if part and isinstance(part.module, LoRALayer) else None
-            add_part(slot, adapter_name, keys | (part.own if part else frozenset()), layer, memo)
+            add_part(slot, adapter_name, keys | (part.own if part else frozenset()), layer, copies)
     set_adapter(model, adapter_name)
 
 

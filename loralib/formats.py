@@ -164,7 +164,11 @@ def read_upstream(
             inner = tensors.pop(f"{name}.conv.{key}", None)
             if inner is not None:
                 tensors.setdefault(f"{name}.{key}", inner)
-        tensors.pop(f"{name}.weight", None)  # the frozen base, in the files of users who saved all of the layer
+        if f"{name}.weight" in tensors:
+            raise ValueError(
+                f"{path} holds {name}.weight too: it is a whole model, not an adapter. Adapt the model first, then use "
+                "model.load_state_dict(torch.load(path, weights_only=True))"
+            )
         A, B = tensors[name + ".lora_A"], tensors.get(name + ".lora_B")
         if B is None or A.dim() != 2 or B.dim() != 2:
             raise ValueError(f"{path}: {name}.lora_A and .lora_B must both be there, with two axes")

@@ -17,6 +17,7 @@ from loralib.adapters import (
     base_modules,
     exchange,
     list_adapters,
+    own_tensors,
     set_adapter,
     slot_of,
 )
@@ -188,7 +189,7 @@ def is_bias(name: str) -> bool:
 def own_names(
     modules: dict[str, nn.Module], targets: Iterable[str], bias: str, saved: Iterable[str]
 ) -> dict[str, frozenset[str]]:
-    """Return, by module, which names of its state dict an adapter has of its own: the one place that knows.
+    """Return, by module, which of its Parameters and buffers an adapter has of its own: the one place that knows.
 
     Args:
         modules: the modules of the model without its adapters, by name.
@@ -206,9 +207,10 @@ def own_names(
             if biases:
                 own[name] = own.get(name, frozenset()) | biases
     for name in saved:
-        own = {other: keys for other, keys in own.items() if not other.startswith(name + ".")}
-        own[name] = own.get(name, frozenset()) | set(modules[name].state_dict())
-    return own
+        for path in modules:
+            if f"{path}.".startswith(f"{name}."):
+                own[path] = own.get(path, frozenset()) | own_tensors(modules[path]).keys()
+    return {path: keys for path, keys in own.items() if keys}
 
 
 def plan_layers(
@@ -230,11 +232,8 @@ def put_adapter(
 ) -> None:
     """Put the planned `layers`, and copies of what else is the adapter's own, into `model`, and freeze all the rest.
 
-    The adapters of the layers get memory and are drawn. ValueError: parts of two adapters would contain one another;
-    nothing has been changed then.
+    The adapters of the layers get memory and are drawn.
     """
-    modules = base_modules(model)
-    _check_nesting(modules, own)
     for layer in layers.values():
         weight = layer._base_weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -245,12 +244,13 @@ def put_adapter(
     adopt(model)
     exchange(model, lambda slot: slot.base)
     model.requires_grad_(False)
-    memo: dict = {}
+    copies: dict = {}
+    modules = base_modules(model)
     for name, keys in own.items():
         module = modules[name]
         slot = slot_of(module) or Slot(module)
         if adapter_name not in slot.parts:  # one module can have two names
-            add_part(slot, adapter_name, keys, layers.get(name), memo)
+            add_part(slot, adapter_name, keys, layers.get(name), copies)
     set_adapter(model, adapter_name)
 
 
@@ -356,24 +356,6 @@ def _wrap(name: str, module: nn.Module, spec: dict, merge_weights: bool) -> LoRA
     if scaling is not None:
         layer.scaling = scaling
     return layer.train(module.training)
-
-
-def _check_nesting(modules: dict[str, nn.Module], own: dict[str, frozenset[str]]) -> None:
-    # Of two parts, one inside the other, the inner one would be lost whenever the outer one is exchanged.
-    whole = {name for name, keys in own.items() if keys >= set(modules[name].state_dict())}
-    taken = {name: slot_of(module) for name, module in modules.items()}
-    taken = {name: slot for name, slot in taken.items() if slot}
-    taken_whole = {
-        name
-        for name, slot in taken.items()
-        if any(part.own >= set(slot.base.state_dict()) for part in slot.parts.values())
-    }
-    for outer, inner in [(o, i) for o in whole for i in taken] + [(o, i) for o in taken_whole for i in own]:
-        if inner.startswith(outer + "."):
-            raise ValueError(
-                f"{outer} is trained whole by one adapter and {inner}, inside it, is part of another; "
-                "delete one of the two first"
-            )
 
 
 def _matrix_shape(layer: LoRALayer) -> tuple[int, int]:

@@ -93,7 +93,7 @@ def lora_state_dict(
     trained = trained_names(model, bias, modules_to_save)
     state = model.state_dict()
     for path, part in active_parts(model).items():  # which are not all in the model while adapters are disabled
-        state.update(part.module.state_dict(prefix=path + "."))
+        state.update({f"{path}.{key}": tensor for key, tensor in part.tensors().items()})
     return {name: tensor for name, tensor in state.items() if name in trained}
 
 
@@ -264,7 +264,7 @@ def _add_to_base(model: nn.Module) -> None:
     def put(module: nn.Module, name: str, value: Tensor) -> None:
         tensor = module._parameters.get(name, module._buffers.get(name))
         if uses[id(tensor)] > 1:
-            setattr(module, name, nn.Parameter(value.clone(), requires_grad=tensor.requires_grad))
+            setattr(module, name, nn.Parameter(value, requires_grad=tensor.requires_grad))
             _untie(model)
         else:
             tensor.copy_(value)
@@ -277,10 +277,9 @@ def _add_to_base(model: nn.Module) -> None:
                 if isinstance(plain, nn.Embedding):
                     plain.max_norm = None  # the rows were bounded before the update came on top
     for part in active_parts(model).values():
-        base, values = slot_of(part.module).base, part.module.state_dict()
-        for key in part.own - LORA_NAMES:
-            owner, _, name = key.rpartition(".")
-            put(base.get_submodule(owner), name, values[key])
+        for key, value in part.tensors().items():
+            if key not in LORA_NAMES:
+                put(slot_of(part.module).base, key, value)
 
 
 def _untie(model: nn.Module) -> None:
