@@ -5,9 +5,9 @@ Ours is one safetensors file: the tensors under their state-dict names, and in t
 same names, and no configuration.
 """
 
+import io
 import json
 import os
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,9 +120,10 @@ def read_native(path: Path) -> Adapter:
 
 def read_torch(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file of `torch.save` without running code from it; ValueError if it holds others."""
+    data = path.read_bytes()
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError, UnicodeDecodeError, ValueError) as error:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # of whatever kind: torch lets through what its parts raise on damaged bytes
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} cannot be read as a dict of tensors, and nothing in it was run: {reason}") from error
     if isinstance(content, dict) and isinstance(content.get("model_state_dict"), dict):  # upstream's NLG scripts
@@ -203,19 +204,21 @@ def _spec_from_shapes(
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         rows = module.kernel_size[0] if len(module.kernel_size) > 1 else 1
         return {"r": max(1, A.shape[0] // rows)}
-    adapted = A.shape[0] // r if r else 0
     if known is not None:
         return {"r": r, **known}
-    if adapted <= 1 or module is None or owner is None or not (isinstance(module, nn.Linear) or is_conv1d(module)):
+    if owner is None or not (isinstance(module, nn.Linear) or is_conv1d(module)):
         return {"r": r}
-    layout = fused_layout(owner, name, module)
-    groups = len(layout[0]) if layout else 0
-    if adapted != groups and (sum(enable_lora) != adapted or len(enable_lora) != groups):
+    layout, adapted = fused_layout(owner, name, module), A.shape[0] // max(r, 1)
+    if layout is None or (adapted == 1 and B.shape[0] == sum(layout[0])):  # one for the whole matrix
+        return {"r": r}
+    sizes, turns = layout
+    enabled = [True] * len(sizes) if adapted == len(sizes) else list(enable_lora)[-len(sizes) :]
+    if sum(size for size, on in zip(sizes, enabled, strict=False) if on) != B.shape[0] or sum(enabled) != adapted:
         raise ValueError(
-            f"{name}: the file adapts {adapted} groups of a fused projection and does not say which; pass "
-            f"enable_lora, one entry for each of the {groups or 'layer'} groups, {adapted} of them True"
+            f"{name}: the file adapts {adapted} of {len(sizes)} groups, {B.shape[0]} of {sum(sizes)} rows, and does "
+            f"not say which; pass enable_lora, one entry for each group ({list(enable_lora)} does not fit)"
         )
-    spec: dict = {"r": r, "enable_lora": [True] * groups if adapted == groups else list(enable_lora)}
-    if layout and (len(set(layout[0])) > 1 or layout[1] > 1):
-        spec.update(group_sizes=layout[0], interleave=layout[1])
+    spec: dict = {"r": r, "enable_lora": enabled}
+    if len(set(sizes)) > 1 or turns > 1:
+        spec.update(group_sizes=sizes, interleave=turns)
     return spec
