@@ -105,9 +105,7 @@ def inject_lora(
         ValueError: a target matches nothing, the model has an adapter of that name already, its architecture has no
             default, or an argument is out of range. Nothing has been changed then.
     """
-    check_hyperparameters(r, lora_alpha, lora_dropout)
-    if r < 1:
-        raise ValueError(f"r={r}: the rank to inject must be at least 1")
+    _check_arguments(r, lora_alpha, lora_dropout)
     check_bias_mode(bias)
     modules = base_modules(model)
     if modules_to_save is None:
@@ -128,7 +126,7 @@ def inject_lora(
     _apply_pattern(specs, rank_pattern, "rank_pattern", "r")
     _apply_pattern(specs, alpha_pattern, "alpha_pattern", "lora_alpha")
     for spec in specs.values():
-        check_hyperparameters(spec["r"], spec["lora_alpha"], lora_dropout)
+        _check_arguments(spec["r"], spec["lora_alpha"], lora_dropout)
         if use_rslora:
             spec["scaling"] = spec["lora_alpha"] / math.sqrt(spec["r"])
     present = [name for name, module in model.named_modules() if isinstance(module, LoRALayer)]
@@ -140,12 +138,18 @@ def inject_lora(
     layers = plan_layers(modules, specs, merge_weights)
     widest = max(min(_matrix_shape(layer)) for layer in layers.values())
     largest = max(spec["r"] for spec in specs.values())
-    if not 1 <= largest <= widest:
+    if largest > widest:
         raise ValueError(
             f"r={largest}: an update of that rank is low-rank for none of the targets; at most {widest} here"
         )
     put_adapter(model, adapter_name, layers, own_names(modules, names, bias, saved))
     return names
+
+
+def _check_arguments(r: int, lora_alpha: float, lora_dropout: float) -> None:
+    check_hyperparameters(r, lora_alpha, lora_dropout)
+    if r < 1:
+        raise ValueError(f"r={r}: the rank to inject must be at least 1")
 
 
 def match_names(names: Iterable[str], targets: Sequence[str] | str, argument: str) -> list[str]:
@@ -300,6 +304,11 @@ def _fused(modules: dict[str, nn.Module], name: str, enable_lora: Sequence[bool]
 
 def _apply_pattern(specs: dict[str, dict], pattern: dict | None, argument: str, key: str) -> None:
     matched = set()
+    for part in pattern or {}:
+        try:
+            re.compile(part)
+        except re.error as error:
+            raise ValueError(f"{argument}: {part!r} is no regular expression: {error}") from error
     for name, spec in specs.items():
         matching = match_pattern(pattern or {}, name)
         if matching is not None:

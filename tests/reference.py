@@ -84,6 +84,9 @@ MERGED = [
     Case("MergedLinear", (5, 12), (4, 5), lora={"enable_lora": [True] * 3}, base={"bias": False}),
     Case("MergedLinear", (5, 12), (4, 5), lora={"enable_lora": [True]}),
     Case("MergedLinear", (5, 12), (4, 5), lora={"enable_lora": [False, True, True, False], **IO}),
+    Case("MergedLinear", (5, 12), (4, 5), lora={"enable_lora": QV, "group_sizes": [8, 2, 2]}),
+    Case("MergedLinear", (5, 12), (4, 5), lora={"enable_lora": QV, "interleave": 2}),
+    Case("MergedLinear", (5, 12), (2, 3, 5), lora={"enable_lora": QV, "group_sizes": [8, 2, 2], "interleave": 2, **IO}),
 ]
 NOTHING_ENABLED = [
     Case("MergedLinear", (5, 12), (4, 5), lora={"enable_lora": [False] * 3}),
@@ -138,14 +141,21 @@ def tensors(layer: nn.Module) -> dict[str, Tensor]:
 def delta(case: Case, shape: torch.Size, A: Tensor, B: Tensor) -> Tensor:
     """B A in the layout of a weight of that shape, written out; A and B in float64."""
     if case.kind == "MergedLinear":
-        enabled, (inputs, outputs) = case.lora["enable_lora"], case.args
-        size, r = outputs // len(enabled), B.shape[1]
+        enabled, (inputs, outputs), r = case.lora["enable_lora"], case.args, B.shape[1]
+        turns = case.lora.get("interleave", 1)
+        sizes = case.lora.get("group_sizes", [outputs // len(enabled)] * len(enabled))
         result = A.new_zeros(outputs, inputs)
-        j = 0
-        for group, on in enumerate(enabled):
-            if on:
-                result[group * size : (group + 1) * size] = B[j * size : (j + 1) * size] @ A[j * r : (j + 1) * r]
-                j += 1
+        row, taken = 0, [0] * len(enabled)
+        # Row by row of the output: the turn it is in, the group, and the how-many-th row of that group.
+        for _turn in range(turns):
+            for group, size in enumerate(sizes):
+                for _ in range(size // turns):
+                    if enabled[group]:
+                        j = sum(enabled[:group])
+                        first = sum(s for s, on in zip(sizes[:group], enabled[:group], strict=True) if on)
+                        result[row] = B[first + taken[group]] @ A[j * r : (j + 1) * r]
+                    taken[group] += 1
+                    row += 1
     else:
         result = torch.einsum("or,ri->oi", B, A)
     if case.is_embedding or case.transposed:

@@ -148,6 +148,7 @@ def test_file_is_what_the_format_says(file):
         metadata = opened.metadata()
     config = json.loads(metadata["loralib"])
     assert list(metadata) == ["loralib"] and config["format_version"] == 1
+    assert config["loralib_version"] == lora.__version__
     assert list(config["layers"]) == TARGETS
     assert config["layers"]["body.0"] == {"r": 2, "lora_alpha": 6, "scaling": 3.0, "lora_dropout": 0.0}
     shapes = {name: tuple(tensor.shape) for name, tensor in load_file(file).items() if name.startswith("body")}
@@ -269,7 +270,25 @@ def test_missing_file_and_nothing_to_save(tmp_path):
         lora.save_lora(base(), tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="bias='some'"):
         lora.save_lora(adapted(), tmp_path / "a.safetensors", bias="some")
+    with pytest.raises(ValueError, match="format='torch': must be 'loralib' or 'peft'"):
+        lora.save_lora(adapted(), tmp_path / "a.safetensors", format="torch")
+    with pytest.raises(ValueError, match="single_rank=True is for format='peft'"):
+        lora.save_lora(adapted(), tmp_path / "a.safetensors", single_rank=True)
+    with pytest.raises(ValueError, match="is a folder; give the name of a file, or format='peft'"):
+        lora.save_lora(adapted(), tmp_path)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "a").touch()
+    with pytest.raises(ValueError, match="is a file; give the name of a folder for format='peft'"):
+        lora.save_lora(adapted(), tmp_path / "a", format="peft")
+
+
+def test_weights_of_peft_without_their_configuration(tmp_path):
+    """The bare file is not enough: ranks, but no alpha."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    lora.inject_lora(model, r=2, target_modules=["0"])
+    lora.save_lora(model, tmp_path, format="peft")
+    with pytest.raises(ValueError, match="no loralib configuration.*give the folder that holds adapter_config.json"):
+        lora.load_lora(lora.unload(model), tmp_path / "adapter_model.safetensors")
 
 
 def test_a_save_that_fails_leaves_the_earlier_file(file, monkeypatch):

@@ -5,6 +5,8 @@ Run alone: `pytest tests/test_inject.py`.
 """
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -229,12 +231,45 @@ REFUSED = {
     "norm": (gpt2, {"target_modules": ["ln_f"]}, TypeError, "transformer.ln_f is a LayerNorm, which"),
     "subclass": (lambda: nn.Sequential(MyLinear(4, 4)), {"target_modules": ["0"]}, TypeError, "0 is a MyLinear"),
     "architecture": (Small, {}, ValueError, "no default target_modules for Small"),
+    "pattern that is none": (gpt2, {"rank_pattern": {"(": 2}}, ValueError, "rank_pattern: '\\(' is no regular expression"),
     "rank 0": (gpt2, {"r": 0}, ValueError, "r=0: the rank to inject must be at least 1"),
     "rank -1": (gpt2, {"r": -1}, ValueError, "r=-1"),
     "rank 2.0": (gpt2, {"r": 2.0}, TypeError, "r=2.0: the rank must be an integer"),
     "rank 33": (gpt2, {"r": 33}, ValueError, "r=33: .* at most 32 here"),
     "dropout": (gpt2, {"lora_dropout": 2}, ValueError, "lora_dropout=2"),
     "enable_lora": (gpt2, {"enable_lora": [1, 0, 1]}, TypeError, "every entry must be True or False"),
+    "enable_lora without groups": (
+        llama,
+        {"target_modules": ["q_proj"], "enable_lora": [True, False, True]},
+        ValueError,
+        r"enable_lora=\[True, False, True\]: none of the targets is a fused projection",
+    ),
+    "exclude nothing": (gpt2, {"exclude_modules": ["c_fcc"]}, ValueError, "exclude_modules=.*'c_fcc'; did you mean .*c_fc"),
+    "exclude all": (
+        gpt2,
+        {"target_modules": ["c_fc"], "exclude_modules": ["mlp.c_fc"]},
+        ValueError,
+        "nothing is left of transformer.h.0.mlp.c_fc, transformer.h.1.mlp.c_fc after exclude_modules=",
+    ),
+    "inside a head": (
+        gpt2,
+        {"target_modules": ["c_fc"], "modules_to_save": ["mlp"]},
+        ValueError,
+        "nothing is left of .* and the modules trained whole, transformer.h.0.mlp, transformer.h.1.mlp",
+    ),
+    "head": (gpt2, {"modules_to_save": ["lm_heat"]}, ValueError, "modules_to_save=.*'lm_heat'; did you mean lm_head"),
+    "rank pattern": (gpt2, {"rank_pattern": {"c_atn": 2}}, ValueError, "rank_pattern: 'c_atn' applies to none .*h.0.attn.c_attn"),
+    "shadowed pattern": (
+        gpt2,
+        {"alpha_pattern": {"c_attn": 2, "0.attn.c_attn": 3}},
+        ValueError,
+        "alpha_pattern: '0.attn.c_attn' applies to none of the targets, or a pattern before it always does",
+    ),
+    "rank in a pattern": (gpt2, {"rank_pattern": {"c_attn": 2.5}}, TypeError, "r=2.5: the rank must be an integer"),
+    "rank 0 in a pattern": (gpt2, {"rank_pattern": {"c_attn": 0}}, ValueError, "r=0: the rank to inject must be at least 1"),
+    "rank 33 in a pattern": (gpt2, {"rank_pattern": {"0.attn.c_attn": 33}}, ValueError, "r=33: .* at most 32 here"),
+    "alpha in a pattern": (gpt2, {"alpha_pattern": {"c_attn": "4"}}, TypeError, "lora_alpha='4': must be a number"),
+    "bias": (gpt2, {"bias": "some"}, ValueError, "bias='some': must be one of 'none', 'all', 'lora_only'"),
 }  # fmt: skip
 
 
@@ -299,3 +334,93 @@ def test_a_step_of_training_then_generation_merged_and_not():
     assert model.transformer.h[0].attn.c_attn.merged
     unmerged = lora.unmerge_lora_weights(model).generate(TOKENS, **settings)
     assert torch.equal(merged, unmerged)
+
+
+def test_ranks_alphas_and_scalings():
+    """The first matching pattern counts, by full name, last parts or expression; use_rslora divides by the root."""
+    model = llama()
+    names = lora.inject_lora(
+        model,
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "v_proj", "k_proj"],
+        exclude_modules=r".*1\.self_attn\.k_proj",
+        rank_pattern={"model.layers.0.self_attn.q_proj": 2, r"layers\.\d\.self_attn\.[qk]_proj": 3},
+        alpha_pattern={"v_proj": 2},
+        use_rslora=True,
+    )
+    got = {
+        name[13:]: (layer.r, layer.lora_alpha, layer.scaling) for name in names for layer in [model.get_submodule(name)]
+    }
+    assert got == {
+        "0.self_attn.q_proj": (2, 8, 8 / 2**0.5),
+        "0.self_attn.k_proj": (3, 8, 8 / 3**0.5),
+        "0.self_attn.v_proj": (4, 2, 1.0),
+        "1.self_attn.q_proj": (3, 8, 8 / 3**0.5),
+        "1.self_attn.v_proj": (4, 2, 1.0),
+    }
+    assert "scaling=5.65685" in repr(model.model.layers[0].self_attn.q_proj)
+    assert "scaling" not in repr(nn.Sequential(lora.Linear(4, 4, r=2)))
+
+
+@pytest.mark.parametrize("bias, wanted", [("none", 0), ("lora_only", 4), ("all", None)])
+def test_biases_are_trained_in_copies(bias, wanted):
+    """Only what the mode names trains; unloading gives the base's own back, bit for bit, whatever they became."""
+    model = bert()
+    before = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
+    lora.inject_lora(model, r=2, bias=bias)
+    trained = {
+        name for name, p in model.named_parameters() if p.requires_grad and not name.endswith(("lora_A", "lora_B"))
+    }
+    assert all(name.endswith("bias") for name in trained)
+    assert len(trained) == (sum(name.endswith("bias") for name in before) if wanted is None else wanted)
+    with torch.no_grad():
+        for name in trained:
+            model.get_parameter(name).add_(1.0)
+    lora.unload(model)
+    assert {name: id(p) for name, p in model.named_parameters()} == {name: i for name, (i, _) in before.items()}
+    assert all(torch.equal(p, before[name][1]) for name, p in model.named_parameters())
+
+
+def test_adapting_one_of_two_tied_layers_leaves_the_other():
+    """wte is tied to lm_head: adapted, saved whole or merged, the other one computes as before."""
+    for options in ({"target_modules": ["wte"]}, {"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}):
+        model = gpt2().eval()
+        weight = model.lm_head.weight.detach().clone()
+        lora.inject_lora(model, r=2, **options)
+        other = model.lm_head if options.get("target_modules") == ["wte"] else model.transformer.wte
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.3)
+        assert not torch.allclose(output(model), output(gpt2().eval()), atol=1e-3)
+        assert torch.equal(other.weight, weight), name
+        lora.unload(model)
+        assert model.lm_head.weight is model.transformer.wte.weight and torch.equal(model.lm_head.weight, weight)
+
+
+def test_a_layer_that_is_used_in_three_places_is_one_adapter(tmp_path):
+    """Names of the same module: reported, counted and saved once."""
+    model = Small()
+    model.third = model.inner
+    assert lora.inject_lora(model, r=2, target_modules=["inner.0"], bias="all") == ["inner.0"]
+    randomize(model)
+    wanted = output(model.eval())
+    lora.save_lora(model, tmp_path / "a.safetensors")
+    loaded = Small()
+    loaded.load_state_dict(lora.unload(model).state_dict(), strict=False)
+    loaded.third = loaded.inner
+    lora.load_lora(loaded, tmp_path / "a.safetensors")
+    torch.testing.assert_close(output(loaded.eval()), wanted)
+
+
+IMPORT = """
+import sys, torch
+before = set(sys.modules)
+import loralib
+print(sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+"""
+
+
+def test_importing_needs_torch_and_safetensors_only():
+    printed = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "['loralib', 'safetensors']"

@@ -714,6 +714,17 @@ REFUSED_ENABLE = [
     ({"enable_lora": None}, TypeError, "enable_lora=None: must be a list of booleans"),
     ({"enable_lora": []}, ValueError, r"enable_lora=\[\]: its length must divide out_features=6"),
     ({"enable_lora": [True] * 4}, ValueError, "its length must divide out_features=6, one entry per group"),
+    (
+        {"enable_lora": [True], "group_sizes": [2, 4]},
+        ValueError,
+        r"group_sizes=\[2, 4\]: must be one positive size for",
+    ),
+    ({"enable_lora": [True] * 2, "group_sizes": [2, 3]}, ValueError, "enable_lora, 6 .out_features. in all"),
+    ({"enable_lora": [True] * 2, "group_sizes": [7, -1]}, ValueError, "must be one positive size"),
+    ({"enable_lora": [True] * 2, "group_sizes": [3.0, 3.0]}, TypeError, "every entry must be an integer"),
+    ({"enable_lora": [True] * 2, "interleave": 2}, ValueError, r"interleave=2: must divide every size .*\[3, 3\]"),
+    ({"enable_lora": [True] * 2, "interleave": 0}, ValueError, "interleave=0: must be at least 1"),
+    ({"enable_lora": [True] * 2, "interleave": 1.5}, TypeError, "interleave=1.5: must be an integer, not float"),
 ]
 
 
