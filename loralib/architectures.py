@@ -109,6 +109,20 @@ def fused_layout(owner: nn.Module, name: str, module: nn.Module) -> Layout | Non
     return None
 
 
+def group_spec(enable_lora: list[bool], sizes: list[int], turns: int) -> dict:
+    """Return the arguments of `MergedLinear` for a layout, without those that say what is the default.
+
+    >>> group_spec([True, False, True], [4, 4, 4], 1)
+    {'enable_lora': [True, False, True]}
+    >>> group_spec([True, False, True], [8, 2, 2], 2)
+    {'enable_lora': [True, False, True], 'group_sizes': [8, 2, 2], 'interleave': 2}
+    """
+    spec: dict = {"enable_lora": enable_lora}
+    if len(set(sizes)) > 1 or turns > 1:
+        spec.update(group_sizes=sizes, interleave=turns)
+    return spec
+
+
 def _thirds(rows: int, turns: int) -> Layout:
     return [rows // 3] * 3, turns
 

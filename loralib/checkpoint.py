@@ -20,6 +20,7 @@ from loralib.adapters import (
     set_adapter,
     slot_of,
 )
+from loralib.architectures import group_spec
 from loralib.formats import Adapter, read_native, read_upstream, write_native
 from loralib.inject import BIAS_MODES, check_bias_mode, own_names, plan_layers, put_adapter
 from loralib.layers import LoRALayer, MergedLinear
@@ -121,8 +122,8 @@ def load_lora(
         layers, problems = present, _differences(present, adapter.layers)
     else:
         layers, problems = _plan(modules, adapter.layers, merge_weights)
-    own, more_problems = _own(model, modules, layers, adapter, name)
-    problems += more_problems
+    own, misfits = _fit(modules, layers, adapter, name)
+    problems += misfits
     if problems:
         what = f"{path} does not fit {type(model).__name__}; nothing was loaded"
         raise ValueError("\n  ".join([what + ":", *problems]))
@@ -131,9 +132,9 @@ def load_lora(
         _add_own(model, modules, own, name)
     else:
         put_adapter(model, name, layers, own)
-    for path_, layer in layers.items():
-        layer.lora_alpha = adapter.layers[path_]["lora_alpha"]
-        layer.scaling = adapter.layers[path_]["scaling"]
+    for layer_name, layer in layers.items():
+        layer.lora_alpha = adapter.layers[layer_name]["lora_alpha"]
+        layer.scaling = adapter.layers[layer_name]["scaling"]
     model.load_state_dict(adapter.tensors, strict=False)
     return list(layers)
 
@@ -147,7 +148,8 @@ def _collect(
     saved = match_modules_to_save(model, modules_to_save) + _owned_whole(modules, own)
     for name, keys in own.items():
         if keys - LORA_NAMES and not any(f"{name}.".startswith(f"{whole}.") for whole in saved):
-            bias = max(bias, "lora_only" if name in layers else "all", key=_STRENGTH.index)
+            needed = "lora_only" if name in layers else "all"
+            bias = max(bias, needed, key=("none", "lora_only", "all").index)
     saved = list(dict.fromkeys(saved))
     everything = lora_state_dict(model, bias, saved)
     own = own_names(modules, layers, bias, saved)
@@ -165,9 +167,6 @@ def _owned_whole(modules: dict[str, nn.Module], own: dict[str, frozenset[str]]) 
             (within if key in own.get(path, ()) else shared).update(parents)
     whole = within - shared
     return [path for path in modules if path in whole and path.rpartition(".")[0] not in whole]
-
-
-_STRENGTH = ("none", "lora_only", "all")
 
 
 def _read(
@@ -216,9 +215,10 @@ def _plan(
     return layers, problems
 
 
-def _own(
-    model: nn.Module, modules: dict[str, nn.Module], layers: dict[str, LoRALayer], adapter: Adapter, adapter_name: str
+def _fit(
+    modules: dict[str, nn.Module], layers: dict[str, LoRALayer], adapter: Adapter, adapter_name: str
 ) -> tuple[dict[str, frozenset[str]], list[str]]:
+    """What would be the adapter's own in the model, and everything that speaks against it."""
     if adapter.bias not in BIAS_MODES:
         return {}, [f"bias={adapter.bias!r}: must be one of {', '.join(map(repr, BIAS_MODES))}"]
     problems = [
@@ -291,7 +291,4 @@ def _spec(layer: LoRALayer) -> dict:
 def _groups(layer: LoRALayer) -> dict:
     if not isinstance(layer, MergedLinear):
         return {}
-    groups: dict = {"enable_lora": layer.enable_lora}
-    if len(set(layer.group_sizes)) > 1 or layer.interleave > 1:
-        groups.update(group_sizes=layer.group_sizes, interleave=layer.interleave)
-    return groups
+    return group_spec(layer.enable_lora, layer.group_sizes, layer.interleave)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from loralib.architectures import fused_layout, is_conv1d
+from loralib.architectures import fused_layout, group_spec, is_conv1d
 from loralib.inject import is_bias
 from loralib.layers import check_hyperparameters
 
@@ -104,6 +104,8 @@ def read_native(path: Path) -> Adapter:
         version = config["format_version"]
         if version != FORMAT_VERSION:
             raise ValueError(f"format_version is {version!r}, this library reads {FORMAT_VERSION}")
+        if not config["layers"]:
+            raise ValueError("it names no layers")
         for spec in config["layers"].values():
             if not spec.keys() >= _SPEC_KEYS or not spec.keys() <= _SPEC_KEYS | _FUSED_KEYS:
                 raise ValueError(f"a layer has {sorted(spec)}, of {sorted(_SPEC_KEYS | _FUSED_KEYS)}")
@@ -218,7 +220,4 @@ def _spec_from_shapes(
             f"{name}: the file adapts {adapted} of {len(sizes)} groups, {B.shape[0]} of {sum(sizes)} rows, and does "
             f"not say which; pass enable_lora, one entry for each group ({list(enable_lora)} does not fit)"
         )
-    spec: dict = {"r": r, "enable_lora": enabled}
-    if len(set(sizes)) > 1 or turns > 1:
-        spec.update(group_sizes=sizes, interleave=turns)
-    return spec
+    return {"r": r, **group_spec(enabled, sizes, turns)}

@@ -25,6 +25,7 @@ from loralib.architectures import (
     default_modules_to_save,
     default_target_modules,
     fused_layout,
+    group_spec,
     is_conv1d,
     is_linear,
     output_layer,
@@ -293,13 +294,8 @@ def _fused(modules: dict[str, nn.Module], name: str, enable_lora: Sequence[bool]
     if enable_lora is None:
         return {}
     layout = fused_layout(modules[name.rpartition(".")[0]], name, modules[name])
-    if layout is None:
-        return {}
-    sizes, turns = layout
-    fused: dict = {"enable_lora": list(enable_lora)[-len(sizes) :]}
-    if len(set(sizes)) > 1 or turns > 1:
-        fused.update(group_sizes=sizes, interleave=turns)
-    return fused
+    # The last ones, because GPT-2's cross-attention has k and v only.
+    return {} if layout is None else group_spec(list(enable_lora)[-len(layout[0]) :], *layout)
 
 
 def _apply_pattern(specs: dict[str, dict], pattern: dict | None, argument: str, key: str) -> None:

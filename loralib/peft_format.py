@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from loralib.architectures import default_modules_to_save, fused_layout, is_conv1d
+from loralib.architectures import default_modules_to_save, fused_layout, group_spec, is_conv1d
 from loralib.formats import Adapter, read_safetensors, read_torch, sort_out, to_bytes, write_atomically
 from loralib.inject import match_names, match_pattern
 from loralib.layers import LoRALayer, MergedLinear, check_hyperparameters
@@ -162,7 +162,7 @@ def _conv_to_peft(A: Tensor, B: Tensor, layer: nn.Module) -> tuple[Tensor, Tenso
     # Row o of the update is p rows of B A side by side; as one row of a matrix product it has p copies of A on a
     # diagonal, or A itself cut into p pieces where B treats them alike, as it does if it came from PEFT.
     p = B.shape[0] // layer.out_channels
-    blocks = B.view(layer.out_channels, p, -1, p)
+    blocks = B.reshape(layer.out_channels, p, -1, p)
     alike = torch.zeros_like(blocks)
     alike.diagonal(dim1=1, dim2=3).copy_(blocks[:, :1, :, 0].transpose(1, 2).expand(-1, -1, p))
     if torch.equal(alike, blocks):
@@ -182,13 +182,14 @@ def _conv_from_peft(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 def _from_peft(
     name: str, modules: dict[str, nn.Module], A: Tensor, B: Tensor, config: dict
 ) -> tuple[dict, Tensor, Tensor]:
+    if A.dim() != B.dim() or A.dim() < 2 or A.shape[0] != B.shape[1] or A.shape[0] == 0:
+        raise ValueError(f"{name}: A of {tuple(A.shape)} and B of {tuple(B.shape)} make no product of low rank")
     module, r = modules.get(name), A.shape[0]
     rank_key, alpha_key = match_pattern(config["rank_pattern"], name), match_pattern(config["alpha_pattern"], name)
     named = config["r"] if rank_key is None else config["rank_pattern"][rank_key]
     if named != r:
         raise ValueError(f"{name}: the configuration says rank {named}, the tensors have {r}")
     alpha = config["lora_alpha"] if alpha_key is None else config["alpha_pattern"][alpha_key]
-    check_hyperparameters(r, alpha, config["lora_dropout"])
     scaling = alpha / (math.sqrt(r) if config["use_rslora"] else r)
     spec = {"r": r, "lora_alpha": alpha, "scaling": scaling, "lora_dropout": config["lora_dropout"]}
     if A.dim() > 2:
@@ -202,9 +203,8 @@ def _from_peft(
         blocks = _blocks(B, *layout)
         if blocks is not None:
             enable_lora, B = blocks
-            spec.update(r=B.shape[1], lora_alpha=_whole(alpha * B.shape[1] / r), enable_lora=enable_lora)
-            if len(set(layout[0])) > 1 or layout[1] > 1:
-                spec.update(group_sizes=layout[0], interleave=layout[1])
+            alpha = scaling * (math.sqrt(B.shape[1]) if config["use_rslora"] else B.shape[1])
+            spec.update(r=B.shape[1], lora_alpha=_whole(alpha), **group_spec(enable_lora, *layout))
     return spec, A, B
 
 
@@ -249,8 +249,14 @@ def _read_config(path: Path) -> dict:
             "base_model_name_or_path": config.get("base_model_name_or_path"),
         }
         check_hyperparameters(given["r"], given["lora_alpha"], given["lora_dropout"])
-        for key in (*given["rank_pattern"], *given["alpha_pattern"]):
+        for key, rank in given["rank_pattern"].items():
             re.compile(key)
+            check_hyperparameters(rank, 1, 0.0)
+        for key, alpha in given["alpha_pattern"].items():
+            re.compile(key)
+            check_hyperparameters(1, alpha, 0.0)
+        if not all(isinstance(name, str) for name in (given["bias"], *given["modules_to_save"])):
+            raise ValueError("bias and modules_to_save must be names")
         return given
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError, re.error) as error:
         raise ValueError(f"{path} is no configuration this library reads: {error}") from error

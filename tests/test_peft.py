@@ -6,12 +6,16 @@ Run alone: `pytest tests/test_peft.py`.
 
 import copy
 import json
+import tempfile
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES, BERT, DISTILBERT, T5, TEXT
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -290,6 +294,62 @@ def test_upstreams_bin_inside_a_peft_folder(tmp_path):
     close(architecture.output(loaded), architecture.output(model), torch.float32)
 
 
+def test_root_scaling_of_groups_travels(tmp_path):
+    """With n groups of rank r PEFT has rank n r: alpha and scaling are still the same after a round trip."""
+    architecture = ARCHITECTURES["GPT-2"]
+    model = architecture.build(torch.float64)
+    names = lora.inject_lora(model, r=2, lora_alpha=3, use_rslora=True)
+    wanted = architecture.output(randomize(model))
+    lora.save_lora(model, tmp_path, format="peft")
+    close(wanted, architecture.output(theirs_from(architecture.build(torch.float64), tmp_path)), torch.float64)
+    loaded = architecture.build(torch.float64)
+    lora.load_lora(loaded, tmp_path)
+    close(architecture.output(loaded), wanted, torch.float64)
+    for name in names:
+        ours, back = model.get_submodule(name), loaded.get_submodule(name)
+        assert (back.r, back.scaling) == pytest.approx((ours.r, ours.scaling), rel=1e-15)
+        assert back.lora_alpha == pytest.approx(3, rel=1e-15)
+
+
+VALUES = st.sampled_from(
+    [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        3,
+        2.5,
+        1e400,
+        "",
+        "(",
+        "all",
+        [],
+        [1],
+        ["a", None],
+        {},
+        {"query": 1},
+        {"(": 1},
+        {"query": "x"},
+    ]
+)
+
+
+@given(st.dictionaries(st.sampled_from(["peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "modules_to_save", "rank_pattern", "alpha_pattern", "init_lora_weights", "target_modules", "use_dora"]), VALUES, min_size=1))  # fmt: skip  # noqa: E501
+def test_no_configuration_raises_anything_but_a_value_error(changes):
+    """Whatever its entries: it loads, or a ValueError says why not and the model is as before."""
+    base = ARCHITECTURES["BERT"].build()
+    with tempfile.TemporaryDirectory() as folder:
+        model = copy.deepcopy(base)
+        lora.inject_lora(model, r=2)
+        lora.save_lora(model, folder, format="peft")
+        rewrite(**changes)(Path(folder))
+        try:
+            lora.load_lora(base, folder)
+        except ValueError:
+            assert not any(isinstance(module, lora.LoRALayer) for module in base.modules())
+
+
 def rewrite(**changes):
     def change(folder):
         config = json.loads((folder / "adapter_config.json").read_text())
@@ -325,6 +385,7 @@ REFUSED = {
     "rank": (rewrite(r=3), ValueError, "the configuration says rank 3, the tensors have 2"),
     "rank as text": (rewrite(r="2"), ValueError, "r='2': the rank must be an integer"),
     "alpha": (rewrite(lora_alpha=[1]), ValueError, "lora_alpha=.*must be a number"),
+    "product": (drop("query.lora_B.weight", "base_model.model.bert.x"), ValueError, "and no lora_B.weight"),
     "pattern": (rewrite(alpha_pattern={"(": 1}), ValueError, UNREADABLE),
     "bias mode": (rewrite(bias="some"), ValueError, "bias='some': must be one of"),
     "biases missing": (rewrite(bias="all"), ValueError, "classifier.bias: missing|bias: missing in the file"),
