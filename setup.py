@@ -7,6 +7,8 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 EXAMPLES = ["transformers>=4.46", "numpy", "tqdm", "scikit-learn", "sacrebleu>=2.4"]
+# peft and torchao are what the exchange with PEFT and quantised weights are tested against.
+TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "peft>=0.21", "torchao>=0.18"]
 
 setup(
     name="loralib",
@@ -19,5 +21,5 @@ setup(
     package_data={"loralib": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.4", "safetensors>=0.4"],
-    extras_require={"examples": EXAMPLES, "test": [*EXAMPLES, "pytest>=8", "hypothesis>=6.100", "ruff>=0.6"]},
+    extras_require={"examples": EXAMPLES, "test": [*EXAMPLES, *TEST]},
 )

@@ -124,6 +124,13 @@ ROWS = {
     "BigCode, one key head": ("GPTBigCodeForCausalLM", "GPTBigCodeConfig", SHORT, ["c_attn"], 2, 2 * SHARED, attention),
     "BigCode, a key head each": ("GPTBigCodeForCausalLM", "GPTBigCodeConfig", {**SHORT, "multi_query": False}, ["c_attn"], 2, 2 * SQUARE, attention),
     "ViT": ("ViTModel", "ViTConfig", VIT, QV, 4, 2 * SQUARE, pictures),
+    "GPT-J": ("GPTJForCausalLM", "GPTJConfig", {**SHORT, "rotary_dim": 4}, QV, 4, 2 * SQUARE),
+    "XLM-RoBERTa": ("XLMRobertaForMaskedLM", "XLMRobertaConfig", BERT, QUERY, 4, 2 * SQUARE),
+    "mT5": ("MT5ForConditionalGeneration", "MT5Config", T5, ["q", "v"], 12, 6 * SQUARE, two_sides),
+    "mBART": ("MBartForConditionalGeneration", "MBartConfig", BART, QV, 12, 6 * SQUARE, two_sides),
+    "Gemma 2": ("Gemma2ForCausalLM", "Gemma2Config", {**LLAMA, "head_dim": 4}, QV, 4, 2 * GROUPED),
+    "Gemma 3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**LLAMA, "head_dim": 4}, QV, 4, 2 * GROUPED),
+    "Mixtral": ("MixtralForCausalLM", "MixtralConfig", {**LLAMA, "num_local_experts": 2, "experts_implementation": "eager"}, QV, 4, 2 * GROUPED),
     "Whisper": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, QV, 12, 6 * SQUARE, sounds),
 }  # fmt: on
 ARCHITECTURES = {name: Architecture(*row) for name, row in ROWS.items()}
