@@ -307,7 +307,8 @@ def test_a_save_that_fails_leaves_the_earlier_file(file, monkeypatch):
 
 
 SAVE_FOR_EVER = """
-import sys, torch, loralib as lora
+import signal, sys, torch, loralib as lora
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 model = torch.nn.Sequential(torch.nn.Linear(2000, 2000))
 lora.inject_lora(model, r=200, target_modules=["0"])
 print("saving", flush=True)
