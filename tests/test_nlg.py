@@ -707,6 +707,14 @@ BAD_INFERENCE = {
     ),
     "no adapter": (["--prompt", PROMPT, "--adapter", "{model}/model.safetensors"], r"has no loralib configuration"),
 }
+# transformers imports torchao where it is installed, as it is for the tests, and that says what it misses on this machine.
+FROM_TORCHAO = re.compile(r"^(Failed to load .*torchao.*|W\d{4} .*torch/utils/_pytree\.py.*)\n", re.MULTILINE)
+
+
+def own_lines(stderr):
+    return FROM_TORCHAO.sub("", stderr)
+
+
 BAD = [("run_training.py", *case) for case in BAD_TRAINING.values()]
 BAD += [("run_inference.py", *case) for case in BAD_INFERENCE.values()]
 
@@ -723,7 +731,7 @@ def test_user_errors_are_one_message_and_status_2(request, tmp_path, run, gpt2, 
     defaults.update(zip(arguments[::2], (value.format(**folders) for value in arguments[1::2]), strict=True))
     status, stdout, stderr = script(name, *(part for item in defaults.items() for part in item))
     assert status == 2, stderr
-    assert re.match(r"error: ", stderr)
+    assert re.match(r"error: ", own_lines(stderr)), stderr
     assert re.search(message, stderr)
     assert "Traceback" not in stderr
     assert not any((tmp_path / "output").glob("*"))
