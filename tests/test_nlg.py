@@ -707,7 +707,7 @@ BAD_INFERENCE = {
     ),
     "no adapter": (["--prompt", PROMPT, "--adapter", "{model}/model.safetensors"], r"has no loralib configuration"),
 }
-# transformers imports torchao where it is installed, as it is for the tests, and that says what it misses on this machine.
+# transformers imports torchao where it is installed, as it is for the tests, and torchao says what it lacks.
 FROM_TORCHAO = re.compile(r"^(Failed to load .*torchao.*|W\d{4} .*torch/utils/_pytree\.py.*)\n", re.MULTILINE)
 
 
