@@ -1,4 +1,4 @@
-"""The NLG example: E2E reading, encoding, batches, the training loop, decoding, metrics, result files, both scripts.
+"""The NLG example: encoding, batches, the training loop, decoding, metrics, result files, both scripts.
 
 What is tested is called as functions where the function is the point, and as a subprocess from examples/NLG where the
 command line is. Models are real and tiny, made from a configuration here, with a tokenizer trained on the shipped data.
@@ -109,89 +109,7 @@ def load(folder):
     return causal_lm.load_causal_lm(str(folder), torch.device("cpu"))
 
 
-# Reading E2E files
-
-GOOD = "name : A | food : B||A serves B . \n"
-
-
-def write(folder, content):
-    path = folder / "data.txt"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("name : A | food : B", "expected one `||` between meaning and reference"),
-        ("name : A||one||two", "expected one `||`"),
-        ("", "expected one `||`"),
-        (" ||A text .", "the meaning is empty"),
-        ("name : A|| ", "the reference after `||` is empty"),
-        ("name : A | food||A text .", "'food' is no `slot : value`"),
-        ("name : A | food : ||A text .", "'food :' is no `slot : value`"),
-        ("name : A | : B||A text .", "': B' is no `slot : value`"),
-        ("name : A | ||A text .", "'' is no `slot : value`"),
-        ("name:A||A text .", "'name:A' is no `slot : value`"),
-        (b"name : Caf\xe9||A text .", "not UTF-8"),
-    ],
-)
-def test_malformed_line_is_named_with_file_and_number(tmp_path, line, message):
-    line = line if isinstance(line, bytes) else line.encode()
-    path = write(tmp_path, GOOD.encode() + line + b"\n" + GOOD.encode())
-    with pytest.raises(cli.UserError, match=re.escape(message)) as error:
-        e2e.read_pairs(path)
-    assert str(error.value).startswith(f"{path}, line 2: ")
-
-
-def test_missing_and_empty_file(tmp_path):
-    with pytest.raises(cli.UserError, match="nowhere.txt: no such data file.*--data_dir.*make_data.py"):
-        e2e.read_pairs(tmp_path / "nowhere.txt")
-    with pytest.raises(cli.UserError, match="data.txt: the file is empty"):
-        e2e.read_pairs(write(tmp_path, ""))
-
-
-def test_bom_crlf_and_characters_inside_a_text(tmp_path):
-    odd = "name : Café\u2028Brazil | price : £ 20||A\x85text\x0bfor £ 20 . "  # str.splitlines would split these
-    plain = e2e.read_pairs(write(tmp_path, GOOD + odd + "\n"))
-    assert plain == [("name : A | food : B", "A serves B ."), tuple(part.strip() for part in odd.split("||"))]
-    assert e2e.read_pairs(write(tmp_path, b"\xef\xbb\xbf" + (GOOD + odd).replace("\n", "\r\n").encode())) == plain
-
-
-def test_references_are_grouped_by_meaning_in_order():
-    pairs = [("b", "1"), ("a", "2"), ("b", "3"), ("b", "1")]
-    groups = e2e.group_references(pairs)
-    assert groups == {"b": ["1", "3", "1"], "a": ["2"]}
-    assert list(groups) == ["b", "a"]
-
-
-def test_meanings_of_a_file_for_inference(tmp_path):
-    path = write(tmp_path, "name : B\nname : A | food : C||ignored .\nname : B||\n")
-    assert e2e.read_meanings(path) == ["name : B", "name : A | food : C"]
-    with pytest.raises(cli.UserError, match="line 2: 'A text' is no"):
-        e2e.read_meanings(write(tmp_path, "name : B\nA text\n"))
-
-
-def test_slots():
-    assert e2e.slots("name : A B | customer rating : 5 : 6|near : C") == [
-        ("name", "A B"),
-        ("customer rating", "5 : 6"),
-        ("near", "C"),
-    ]
-
-
-@pytest.mark.parametrize("split", ["train", "valid", "test"])
-def test_shipped_files_read_whole(split):
-    pairs = e2e.read_pairs(DATA / f"{split}.txt")
-    assert len(pairs) == (DATA / f"{split}.txt").read_bytes().count(b"\n") > 0
-    assert sum(map(len, e2e.group_references(pairs).values())) == len(pairs)
-
-
-@needs_real_data
-@pytest.mark.parametrize("split, texts, meanings", [("train", 42061, 4862), ("valid", 4672, 547), ("test", 4693, 630)])
-def test_official_files_read_whole(split, texts, meanings):
-    pairs = e2e.read_pairs(REAL_DATA / f"{split}.txt")
-    assert (len(pairs), len(e2e.group_references(pairs))) == (texts, meanings)
+# The share of slot values in official texts
 
 
 @needs_real_data
@@ -654,7 +572,8 @@ def test_inference_merged_equals_unmerged(run, gpt2, tmp_path):
     assert re.fullmatch(re.escape(PROMPT) + r" -> .*\n", stdout)
     text = stdout.removeprefix(f"{PROMPT} -> ").removesuffix("\n")
 
-    file = write(tmp_path, f"{PROMPT}||ignored .\nname : Lumen\n{PROMPT}||again .\n")
+    file = tmp_path / "data.txt"
+    file.write_text(f"{PROMPT}||ignored .\nname : Lumen\n{PROMPT}||again .\n", encoding="utf-8")
     status, stdout, stderr = script(
         "run_inference.py", *common, "--input_file", file, "--output_file", tmp_path / "texts.txt", "--merge"
     )

@@ -77,7 +77,7 @@ def fetch(url):
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
             length = response.length
             if length is None and not response.chunked:
-                raise UserError(f"{url}: the server does not tell the length, and a cut would go unnoticed; use another")
+                raise UserError(f"{url}: the server does not tell the length, so a cut would go unnoticed; use another")
             content = receive(response, length, url.rsplit("/", 1)[1])
     except urllib.error.HTTPError as error:
         error.close()

@@ -151,20 +151,22 @@ def _is_csv(path):
 
 def _csv_rows(path, headers):
     """Each row below the header, which is one of `headers`, and its place ("file, line 3", "file, lines 3 to 5")."""
-    expected = " or ".join(f"`{','.join(header)}`" for header in headers)
-    columns = None
-    for row, where in _csv_records(path):
-        if columns is None:
-            columns = [name.strip().lower() for name in row]
-            if columns not in headers:
-                raise UserError(f"{where}: the header must be {expected}, not `{','.join(row)}`; add it above the rows")
-        elif len(row) != len(columns):
+    records = _csv_records(path)
+    header, where = next(records)  # an empty file has none, and has been refused
+    columns = [name.strip().lower() for name in header]
+    if columns not in headers:
+        expected = " or ".join(f"`{','.join(names)}`" for names in headers)
+        raise UserError(f"{where}: the header must be {expected}, not `{','.join(header)}`; add it above the rows")
+    row = None
+    for row, where in records:
+        if len(row) != len(columns):
             raise UserError(
                 f"{where}: {len(row)} fields where `{','.join(columns)}` are needed; a field that holds a comma stands "
                 f"in quotes, as in: {CSV_FORM}"
             )
-        else:
-            yield row, where
+        yield row, where
+    if row is None:
+        raise UserError(f"{path}: no row below the header; expected for example: {CSV_FORM}")
 
 
 def _csv_records(path):
