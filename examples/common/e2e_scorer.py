@@ -26,8 +26,8 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from common.cli import UserError
 
-# effective_order only defines the BLEU of less than four words, where mteval and sacrebleu part; force: no warning about
-# " ." at the end of tokenised texts.
+# effective_order only defines the BLEU of fewer than four words, where mteval and sacrebleu part; force: no warning
+# about " ." at the end of tokenised texts.
 MTEVAL_BLEU = BLEU(lowercase=True, tokenize="13a", effective_order=True, force=True)
 NIST_ORDER = 5
 # The brevity penalty is one half where a text has two thirds of the words of its average reference.
