@@ -164,8 +164,8 @@ def test_texts_of_csv_are_tokenised_as_the_official_lines(text, tokenised):
 
 
 def test_quotes_commas_line_breaks_bom_and_line_ends_of_csv(tmp_path):
-    rows = '"mr","ref"\n"name[A], food[B]","A ""great"" place,\nserving B."\nname[C],C is "a" pub\n'
-    expected = [("name : A | food : B", 'A " great " place , serving B .'), ("name : C", 'C is " a " pub')]
+    rows = '"mr","ref"\n"name[A], food[B]","A ""great"" place\nserving B."\nname[C],C is "a" pub\n'
+    expected = [("name : A | food : B", 'A " great " place serving B .'), ("name : C", 'C is " a " pub')]
     for content in (rows, rows.removesuffix("\n"), rows.replace("\n", "\r\n"), "\ufeff" + rows):
         assert e2e.read_pairs(write_csv(tmp_path, content)) == expected
 
