@@ -2,7 +2,9 @@
 
     cd examples/NLG
     python run_training.py
-    python run_training.py --model gpt2 --lr 1e-3 --data_dir ../../../shared/data/e2e --max_steps 200
+    python run_training.py --adapt full
+    python run_training.py --preset paper --model gpt2-medium --data_dir output/e2e --precision bf16
+    torchrun --nproc_per_node 2 run_training.py
 
 The first command uses the model and the data that ship here and takes about two minutes on 2 CPU cores. On the held-out
 test file (examples/results/nlg_embedded.json is the record of such a run) it reaches
@@ -11,10 +13,16 @@ test file (examples/results/nlg_embedded.json is the record of such a run) it re
     BLEU                          4.2     92.7
     slot values, %               18.1     98.8       100.0
 
-The second does the same with real ones: any folder or hub name of a causal language model, any E2E files. Written to
---output_dir: adapter.safetensors, the adapter alone, for run_inference.py; and results.json, the record of the run.
+The others train all parameters instead; follow the paper's recipe with a model from the hub on the files that
+download_data.py gets; and share every batch between two processes. Any folder or hub name of a causal language model
+will do, any E2E files in either official form. Written to --output_dir: adapter.safetensors, the adapter alone, for
+run_inference.py (or the folder model/ after full fine-tuning); test_texts.jsonl, what it writes for the test meanings;
+and results.json, the record of the run. A run that was killed goes on with --resume where it was at its last
+validation (training_state.pt), to the bit on a CPU.
 """
 
+import json
+import math
 import os
 import random
 import sys
@@ -30,50 +38,73 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
-from common import causal_lm, e2e, metrics, results, training
-from common.cli import UserError, as_user_error, knob, parse_knobs, require_positive, run
+from common import causal_lm, distributed, e2e, metrics, results, training
+from common.cli import UserError, as_user_error, fill_in, knob, parse_knobs, require_positive, run
 
 import loralib as lora
 
 HERE = Path(__file__).resolve().parent
-EVAL_BATCH_SIZE = 40
+TASK = training.Task(causal_lm.collate, causal_lm.loss_sum, causal_lm.count_labels)
+# Where a knob is not given. The paper's recipe is that for GPT-2 medium (table 11 and the authors' code).
+PRESETS = {
+    "fast": {},
+    "paper": {
+        **{"num_epochs": 5, "batch_size": 8, "warmup_steps": 500, "seq_len": 512, "label_smoothing": 0.1},
+        **{"lora_dim": 4, "lora_alpha": 32.0, "lora_dropout": 0.1},
+        **causal_lm.PAPER_DECODING,
+    },
+}
+# Full fine-tuning wants about a tenth of LoRA's learning rate; the paper has no recipe for it.
+LEARNING_RATES = {"fast": {"lora": 7e-3, "full": 7e-4}, "paper": {"lora": 2e-4, "full": 2e-5}}
+# What a resumed run may change: it does not touch the training.
+FREE_TO_CHANGE = {"output_dir", "test_file", "skip_base", "record", "resume", "device", "eval_batch_size"}
+FREE_TO_CHANGE |= set(causal_lm.PAPER_DECODING)
 
 
 @dataclass
-class Knobs:
+class Knobs(causal_lm.DecodingKnobs, training.Knobs):
+    preset: str = knob("fast", "recipe for all knobs that are not given", PRESETS)
     model: str = knob(str(HERE / "model"), "folder or hub name of a causal language model")
-    data_dir: str = knob(str(HERE / "data"), "folder of the three E2E files")
-    train_file: str = knob("train.txt", "file in data_dir to train on")
-    valid_file: str = knob("valid.txt", "file in data_dir for the validation loss")
-    test_file: str = knob("test.txt", "file in data_dir that is scored before and after")
-    output_dir: str = knob(str(HERE / "output"), "folder for the adapter and the record of the run")
+    data_dir: str = knob(str(HERE / "data"), "folder of the three E2E files, lines or CSV")
+    train_file: str | None = knob(None, "file in data_dir to train on, if not called as the official one")
+    valid_file: str | None = knob(None, "the same for the file of the validation loss")
+    test_file: str | None = knob(None, "the same for the file that is scored before and after")
+    output_dir: str = knob(str(HERE / "output"), "folder for what the run writes")
+    record: str | None = knob(None, "name under which examples/results/ gets the record, too")
+    adapt: str = knob("lora", "what trains: adapters, all parameters, or nothing", ["lora", "full", "none"])
     lora_dim: int = knob(4, "rank; 4 is the paper's for GPT-2 on E2E")
     lora_alpha: float = knob(32.0, "the update is scaled by lora_alpha / lora_dim; the paper's")
     lora_dropout: float = knob(0.0, "probability, on the input of the adapters; the paper takes 0.1")
     target_modules: str | None = knob(
-        None, "layers to adapt, comma separated; by default query and value of the attention"
+        None, "layers to adapt, comma separated, or all-linear; by default query and value of the attention"
     )
-    num_epochs: int = knob(3, "passes over the training file")
-    max_steps: int | None = knob(None, "stop after so many optimizer steps, for a quick look at a large file")
-    batch_size: int = knob(8, "texts in an optimizer step")
-    lr: float = knob(7e-3, "peak learning rate; a large pretrained model wants less, GPT-2 medium 2e-4")
-    warmup_steps: int = knob(30, "steps up to the peak; the adapters start from zero and Adam without statistics")
     seq_len: int = knob(256, "most tokens of meaning and text together; longer ones are left out, and counted")
     max_train_samples: int | None = knob(None, "train on so many lines, drawn with the seed")
     max_eval_samples: int | None = knob(None, "validate and score on so many meanings, drawn with the seed")
-    seed: int = knob(110, "of the adapters, the order of the texts and dropout; 110 is the paper authors'")
-    device: str = knob("auto", "cpu, cuda, mps, or auto for the fastest that is there")
+    skip_base: bool = knob(False, "do not score the base before the training")
+
+
+def check(knobs):
+    """Raise a UserError for a knob that is out of range."""
+    require_positive(knobs, "num_epochs", "max_steps", "batch_size", "grad_accumulation", "lr", "seq_len")
+    require_positive(knobs, "eval_every", "patience", "max_train_samples", "max_eval_samples")
+    causal_lm.check_decoding(knobs)
+
+
+def find_files(knobs):
+    """{split: path} of the data files."""
+    names = {split: getattr(knobs, f"{split}_file") for split in ("train", "valid", "test")}
+    return e2e.find_files(knobs.data_dir, names)
 
 
 def load_data(knobs):
     """The training pairs, and {meaning: references} to validate and to test on."""
-    folder = Path(knobs.data_dir)
-    train = e2e.read_pairs(folder / knobs.train_file)
-    valid = e2e.group_references(e2e.read_pairs(folder / knobs.valid_file))
-    test = e2e.group_references(e2e.read_pairs(folder / knobs.test_file))
+    pairs = {split: e2e.read_pairs(path) for split, path in find_files(knobs).items()}
+    train = pairs["train"]
     if knobs.max_train_samples and knobs.max_train_samples < len(train):
         print(f"training on {knobs.max_train_samples} of {len(train)} texts (--max_train_samples)")
         train = random.Random(knobs.seed).sample(train, knobs.max_train_samples)
+    valid, test = (e2e.group_references(pairs[split]) for split in ("valid", "test"))
     return train, _some_meanings(valid, "validating", knobs), _some_meanings(test, "testing", knobs)
 
 
@@ -85,23 +116,36 @@ def _some_meanings(groups, doing, knobs):
     return {meaning: references for meaning, references in groups.items() if meaning in chosen}
 
 
-def build_model(knobs, device):
-    """The pretrained model with fresh adapters, and its tokenizer."""
-    model, tokenizer = causal_lm.load_causal_lm(knobs.model, device)
-    window = causal_lm.context_window(model)
-    if knobs.seq_len > window:
-        raise UserError(f"--seq_len {knobs.seq_len}: the model reads at most {window} tokens; use that or less")
-    # Everything but the adapters is frozen from here on. Their update starts at zero: the outputs have not changed.
-    torch.manual_seed(knobs.seed)
-    with as_user_error(TypeError, ValueError):
-        lora.inject_lora(
-            model,
-            r=knobs.lora_dim,
-            lora_alpha=knobs.lora_alpha,
-            lora_dropout=knobs.lora_dropout,
-            target_modules=knobs.target_modules and knobs.target_modules.split(","),
-        )
-    return model, tokenizer
+def adapt_model(model, knobs):
+    """Choose what trains, which is all that LoRA, full fine-tuning and the base alone differ in."""
+    model.requires_grad_(knobs.adapt == "full")
+    if knobs.adapt == "lora":
+        targets = knobs.target_modules
+        if targets and targets != "all-linear":
+            targets = targets.split(",")
+        torch.manual_seed(knobs.seed)
+        # Everything but the adapters is frozen from here on. Their update starts at zero: the outputs have not changed.
+        with as_user_error(TypeError, ValueError):
+            lora.inject_lora(
+                model,
+                r=knobs.lora_dim,
+                lora_alpha=knobs.lora_alpha,
+                lora_dropout=knobs.lora_dropout,
+                target_modules=targets,
+            )
+
+
+def save_model(model, tokenizer, knobs):
+    """Write what was trained to output_dir; return the files."""
+    output_dir = Path(knobs.output_dir)
+    if knobs.adapt == "lora":
+        adapter = output_dir / "adapter.safetensors"
+        lora.save_lora(model, adapter)  # the adapter alone, with its rank and alpha; whole or not at all
+        return [adapter]
+    folder = output_dir / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return sorted(folder.glob("*.safetensors"))
 
 
 def encode_pairs(pairs, tokenizer, seq_len, purpose):
@@ -115,32 +159,40 @@ def encode_pairs(pairs, tokenizer, seq_len, purpose):
     return short
 
 
-def evaluate(model, tokenizer, test):
-    """The scores of the texts that the model writes for the test meanings, and the texts."""
-    started = time.perf_counter()
-    texts = causal_lm.generate(model, tokenizer, list(test), batch_size=EVAL_BATCH_SIZE)
-    bleu, _ = metrics.bleu(texts, list(test.values()))
+def evaluate(model, tokenizer, test, knobs):
+    """(Scores of the texts that the model writes for the test meanings, the texts)."""
+    pairs = [(meaning, reference) for meaning, references in test.items() for reference in references]
+    samples = [causal_lm.encode(tokenizer, *pair) for pair in pairs]
+    perplexity = math.exp(training.mean_loss(model, TASK, samples, knobs))
+    generated = causal_lm.generate(model, tokenizer, list(test), knobs)
+    scores = metrics.score(generated.texts, list(test.values()), list(test)) if distributed.is_main() else {}
     return {
-        "bleu": bleu,
-        "slot_share": metrics.slot_share(texts, list(test)),
-        "seconds": time.perf_counter() - started,
-    }, texts
+        **scores,
+        "perplexity": perplexity,
+        "tokens": generated.tokens,
+        "generation_seconds": generated.seconds,
+    }, generated.texts
 
 
 def train_model(**overrides):
-    """Train with the default knobs but for `overrides`, print and write the results, and return them."""
-    knobs = Knobs(**overrides)
+    """Train with the preset but for `overrides`, print and write the results, and return them."""
+    knobs = fill_in(Knobs, overrides, PRESETS)
+    if knobs.lr is None and knobs.adapt != "none":
+        knobs.lr = LEARNING_RATES[knobs.preset][knobs.adapt]
     started = time.perf_counter()
-    require_positive(knobs, "num_epochs", "max_steps", "batch_size", "lr", "seq_len")
-    require_positive(knobs, "max_train_samples", "max_eval_samples")
+    check(knobs)
     output_dir = Path(knobs.output_dir)
     with as_user_error(OSError):  # before the work rather than after it
         output_dir.mkdir(parents=True, exist_ok=True)
-    device = training.choose_device(knobs.device)
-    data_files = [Path(knobs.data_dir) / name for name in (knobs.train_file, knobs.valid_file, knobs.test_file)]
+    device = distributed.start(training.choose_device(knobs.device))
     train, valid, test = load_data(knobs)
-    fingerprints = {path.name: {"sha256": results.sha256(path)} for path in data_files}  # now: a file may change later
-    model, tokenizer = build_model(knobs, device)
+    files = find_files(knobs)
+    fingerprints = {split: {"file": path.name, "sha256": results.sha256(path)} for split, path in files.items()}
+    model, tokenizer = causal_lm.load_causal_lm(knobs.model, device)
+    window = causal_lm.context_window(model)
+    if knobs.seq_len > window:
+        raise UserError(f"--seq_len {knobs.seq_len}: the model reads at most {window} tokens; use that or less")
+    adapt_model(model, knobs)
 
     parameters = lora.count_parameters(model)
     percent = 100 * parameters.trainable / parameters.total
@@ -151,58 +203,68 @@ def train_model(**overrides):
     valid_pairs = [(meaning, reference) for meaning, references in valid.items() for reference in references]
     valid_samples = encode_pairs(valid_pairs, tokenizer, knobs.seq_len, "validation")
 
-    with lora.disable_adapters(model):  # the base alone
-        before, texts_before = evaluate(model, tokenizer, test)
-    training_started = time.perf_counter()
-    history = training.train(
-        model,
-        train_samples,
-        valid_samples,
-        causal_lm.collate,
-        epochs=knobs.num_epochs,
-        max_steps=knobs.max_steps,
-        batch_size=knobs.batch_size,
-        lr=knobs.lr,
-        warmup_steps=knobs.warmup_steps,
-        seed=knobs.seed,
-    )
-    train_seconds = time.perf_counter() - training_started
-    # The adapter alone, with its rank and alpha; whole or not at all. Saved before the test, which cannot harm it then.
-    adapter = output_dir / "adapter.safetensors"
-    lora.save_lora(model, adapter)
-    after, texts_after = evaluate(model, tokenizer, test)  # evaluation mode merges the adapters
-
-    # People leave out values as well: what the references mention is the share that a perfect imitation reaches.
-    pairs = [(meaning, reference) for meaning, references in test.items() for reference in references]
-    share_of_references = metrics.slot_share([reference for _, reference in pairs], [meaning for meaning, _ in pairs])
-    _, signature = metrics.bleu(texts_after, list(test.values()))
-    model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    total = time.perf_counter() - started
     record = {
         "task": "e2e",
-        "adapt": "lora",
+        "adapt": knobs.adapt,
         "configuration": {name: results.portable(value) for name, value in asdict(knobs).items()},
         "data": fingerprints,
+        "processes": distributed.processes(),
         "counts": {"train_texts": len(train_samples), "valid_texts": len(valid_samples), "test_meanings": len(test)},
         "parameters": parameters._asdict(),
-        "bytes": {"adapter": adapter.stat().st_size, "model": model_bytes},
-        "adapter_sha256": results.sha256(adapter),
-        "before": before,
-        "after": after,
-        "references": {"slot_share": share_of_references},
-        "bleu_signature": signature,
-        "history": history,
-        "seconds": {"train": train_seconds, "evaluate": before["seconds"] + after["seconds"], "total": total},
-        "peak_memory_bytes": results.peak_memory_bytes(device),
-        "environment": results.environment(device),
-        "samples": [
-            {"meaning": meaning, "before": texts_before[i], "after": texts_after[i], "references": test[meaning]}
-            for i, meaning in list(enumerate(test))[:: max(1, len(test) // 3)][:3]
-        ],
+        "bytes": {"model": sum(p.numel() * p.element_size() for p in model.parameters())},
+        "references": score_references(test),
+        "seconds": {},
     }
-    results.write_json(output_dir / "results.json", record)
-    report(record, output_dir)
+    texts_before = texts = None
+    if not knobs.skip_base:
+        with lora.disable_adapters(model):  # the base alone
+            record["before"], texts_before = evaluate(model, tokenizer, test, knobs)
+    if knobs.adapt != "none":
+        training_started = time.perf_counter()
+        state_path = output_dir / "training_state.pt"
+        identity = {name: value for name, value in asdict(knobs).items() if name not in FREE_TO_CHANGE}
+        identity.update(data=[fingerprints[split]["sha256"] for split in ("train", "valid")])
+        identity.update(processes=distributed.processes())
+        outcome = training.train(model, TASK, train_samples, valid_samples, knobs, state_path, identity)
+        record["seconds"]["train"] = time.perf_counter() - training_started
+        record["seconds"]["step"] = outcome.step_seconds
+        record["bytes"]["optimizer"] = outcome.optimizer_bytes
+        record.update(history=outcome.history, curve=outcome.curve, best_step=outcome.best_step)
+        record["peak_memory_bytes"] = results.peak_memory_bytes(device)
+        if distributed.is_main():  # saved before the test, which cannot harm it then
+            saved = save_model(model, tokenizer, knobs)
+            record["bytes"]["checkpoint"] = sum(path.stat().st_size for path in saved)
+            record["checkpoint_sha256"] = {path.name: results.sha256(path) for path in saved}
+        record["after"], texts = evaluate(model, tokenizer, test, knobs)  # evaluation mode merges the adapters
+    record["seconds"]["total"] = time.perf_counter() - started
+    record["environment"] = results.environment(device)
+    if distributed.is_main():
+        written = [(meaning, text) for meaning, text in zip(test, texts or texts_before or [], strict=False)]
+        lines = [json.dumps({"meaning": meaning, "text": text}, ensure_ascii=False) + "\n" for meaning, text in written]
+        results.write_atomically(output_dir / "test_texts.jsonl", "".join(lines))
+        record["samples"] = [
+            {
+                "meaning": meaning,
+                **({"before": texts_before[i]} if texts_before else {}),
+                **({"after": texts[i]} if texts else {}),
+                "references": test[meaning],
+            }
+            for i, meaning in list(enumerate(test))[:: max(1, len(test) // 3)][:3]
+        ]
+        results.write_json(output_dir / "results.json", record)
+        if knobs.record:
+            results.write_json(results.RESULTS / f"{knobs.record}.json", record)
+        (output_dir / "training_state.pt").unlink(missing_ok=True)  # everything it is for has been written
+        report(record, output_dir)
+    distributed.stop()
     return record
+
+
+def score_references(test):
+    """People leave out values as well: what the references mention is what a perfect imitation of them reaches."""
+    pairs = [(meaning, reference) for meaning, references in test.items() for reference in references]
+    meanings, texts = zip(*pairs, strict=True)
+    return metrics.slot_scores(texts, meanings)
 
 
 def report(record, output_dir):
@@ -210,26 +272,24 @@ def report(record, output_dir):
     for sample in record["samples"]:
         print()
         for name in ("meaning", "before", "after"):
-            print(f"{name:<12} {sample[name]}")
+            if name in sample:
+                print(f"{name:<12} {sample[name]}")
         print(f"{'reference':<12} {sample['references'][0]}")
-    before, after, seconds, sizes = record["before"], record["after"], record["seconds"], record["bytes"]
-    mentioned = [100 * record[who]["slot_share"] for who in ("before", "after", "references")]
     print()
-    print(f"{'':<24} {'before':>8} {'after':>8} {'references':>11}")
-    print(f"{'BLEU':<24} {before['bleu']:8.2f} {after['bleu']:8.2f}")
-    print("{:<24} {:8.2f} {:8.2f} {:11.2f}".format("slot values, %", *mentioned))
-    print(f"BLEU is sacrebleu's, {record['bleu_signature']}")
-    print()
-    share = sizes["adapter"] / sizes["model"]
-    print(
-        f"checkpoint   {sizes['adapter'] / 1024:,.1f} KiB, {share:.2%} of the model's {sizes['model'] / 2**20:,.1f} MiB"
-    )
-    print("seconds      {train:.0f} training, {evaluate:.0f} testing, {total:.0f} in all".format(**seconds))
-    print(f"written      {output_dir / 'adapter.safetensors'}, {output_dir / 'results.json'}")
+    print(metrics.table({who: record[who] for who in ("before", "after", "references") if who in record}))
+    sizes, seconds = record["bytes"], record["seconds"]
+    if "checkpoint" in sizes:
+        share = sizes["checkpoint"] / sizes["model"]
+        print(
+            f"\ncheckpoint   {sizes['checkpoint'] / 1024:,.1f} KiB, {share:.2%} of the model's "
+            f"{sizes['model'] / 2**20:,.1f} MiB"
+        )
+        print("seconds      {train:.0f} training, {total:.0f} in all".format(**seconds))
+    print(f"written      to {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))}")
 
 
 def main():
-    train_model(**vars(parse_knobs(Knobs, __doc__)))
+    train_model(**vars(parse_knobs(Knobs, __doc__, presets=PRESETS)))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,47 @@
-"""Causal language models of Hugging Face: loading, encoding of context and completion, collation, generation."""
+"""Causal language models of Hugging Face: loading, encoding of context and completion, losses, generation."""
 
+import math
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import huggingface_hub
 import torch
+import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from common.cli import UserError
+from common import distributed
+from common.cli import UserError, knob, require_positive
 
-MAX_NEW_TOKENS = 128  # the longest official reference has 89 GPT-2 tokens, the longest embedded one 72
-NUM_BEAMS = 4  # mentions about two in a hundred slot values more than greedy search, which is 1
+NO_LABEL = -100
+
+
+@dataclass
+class DecodingKnobs:
+    """The knobs of `generate`."""
+
+    num_beams: int = knob(4, "width of the beam search; 1 is greedy, the paper takes 10")
+    length_penalty: float = knob(1.0, "power of the length that a beam's log probability is divided by; paper: 0.8")
+    no_repeat_ngram_size: int = knob(0, "no run of so many tokens twice in one text; 0 allows all, the paper takes 4")
+    max_new_tokens: int = knob(128, "where a text is cut off that does not end by itself; the paper takes 64")
+
+
+PAPER_DECODING = {"num_beams": 10, "length_penalty": 0.8, "no_repeat_ngram_size": 4, "max_new_tokens": 64}
+
+
+class Generated(NamedTuple):
+    texts: list[str]
+    tokens: int  # generated in all, the ends of texts included
+    seconds: float
+
+
+def check_decoding(knobs):
+    require_positive(knobs, "num_beams", "max_new_tokens", "eval_batch_size")
+    if knobs.no_repeat_ngram_size < 0:
+        raise UserError(f"--no_repeat_ngram_size {knobs.no_repeat_ngram_size}: must be at least 0")
 
 
 def load_causal_lm(name, device):
@@ -38,8 +68,8 @@ def load_causal_lm(name, device):
 
 
 def context_window(model):
-    """The most tokens the model can read."""
-    return model.config.max_position_embeddings
+    """The most tokens the model can read; infinite where its positions have no end."""
+    return getattr(model.config, "max_position_embeddings", math.inf)
 
 
 def encode_context(tokenizer, context):
@@ -51,57 +81,88 @@ def encode(tokenizer, context, completion):
     prompt = encode_context(tokenizer, context)
     # Encoded apart, as generation will see them: the completion's first token begins with the space.
     answer = tokenizer(" " + completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+    return {"input_ids": prompt + answer, "labels": [NO_LABEL] * len(prompt) + answer}
 
 
 def collate(samples):
-    """The arguments of the model for a list of encoded samples, padded on the right."""
+    """The token, mask and label tensors of a list of encoded samples, padded on the right."""
     width = max(len(sample["input_ids"]) for sample in samples)
     rows = {"input_ids": [], "attention_mask": [], "labels": []}
     for sample in samples:
         ids, padding = sample["input_ids"], width - len(sample["input_ids"])
         rows["input_ids"].append(ids + [0] * padding)  # any token: the mask hides it
         rows["attention_mask"].append([1] * len(ids) + [0] * padding)
-        rows["labels"].append(sample["labels"] + [-100] * padding)
+        rows["labels"].append(sample["labels"] + [NO_LABEL] * padding)
     return {name: torch.tensor(values) for name, values in rows.items()}
 
 
-def generate(model, tokenizer, contexts, *, batch_size, num_beams=NUM_BEAMS, max_new_tokens=MAX_NEW_TOKENS):
-    """The text the model writes after each context, by greedy or beam search; sets evaluation mode."""
+def loss_sum(model, batch, label_smoothing):
+    """The cross entropy of every label given the tokens before it, summed."""
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    logits, labels = output.logits[:, :-1], batch["labels"][:, 1:]
+    there = labels != NO_LABEL
+    return F.cross_entropy(logits[there].float(), labels[there], label_smoothing=label_smoothing, reduction="sum")
+
+
+def count_labels(samples):
+    return sum(label != NO_LABEL for sample in samples for label in sample["labels"])
+
+
+class _NoRepeatInText(transformers.LogitsProcessor):
+    # transformers' own counts the prompt too, and a text has to repeat the names in its meaning.
+    def __init__(self, size, prompt_width):
+        self.inner, self.prompt_width = transformers.NoRepeatNGramLogitsProcessor(size), prompt_width
+
+    def __call__(self, input_ids, scores):
+        return self.inner(input_ids[:, self.prompt_width :], scores)
+
+
+def generate(model, tokenizer, contexts, knobs):
+    """The text that the model writes after each context, by greedy or beam search; sets evaluation mode.
+
+    Several processes share the contexts, and each gets all texts. A text ends at the end-of-text token or a blank line.
+    """
     model.eval()
     device = next(model.parameters()).device
     prompts = [encode_context(tokenizer, context) for context in contexts]
     room = context_window(model) - max(map(len, prompts))
     if room < 1:
         raise UserError(f"a context of {max(map(len, prompts))} tokens fills the model's {context_window(model)}")
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding
-    texts = [""] * len(prompts)
-    with torch.inference_mode(), tqdm(total=len(prompts), desc="generating", unit="text") as bar:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+    order = distributed.share(sorted(range(len(prompts)), key=lambda index: len(prompts[index])))  # little padding
+    rows, started = {}, time.perf_counter()
+    bar = tqdm(total=len(order), desc="generating", unit="text", disable=not distributed.is_main())
+    with torch.inference_mode(), bar:
+        for start in range(0, len(order), knobs.eval_batch_size):
+            chosen = order[start : start + knobs.eval_batch_size]
             width = max(len(prompts[index]) for index in chosen)
             # On the left, so that every row's last token is the one to continue from.
             paddings = [width - len(prompts[index]) for index in chosen]
             ids = [[tokenizer.eos_token_id] * pad + prompts[i] for pad, i in zip(paddings, chosen, strict=True)]
             mask = [[0] * pad + [1] * (width - pad) for pad in paddings]
+            size = knobs.no_repeat_ngram_size
             output = model.generate(
                 input_ids=torch.tensor(ids, device=device),
                 attention_mask=torch.tensor(mask, device=device),
-                num_beams=num_beams,
-                max_new_tokens=min(max_new_tokens, room),
+                num_beams=knobs.num_beams,
+                max_new_tokens=min(knobs.max_new_tokens, room),
+                # Only a beam search takes it.
+                **({"length_penalty": knobs.length_penalty} if knobs.num_beams > 1 else {}),
+                logits_processor=[_NoRepeatInText(size, width)] if size else [],
             )
             for index, row in zip(chosen, output[:, width:].tolist(), strict=True):
-                texts[index] = _decode(tokenizer, row)
+                end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+                rows[index] = row[:end]
             bar.update(len(chosen))
-    return texts
+    seconds = time.perf_counter() - started
+    rows = {index: row for part in distributed.collect(rows) for index, row in part.items()}
+    texts = [_decode(tokenizer, rows[index]) for index in range(len(prompts))]
+    return Generated(texts, sum(map(len, rows.values())), seconds)
 
 
 def _decode(tokenizer, tokens):
-    if tokenizer.eos_token_id in tokens:
-        tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
     # No clean-up: it would take away the spaces before punctuation, which E2E texts have.
     text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return " ".join(text.split())
+    return " ".join(text.strip().split("\n\n")[0].split())
 
 
 def _require_on_hub(name):

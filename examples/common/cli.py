@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import sys
 import types
 import typing
@@ -34,13 +35,13 @@ def run(main):
         sys.exit(130)
 
 
-def knob(default, reason):
-    """A field of a dataclass of knobs: its default and the line that --help shows."""
-    return dataclasses.field(default=default, metadata={"help": reason})
+def knob(default, reason, choices=None):
+    """A field of a dataclass of knobs: its default, the line that --help shows, and what it may be if not anything."""
+    return dataclasses.field(default=default, metadata={"help": reason, "choices": choices and list(choices)})
 
 
-def parse_knobs(knobs_class, description, arguments=None):
-    """The knobs from the command line: every field of the dataclass is an option of its name, type and default."""
+def parse_knobs(knobs_class, description, arguments=None, presets=None):
+    """The knobs from the command line: every field of the dataclass is an option of its name and type."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = typing.get_type_hints(knobs_class)
     for field in dataclasses.fields(knobs_class):
@@ -48,12 +49,30 @@ def parse_knobs(knobs_class, description, arguments=None):
         if isinstance(kind, types.UnionType):  # `int | None`: the option takes the first, its absence means None
             kind = typing.get_args(kind)[0]
         text = field.metadata["help"].replace("%", "%%")
+        options = {
+            "default": argparse.SUPPRESS
+        }  # only what is given: a preset fills in the rest before the defaults do
         if kind is bool:
-            parser.add_argument(f"--{field.name}", action="store_true", help=text)
+            parser.add_argument(f"--{field.name}", action="store_true", help=text, **options)
             continue
-        shown = "" if field.default is None else " (default: %(default)s)"
-        parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=text + shown)
-    return knobs_class(**vars(parser.parse_args(arguments)))
+        if field.default is not None:
+            text += f" (default: {field.default})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", type=kind, choices=field.metadata["choices"], help=text, **options)
+    return fill_in(knobs_class, vars(parser.parse_args(arguments)), presets)
+
+
+def fill_in(knobs_class, given, presets=None):
+    """An instance of the dataclass: what was given, else what the preset named in it says, else the defaults."""
+    known = {field.name: field for field in dataclasses.fields(knobs_class)}
+    for name, value in given.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known)
+            raise UserError(f"{name}={value!r}: no such knob; " + (f"{close[0]}?" if close else ", ".join(known)))
+        choices = known[name].metadata["choices"]
+        if choices and value not in choices:
+            raise UserError(f"--{name} {value}: must be one of {', '.join(choices)}")
+    preset = presets[given.get("preset", known["preset"].default)] if presets else {}
+    return knobs_class(**{**preset, **given})
 
 
 def require_positive(knobs, *names):

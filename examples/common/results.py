@@ -18,16 +18,23 @@ except ImportError:  # Windows has none
     resource = None
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+RESULTS = REPOSITORY / "examples" / "results"
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "sacrebleu", "numpy")
 
 
-def write_atomically(path, text):
-    """Write a text file beside its place and then move it there: an earlier file stays whole until then."""
+def write_atomically(path, content):
+    """Write a file beside its place and then move it there: an earlier file stays whole until then.
+
+    `content` is a text, or a function that writes to the binary file it is given.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode("utf-8"))
         os.replace(partial, path)
     finally:
         with contextlib.suppress(FileNotFoundError):

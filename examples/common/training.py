@@ -1,17 +1,74 @@
-"""The training loop, its batches and its device. It knows nothing about the task: a batch goes to `model(**batch)`."""
+"""The training loop: batches, device, schedule, evaluation, resumption. It knows nothing about the task.
 
+A task is three functions: how samples become the arguments of the model (`collate`), the sum of the losses of a batch
+(`loss_sum`), and how many losses that sum has (`count`). Every optimizer step follows the mean over all labels of its
+batch, into however many parts and processes the batch is cut.
+"""
+
+import contextlib
 import math
 import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from common.cli import UserError
+from common import distributed
+from common.cli import UserError, knob
+from common.results import write_atomically
 
 # AdamW as in the LoRA authors' GPT-2 runs.
-BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-6, 0.01
+BETAS, EPS = (0.9, 0.999), 1e-6
 # Batches are cut from this many times their size of shuffled samples sorted by length: little padding, yet random.
 POOL = 50
+# The loss curve of a run has at most about this many points.
+CURVE_POINTS = 200
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Knobs:
+    """The knobs of the loop; a script adds its own and says which defaults differ."""
+
+    num_epochs: int = knob(3, "passes over the training file")
+    max_steps: int | None = knob(None, "stop after so many optimizer steps, for a quick look at a large file")
+    batch_size: int = knob(8, "texts in an optimizer step, over all processes")
+    grad_accumulation: int = knob(1, "parts that a batch is cut into, one after the other: less memory, same result")
+    lr: float | None = knob(None, "peak learning rate; by default the preset's for the way of adapting")
+    warmup_steps: int = knob(30, "steps up to the peak; the adapters start from zero and Adam without statistics")
+    weight_decay: float = knob(0.01, "of AdamW; the paper's")
+    label_smoothing: float = knob(0.0, "share of the target that is spread over all classes; the paper takes 0.1")
+    precision: str = knob("fp32", "of the matrix products (autocast); weights and updates stay float32", PRECISIONS)
+    gradient_checkpointing: bool = knob(False, "compute activations again in the backward pass: less memory, slower")
+    eval_every: int | None = knob(None, "steps between validations; by default one after each epoch")
+    patience: int | None = knob(None, "stop after so many validations in a row without a new best one")
+    eval_batch_size: int = knob(40, "texts at a time in validation and decoding")
+    resume: bool = knob(False, "go on where a killed run with the same knobs and output_dir was at its last validation")
+    seed: int = knob(110, "of the adapters, the order of the texts and dropout; 110 is the paper authors'")
+    device: str = knob("auto", "cpu, cuda, mps, or auto for the fastest that is there")
+
+
+class Task(NamedTuple):
+    """What the loop has to know about the samples."""
+
+    collate: Callable  # list of samples -> arguments of the model
+    loss_sum: Callable  # (model, batch, label_smoothing) -> sum of the losses
+    count: Callable  # list of samples -> how many losses they have
+
+
+class Outcome(NamedTuple):
+    """What a training leaves beside the trained model, which is that of the best validation."""
+
+    history: list  # {epoch, step, train_loss, valid_loss} of each validation
+    curve: list  # mean training losses of successive stretches of steps, [last step, loss]
+    best_step: int
+    step_seconds: float  # median
+    optimizer_bytes: int
 
 
 def choose_device(name):
@@ -52,63 +109,200 @@ def learning_rate(step, steps, peak, warmup_steps):
     return peak * (steps - step) / (steps - warmup_steps)
 
 
+def autocast(device, precision):
+    """The context in which matrix products are computed in the chosen precision."""
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
+
+
 def to_device(batch, device):
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def train(model, samples, valid_samples, collate, *, epochs, batch_size, lr, warmup_steps, seed, max_steps=None):
-    """Train the parameters of `model` that require gradients; return one {epoch, step, ...loss} for each epoch.
+def make_optimizer(model, knobs):
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trainable, lr=knobs.lr, betas=BETAS, eps=EPS, weight_decay=knobs.weight_decay)
 
-    `samples` are dicts with "input_ids"; `collate` makes the keyword arguments of the model, labels included, of a
-    list of them. `max_steps` ends the training, and the fall of the learning rate, after that many steps.
+
+def train(model, task, samples, valid_samples, knobs, state_path, identity):
+    """Train the parameters of `model` that require gradients, leave it at its best validation, return an `Outcome`.
+
+    Args:
+        model: on its device.
+        task: a `Task`.
+        samples, valid_samples: dicts with "input_ids".
+        knobs: a `Knobs`.
+        state_path: file for all that --resume needs, written at each validation.
+        identity: dict of what a resumed run must have in common with the one that it goes on with.
     """
     device = next(model.parameters()).device
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=lr, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = make_optimizer(model, knobs)
+    # Half precision loses small gradients, which a factor keeps in its range.
+    scaler = torch.amp.GradScaler(device.type, enabled=knobs.precision == "fp16")
     lengths = [len(sample["input_ids"]) for sample in samples]
-    steps = epochs * math.ceil(len(samples) / batch_size)
-    steps = min(steps, max_steps or steps)
-    history, step = [], 0
-    with tqdm(total=steps, desc="training", unit="step") as bar:
-        for epoch in range(1, epochs + 1):
-            if step == steps:
-                break
-            model.train()
-            losses = []
-            # A string as seed: epochs are shuffled differently, and equally in every run.
-            for batch in make_batches(lengths, batch_size, f"{seed} {epoch}")[: steps - step]:
-                rate = learning_rate(step, steps, lr, warmup_steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                loss = model(**to_device(collate([samples[index] for index in batch]), device)).loss
-                losses.append(loss.item())
-                step += 1
-                if not math.isfinite(losses[-1]):
-                    raise UserError(
-                        f"the loss is {losses[-1]} at step {step} of {steps} (learning rate {rate:.2e}); nothing was "
-                        "saved. Try a lower --lr or more --warmup_steps"
-                    )
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-                bar.update()
-            entry = {"epoch": epoch, "step": step, "train_loss": sum(losses) / len(losses)}
-            entry["valid_loss"] = mean_loss(model, valid_samples, collate, batch_size)
-            history.append(entry)
-            tqdm.write("epoch {epoch}: train loss {train_loss:.4f}, validation loss {valid_loss:.4f}".format(**entry))
-    return history
+    epoch_steps = math.ceil(len(samples) / knobs.batch_size)
+    steps = min(knobs.num_epochs * epoch_steps, knobs.max_steps or math.inf)
+    stretch = max(1, steps // CURVE_POINTS)
+    torch.manual_seed(knobs.seed + distributed.rank())  # dropout differs between processes
+    # What a resumed run goes on with, beside the tensors: the losses are those since the last entry of their list.
+    step, history, curve, epoch_losses, curve_losses, best = 0, [], [], [], [], None
+    if knobs.resume:
+        state = _read_state(state_path, identity)
+        step, history, curve, curve_losses, best = (
+            state[name] for name in ("step", "history", "curve", "curve_losses", "best")
+        )
+        _put(trainable, state["trainable"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        _set_random_state(device, state["random"][distributed.rank()])
+    if knobs.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    seconds, batches = [], []
+    with tqdm(total=steps, initial=step, desc="training", unit="step", disable=not distributed.is_main()) as bar:
+        while step < steps and not _out_of_patience(history, best, knobs.patience):
+            epoch, position = divmod(step, epoch_steps)
+            if position == 0 or not batches:
+                # A string as seed: epochs are shuffled differently, and equally in every run.
+                batches = make_batches(lengths, knobs.batch_size, f"{knobs.seed} {epoch + 1}")
+            started = time.perf_counter()
+            rate = learning_rate(step, steps, knobs.lr, knobs.warmup_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batch = [samples[index] for index in batches[position]]
+            loss = optimizer_step(model, task, batch, optimizer, scaler, knobs)
+            seconds.append(time.perf_counter() - started)
+            step += 1
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} at step {step} of {steps} (learning rate {rate:.2e}); nothing was saved of "
+                    "this step. Try a lower --lr or more --warmup_steps"
+                )
+            epoch_losses.append(loss)
+            curve_losses.append(loss)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+            if len(curve_losses) == stretch or step == steps:
+                curve.append([step, statistics.fmean(curve_losses)])
+                curve_losses = []
+            due = step % knobs.eval_every == 0 if knobs.eval_every else position + 1 == epoch_steps
+            if due or step == steps:
+                entry = {"epoch": epoch + 1, "step": step, "train_loss": statistics.fmean(epoch_losses)}
+                entry["valid_loss"] = mean_loss(model, task, valid_samples, knobs)
+                tqdm.write("step {step}: train loss {train_loss:.4f}, validation loss {valid_loss:.4f}".format(**entry))
+                history.append(entry)
+                epoch_losses = []
+                if best is None or entry["valid_loss"] < best["valid_loss"]:
+                    best = {"step": step, "valid_loss": entry["valid_loss"], "trainable": _copy(trainable)}
+                state = {
+                    "identity": identity,
+                    "step": step,
+                    "history": history,
+                    "curve": curve,
+                    "curve_losses": curve_losses,
+                    "best": best,
+                    "trainable": best["trainable"] if best["step"] == step else _copy(trainable),
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                    "random": distributed.collect(_random_state(device)),
+                }
+                if distributed.is_main():
+                    write_atomically(state_path, partial(torch.save, state))
+    if knobs.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    if best["step"] < step:
+        print(f"the best validation was at step {best['step']}; that is what is kept")
+        _put(trainable, best["trainable"])
+    tensors = [value for state in optimizer.state.values() for value in state.values()]
+    optimizer_bytes = sum(tensor.nbytes for tensor in tensors)
+    return Outcome(history, curve, best["step"], statistics.median(seconds or [math.nan]), optimizer_bytes)
+
+
+def optimizer_step(model, task, batch, optimizer, scaler, knobs):
+    """One step of the optimizer on a list of samples; return their mean loss before it."""
+    device = next(model.parameters()).device
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    count, loss = task.count(batch), torch.zeros((), device=device)
+    size = math.ceil(len(batch) / knobs.grad_accumulation)
+    model.train()
+    for start in range(0, len(batch), size):
+        samples = distributed.share(batch[start : start + size])
+        if samples:  # there may be more processes than samples
+            arguments = to_device(task.collate(samples), device)
+            with autocast(device, knobs.precision):
+                part = task.loss_sum(model, arguments, knobs.label_smoothing) / count
+            scaler.scale(part).backward()
+            loss += part.detach()
+    if distributed.processes() > 1:
+        _add_up(loss, parameters)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def _add_up(loss, parameters):
+    # In one message. DistributedDataParallel would divide by the number of processes, and wait for ever where one of
+    # them has no sample left.
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    everything = torch.cat([loss.flatten(), *(gradient.flatten() for gradient in gradients)])
+    distributed.add_up(everything)
+    loss.copy_(everything[0])
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, total in zip(parameters, everything[1:].split(sizes), strict=True):
+        parameter.grad = total.view_as(parameter)
 
 
 @torch.inference_mode()
-def mean_loss(model, samples, collate, batch_size):
-    """The mean loss of the labels in `samples`, in evaluation mode."""
-    device, total, count = next(model.parameters()).device, 0.0, 0
+def mean_loss(model, task, samples, knobs):
+    """The mean loss of `samples`, without label smoothing, in evaluation mode."""
+    device = next(model.parameters()).device
+    total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     model.eval()
-    samples = sorted(samples, key=lambda sample: len(sample["input_ids"]))
-    for start in range(0, len(samples), batch_size):
-        batch = collate(samples[start : start + batch_size])
-        labels = int((batch["labels"] != -100).sum())  # the model's loss is a mean over these
-        total += model(**to_device(batch, device)).loss.item() * labels
-        count += labels
-    return total / count
+    ordered = sorted(samples, key=lambda sample: len(sample["input_ids"]))
+    for start in range(0, len(ordered), knobs.eval_batch_size):
+        part = distributed.share(ordered[start : start + knobs.eval_batch_size])
+        if part:
+            with autocast(device, knobs.precision):
+                total += task.loss_sum(model, to_device(task.collate(part), device), 0.0)
+    distributed.add_up(total)
+    return total.item() / task.count(samples)
+
+
+def _out_of_patience(history, best, patience):
+    return patience is not None and best is not None and sum(e["step"] > best["step"] for e in history) >= patience
+
+
+def _copy(tensors):
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _put(tensors, values):
+    for name, tensor in tensors.items():
+        tensor.copy_(values[name])
+
+
+def _random_state(device):
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def _set_random_state(device, states):
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def _read_state(path, identity):
+    if not path.is_file():
+        raise UserError(f"--resume: there is no {path} to go on from; it is written at each validation")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of whatever kind: torch lets through what its parts raise on damaged bytes
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--resume: {path} cannot be read ({reason}); start anew without --resume") from error
+    differing = [name for name, value in identity.items() if state["identity"].get(name) != value]
+    if differing:
+        was = ", ".join(f"{name} {state['identity'].get(name)!r}, now {identity[name]!r}" for name in differing)
+        raise UserError(f"--resume: {path} is of another run: {was}; start anew without --resume, or repeat its knobs")
+    return state
