@@ -248,6 +248,12 @@ def _made_by_hand(model: nn.Module) -> list[LoRALayer]:
     ]
 
 
+def check_adapter_name(adapter_name: str) -> None:
+    """Raise if `adapter_name` is no name."""
+    if not isinstance(adapter_name, str) or not adapter_name:
+        raise ValueError(f"adapter_name={adapter_name!r}: must be a string that is not empty")
+
+
 def _check_present(model: nn.Module, adapter_name: str) -> None:
     names = list_adapters(model)
     if adapter_name not in names:

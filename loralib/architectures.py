@@ -24,6 +24,18 @@ DEFAULT_TARGET_MODULES = {
     "vit": ["query", "value", "q_proj", "v_proj"],
 }  # fmt: skip
 
+# Endings of the classes whose head pretraining has not seen.
+_WITH_HEAD = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForImageClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+)
+
+# What training wraps around a model, and where the model is in it.
+_WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+
 # Subclasses of nn.Linear that compute what nn.Linear computes.
 _LINEAR_BY_ANOTHER_NAME = ("FalconLinear",)
 
@@ -42,6 +54,13 @@ _FUSED: dict[tuple[str, str], Callable[[nn.Module, int], Layout]] = {
 }
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside of `torch.compile`, `nn.DataParallel` or `DistributedDataParallel`."""
+    while type(model).__name__ in _WRAPPERS:
+        model = getattr(model, _WRAPPERS[type(model).__name__])
+    return model
+
+
 def default_target_modules(model: nn.Module) -> list[str]:
     """Return the last parts of the names of the layers to adapt when none are named."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -56,9 +75,9 @@ def default_target_modules(model: nn.Module) -> list[str]:
 
 
 def default_modules_to_save(model: nn.Module) -> list[str]:
-    """Return the head of a sequence or token classifier: what a Hugging Face model has beside its pretrained part."""
+    """Return the head of a classifier: what a Hugging Face model of such a class has beside its pretrained part."""
     kind = type(model).__name__
-    if not kind.endswith(("ForSequenceClassification", "ForTokenClassification", "ForImageClassification")):
+    if not kind.endswith(_WITH_HEAD):
         return []
     prefix = getattr(model, "base_model_prefix", None)
     if prefix is None:  # not of transformers

@@ -15,12 +15,13 @@ from loralib.adapters import (
     active_parts,
     add_part,
     base_modules,
+    check_adapter_name,
     list_adapters,
     own_tensors,
     set_adapter,
     slot_of,
 )
-from loralib.architectures import group_spec
+from loralib.architectures import group_spec, unwrapped
 from loralib.formats import Adapter, read_native, read_upstream, write_native
 from loralib.inject import BIAS_MODES, check_bias_mode, own_names, plan_layers, put_adapter
 from loralib.layers import LoRALayer, MergedLinear
@@ -73,6 +74,7 @@ def save_lora(
         raise ValueError(f"{path} is a folder; give the name of a file, or format='peft'")
     if format == "peft" and path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; give the name of a folder for format='peft'")
+    model = unwrapped(model)
     layers = _lora_layers(model, None)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapters to save; call lora.inject_lora(model, ...) first")
@@ -113,9 +115,10 @@ def load_lora(
         ValueError: the file is damaged or of another kind, `lora_alpha` is missing, or the adapter does not fit the
             model: one error lists every missing, unexpected and misshapen tensor. The model has not been changed then.
     """
-    path = Path(path)
+    path, model = Path(path), unwrapped(model)
     modules = base_modules(model)
-    name = adapter_name or active_adapter(model) or DEFAULT_NAME
+    name = (active_adapter(model) or DEFAULT_NAME) if adapter_name is None else adapter_name
+    check_adapter_name(name)
     present = _lora_layers(model, name) if name in list_adapters(model) else {}
     adapter = _read(path, modules, present, lora_alpha, enable_lora)
     if present:
@@ -176,15 +179,15 @@ def _read(
     lora_alpha: float | None,
     enable_lora: Sequence[bool],
 ) -> Adapter:
+    groups = {name: _groups(layer) for name, layer in present.items()}
     if path.suffix in (".bin", ".pt", ".pth") and path.is_file():
-        groups = {name: _groups(layer) for name, layer in present.items()}
         return read_upstream(path, modules, lora_alpha, enable_lora, groups)
     if lora_alpha is not None:
         raise ValueError(f"lora_alpha={lora_alpha}: {path} carries its own; it is for upstream's .bin and .pt files")
     if path.is_dir():
         if not (path / CONFIG).is_file():
             raise FileNotFoundError(f"{path}: a folder without {CONFIG} holds no adapter of PEFT")
-        return read_peft(path, modules)
+        return read_peft(path, modules, groups)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such adapter file")
     return read_native(path)

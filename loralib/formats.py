@@ -126,7 +126,7 @@ def read_torch(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # of whatever kind: torch lets through what its parts raise on damaged bytes
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} cannot be read as a dict of tensors, and nothing in it was run: {reason}") from error
     if isinstance(content, dict) and isinstance(content.get("model_state_dict"), dict):  # upstream's NLG scripts
         content = content["model_state_dict"]
@@ -160,7 +160,7 @@ def read_upstream(
             f"{path} carries no lora_alpha, which the result depends on; pass lora_alpha=... as it was trained with "
             "(16 for the official RoBERTa-base files, 32 for the official E2E ones)"
         )
-    layers = {}
+    layers, problems = {}, []
     for name in names:
         # Newer upstream versions keep the convolution one level down, and name the same tensor twice.
         for key in ("weight", "bias"):
@@ -173,10 +173,15 @@ def read_upstream(
                 "model.load_state_dict(torch.load(path, weights_only=True))"
             )
         A, B = tensors[name + ".lora_A"], tensors.get(name + ".lora_B")
-        if B is None or A.dim() != 2 or B.dim() != 2:
-            raise ValueError(f"{path}: {name}.lora_A and .lora_B must both be there, with two axes")
         owner = modules.get(name.rpartition(".")[0])
-        layers[name] = _spec_from_shapes(owner, name, modules.get(name), A, B, enable_lora, known_groups.get(name))
+        try:
+            if B is None or A.dim() != 2 or B.dim() != 2 or B.shape[1] == 0:
+                raise ValueError(f"{name}: lora_A and lora_B must both be there, with two axes and a rank")
+            layers[name] = _spec_from_shapes(owner, name, modules.get(name), A, B, enable_lora, known_groups.get(name))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n  ".join([f"{path} cannot be read for this model:", *problems]))
     for spec in layers.values():
         spec.update(lora_alpha=lora_alpha, scaling=lora_alpha / spec["r"], lora_dropout=0.0)
     rest = {name for name in tensors if name.rpartition(".")[2] not in ("lora_A", "lora_B")}
@@ -215,7 +220,8 @@ def _spec_from_shapes(
         return {"r": r}
     sizes, turns = layout
     enabled = [True] * len(sizes) if adapted == len(sizes) else list(enable_lora)[-len(sizes) :]
-    if sum(size for size, on in zip(sizes, enabled, strict=False) if on) != B.shape[0] or sum(enabled) != adapted:
+    rows = sum(size for size, on in zip(sizes, enabled, strict=False) if on)
+    if (len(enabled), sum(enabled), rows) != (len(sizes), adapted, B.shape[0]):
         raise ValueError(
             f"{name}: the file adapts {adapted} of {len(sizes)} groups, {B.shape[0]} of {sum(sizes)} rows, and does "
             f"not say which; pass enable_lora, one entry for each group ({list(enable_lora)} does not fit)"

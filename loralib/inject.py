@@ -15,6 +15,7 @@ from loralib.adapters import (
     add_part,
     adopt,
     base_modules,
+    check_adapter_name,
     exchange,
     list_adapters,
     own_tensors,
@@ -29,6 +30,7 @@ from loralib.architectures import (
     is_conv1d,
     is_linear,
     output_layer,
+    unwrapped,
 )
 from loralib.layers import (
     Conv1d,
@@ -38,6 +40,7 @@ from loralib.layers import (
     Linear,
     LoRALayer,
     MergedLinear,
+    as_booleans,
     check_hyperparameters,
     constructor_arguments,
     is_quantized,
@@ -80,8 +83,9 @@ def inject_lora(
     ['0.lora_A', '0.lora_B']
 
     Args:
-        model: changed in place; its `nn.Linear`, `nn.Embedding`, `nn.Conv1d/2d/3d` and Hugging Face `Conv1D` layers
-            can be adapted, their weights quantised by torchao or not.
+        model: changed in place, also within `torch.compile` and data parallelism; its `nn.Linear`, `nn.Embedding`,
+            `nn.Conv1d/2d/3d` and Hugging Face `Conv1D` layers can be adapted, their weights quantised by torchao or
+            not.
         r: rank, at least 1.
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: see `LoRALayer`; embeddings have none.
@@ -92,12 +96,13 @@ def inject_lora(
         rank_pattern, alpha_pattern: ranks and alphas that differ, by full names, last parts or regular expressions for
             the end of a name ("attn.c_proj", "layer.(0|1).attention.query"); the first that matches counts.
         modules_to_save: modules to train whole, in copies of their own, such as a classifier head; named as targets
-            are. None means the head of a sequence or token classifier of Hugging Face; [] means none.
+            are. None means the head of a Hugging Face classifier (of sequences, tokens, images, choices or answers);
+            [] means none.
         use_rslora: scale by lora_alpha / sqrt(r) instead (Kalajdzievski, arXiv 2312.03732).
         bias: biases to train, in copies of their own: "none", "all", or "lora_only", those of the adapted layers.
-        enable_lora: which of q, k, v to adapt in a fused projection whose layout is known, such as GPT-2's `c_attn`
-            (`MergedLinear`). None means q and v, [True, False, True], while `target_modules` is None, and with named
-            targets the matrix as a whole, as PEFT does.
+        enable_lora: which of q, k, v to adapt, three booleans, in a fused projection whose layout is known, such as
+            GPT-2's `c_attn` (`MergedLinear`). None means q and v, [True, False, True], while `target_modules` is None,
+            and with named targets the matrix as a whole, as PEFT does.
         merge_weights: whether `eval()` merges; quantised weights are never merged by it.
         adapter_name: what to call the adapter; a model can have several (`set_adapter`), the new one becomes active.
 
@@ -108,6 +113,10 @@ def inject_lora(
     """
     _check_arguments(r, lora_alpha, lora_dropout)
     check_bias_mode(bias)
+    check_adapter_name(adapter_name)
+    if enable_lora is not None and len(as_booleans(enable_lora)) != 3:
+        raise ValueError(f"enable_lora={list(enable_lora)}: must be three booleans, for q, k and v")
+    model = unwrapped(model)
     modules = base_modules(model)
     if modules_to_save is None:
         modules_to_save = default_modules_to_save(model)
@@ -160,6 +169,10 @@ def match_names(names: Iterable[str], targets: Sequence[str] | str, argument: st
     ['h.0.attn', 'h.1.attn']
     """
     names = [name for name in names if name]
+    if not isinstance(targets, Iterable) or not all(isinstance(target, str) for target in targets):
+        raise TypeError(f"{argument}={targets!r}: must be a list of names, or a regular expression as a string")
+    if not targets:
+        raise ValueError(f"{argument}={targets!r} names nothing")
     if isinstance(targets, str):
         try:
             matched = {targets: [name for name in names if re.fullmatch(targets, name)]}
@@ -168,7 +181,7 @@ def match_names(names: Iterable[str], targets: Sequence[str] | str, argument: st
     else:
         matched = {target: [name for name in names if ("." + name).endswith("." + target)] for target in targets}
     unmatched = [target for target, found in matched.items() if not found]
-    if unmatched or not matched:
+    if unmatched:
         # Layers of a stack differ only in their index, so the last parts are what a user can choose from.
         parts = sorted({name.rsplit(".", 1)[-1] for name in names})
         near = sorted({close for target in unmatched for close in difflib.get_close_matches(target, parts + names)})
@@ -229,6 +242,9 @@ def plan_layers(
         if name not in modules:
             raise ValueError("the model has no such layer")
         layers[name] = _wrap(name, modules[name], spec, merge_weights)
+        if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer) and not layers[name].merge_weights:
+            # In eval it reads the weights past every forward, unless there is a hook inside of it.
+            layers[name].lora_dropout.register_forward_pre_hook(_no_fast_path)
     return layers
 
 
@@ -294,8 +310,12 @@ def _fused(modules: dict[str, nn.Module], name: str, enable_lora: Sequence[bool]
     if enable_lora is None:
         return {}
     layout = fused_layout(modules[name.rpartition(".")[0]], name, modules[name])
-    # The last ones, because GPT-2's cross-attention has k and v only.
-    return {} if layout is None else group_spec(list(enable_lora)[-len(layout[0]) :], *layout)
+    if layout is None:
+        return {}
+    groups = list(enable_lora)[-len(layout[0]) :]  # the last ones, because GPT-2's cross-attention has k and v only
+    if not any(groups):
+        raise ValueError(f"{name}: enable_lora={list(enable_lora)} adapts none of its groups; leave it out")
+    return group_spec(groups, *layout)
 
 
 def _apply_pattern(specs: dict[str, dict], pattern: dict | None, argument: str, key: str) -> None:
@@ -344,6 +364,8 @@ def _wrap(name: str, module: nn.Module, spec: dict, merge_weights: bool) -> LoRA
         cls = MergedLinear
     if cls is Embedding:
         spec.pop("lora_dropout")
+    if cls is not None and weight is None:
+        raise TypeError(f"{name} is a {type(module).__name__} whose weight is computed, which LoRA cannot adapt")
     if cls is None:
         allowed = ", ".join(f"nn.{plain.__name__}" for plain in _LAYERS)
         raise TypeError(
@@ -358,9 +380,16 @@ def _wrap(name: str, module: nn.Module, spec: dict, merge_weights: bool) -> LoRA
         arguments = constructor_arguments(module, cls._plain_arguments)
     layer = cls(**arguments, **spec)
     layer._parameters.update({key: value for key, value in module._parameters.items() if key not in LORA_NAMES})
+    # The very dicts: hooks come and go with either module.
+    hooks = {key: value for key, value in vars(module).items() if "_hooks" in key or key == "_is_full_backward_hook"}
+    vars(layer).update(hooks)
     if scaling is not None:
         layer.scaling = scaling
     return layer.train(module.training)
+
+
+def _no_fast_path(*_: object) -> None:
+    pass
 
 
 def _matrix_shape(layer: LoRALayer) -> tuple[int, int]:

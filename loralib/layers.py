@@ -440,7 +440,7 @@ class MergedLinear(_Linear):
         **kwargs,
     ):
         check_hyperparameters(r, lora_alpha, lora_dropout)
-        enable_lora = _as_booleans(enable_lora)
+        enable_lora = as_booleans(enable_lora)
         group_sizes = _group_sizes(out_features, enable_lora, group_sizes, interleave)
         enabled_sizes = [size for size, enabled in zip(group_sizes, enable_lora, strict=True) if enabled]
         shapes = (r * len(enabled_sizes), in_features), (sum(enabled_sizes), r)
@@ -500,7 +500,12 @@ def _group_sizes(
     return list(group_sizes)
 
 
-def _as_booleans(enable_lora: Sequence[bool]) -> list[bool]:
+def as_booleans(enable_lora: Sequence[bool]) -> list[bool]:
+    """Return `enable_lora` as a list; raise if it is none of booleans.
+
+    >>> as_booleans((True, False, True))
+    [True, False, True]
+    """
     if isinstance(enable_lora, str) or not isinstance(enable_lora, Sequence):
         raise TypeError(f"enable_lora={enable_lora!r}: must be a list of booleans, one per group")
     if not all(isinstance(enabled, bool) for enabled in enable_lora):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from loralib.architectures import default_modules_to_save, fused_layout, group_spec, is_conv1d
 from loralib.formats import Adapter, read_safetensors, read_torch, sort_out, to_bytes, write_atomically
 from loralib.inject import match_names, match_pattern
-from loralib.layers import LoRALayer, MergedLinear, check_hyperparameters
+from loralib.layers import LoRALayer, MergedLinear, check_hyperparameters, is_quantized
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -50,6 +50,7 @@ _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForQuestionAnswering": "QUESTION_ANS",
 }
 
 
@@ -86,9 +87,11 @@ def write_peft(
         message = f"PEFT has one lora_dropout for all layers: of {sorted(dropouts)} the largest was written"
         warnings.warn(f"{message}, which matters to further training only", stacklevel=3)
     transposed = any(is_conv1d(modules[name]) or getattr(modules[name], "fan_in_fan_out", False) for name in layers)
+    # An adapted layer with a weight of its own is told by its tensors.
+    saved = [name for name in adapter.modules_to_save if name not in layers]
     config = {
         "peft_type": "LORA",
-        "task_type": _task(model, adapter.modules_to_save),
+        "task_type": _task(model, saved),
         "base_model_name_or_path": adapter.base_model,
         "inference_mode": True,
         "r": r,
@@ -97,10 +100,10 @@ def write_peft(
         "use_rslora": use_rslora,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "target_modules": _target_modules(list(layers), modules, adapter.modules_to_save),
+        "target_modules": _target_modules(list(layers), modules, saved),
         "fan_in_fan_out": transposed,
         "bias": adapter.bias,
-        "modules_to_save": adapter.modules_to_save or None,
+        "modules_to_save": saved or None,
     }
     tensors = {}
     for name, (A, B, _) in converted.items():
@@ -115,8 +118,11 @@ def write_peft(
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def read_peft(folder: Path, modules: dict[str, nn.Module]) -> Adapter:
-    """Read PEFT's folder for a model with `modules`; ValueError says what cannot be read or is no plain LoRA."""
+def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[str, dict]) -> Adapter:
+    """Read PEFT's folder for a model with `modules`; ValueError says what cannot be read or is no plain LoRA.
+
+    `known_groups` are the specs of the fused layers that the model has already, empty for a layer that is not fused.
+    """
     config = _read_config(folder / CONFIG)
     if (folder / WEIGHTS).is_file():
         tensors, _ = read_safetensors(folder / WEIGHTS)
@@ -125,7 +131,7 @@ def read_peft(folder: Path, modules: dict[str, nn.Module]) -> Adapter:
     else:
         raise FileNotFoundError(f"{folder}: there is {CONFIG}, but neither {WEIGHTS} nor adapter_model.bin")
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
-    result, layers = {}, {}
+    result, layers, rest = {}, {}, set()
     for key in list(tensors):
         for first, second in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
             if key.endswith("." + first):
@@ -133,15 +139,20 @@ def read_peft(folder: Path, modules: dict[str, nn.Module]) -> Adapter:
                 A, B = tensors.pop(key), tensors.pop(f"{name}.{second}", None)
                 if B is None:
                     raise ValueError(f"{folder}: {name} has {first} and no {second}")
-                layers[name], A, B = _from_peft(name, modules, A, B, config)
+                layers[name], A, B = _from_peft(name, modules, A, B, config, known_groups.get(name))
                 result[f"{name}.lora_A"], result[f"{name}.lora_B"] = A, B
     if not layers:
         raise ValueError(f"{folder} holds no LoRA tensors")
-    for name, tensor in tensors.items():
-        result[name.replace(".base_layer.", ".")] = tensor
-    rest = {name for name in result if name.rpartition(".")[2] not in ("lora_A", "lora_B")}
     saved = [name for name in modules if name and _ends_with(name, config["modules_to_save"])]
-    rest = {name for name in rest if not any(name.startswith(module + ".") for module in saved)}
+    for name, tensor in tensors.items():
+        name = name.replace(".base_layer.", ".")
+        is_saved = any(name.startswith(module + ".") for module in saved)
+        # PEFT adds embeddings that are adapted, or whose size differs from the base model's on the Hub.
+        if not is_saved and _is_base_weight(name, tensor, modules.get(name.rpartition(".")[0])):
+            continue
+        result[name] = tensor
+        if not is_saved:
+            rest.add(name)
     leaves, bias = sort_out(rest, layers)
     bias = bias if bias != "none" else config["bias"]
     return Adapter(result, layers, bias, saved + leaves, config["base_model_name_or_path"])
@@ -180,7 +191,7 @@ def _conv_from_peft(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _from_peft(
-    name: str, modules: dict[str, nn.Module], A: Tensor, B: Tensor, config: dict
+    name: str, modules: dict[str, nn.Module], A: Tensor, B: Tensor, config: dict, known: dict | None
 ) -> tuple[dict, Tensor, Tensor]:
     if A.dim() != B.dim() or A.dim() < 2 or A.shape[0] != B.shape[1] or A.shape[0] == 0:
         raise ValueError(f"{name}: A of {tuple(A.shape)} and B of {tuple(B.shape)} make no product of low rank")
@@ -196,11 +207,16 @@ def _from_peft(
         if getattr(module, "groups", 1) > 1:
             raise ValueError(f"{name}: a LoRA convolution with groups={module.groups} has no equal here")
         A, B = _conv_from_peft(A, B)
-    layout = None
-    if isinstance(module, nn.Linear) or (module is not None and is_conv1d(module)):
+    layout, enable_lora = None, None
+    if known is not None:
+        enable_lora = known.get("enable_lora")
+        if enable_lora:
+            sizes = known.get("group_sizes", [B.shape[0] // len(enable_lora)] * len(enable_lora))
+            layout = sizes, known.get("interleave", 1)
+    elif isinstance(module, nn.Linear) or (module is not None and is_conv1d(module)):
         layout = fused_layout(modules[name.rpartition(".")[0]], name, module)
     if layout and B.shape[0] == sum(layout[0]):
-        blocks = _blocks(B, *layout)
+        blocks = _blocks(B, *layout, enable_lora)
         if blocks is not None:
             enable_lora, B = blocks
             alpha = scaling * (math.sqrt(B.shape[1]) if config["use_rslora"] else B.shape[1])
@@ -208,17 +224,20 @@ def _from_peft(
     return spec, A, B
 
 
-def _blocks(B: Tensor, sizes: list[int], turns: int) -> tuple[list[bool], Tensor] | None:
-    # Undo MergedLinear._full_B if B is what it gives: for each adapted group the columns of its own.
+def _blocks(
+    B: Tensor, sizes: list[int], turns: int, enable_lora: list[bool] | None
+) -> tuple[list[bool], Tensor] | None:
+    # Undo MergedLinear._full_B if B is what it gives: for each adapted group the columns of its own. Of groups that are
+    # not known those count as adapted that are not zero.
     groups = B.unflatten(0, (turns, -1)).split([size // turns for size in sizes], dim=1)
     groups = [group.flatten(0, 1) for group in groups]
-    enable_lora = [bool(group.any()) for group in groups]
-    adapted = [group for group in groups if group.any()]
+    enable_lora = enable_lora or [bool(group.any()) for group in groups]
+    adapted = [group for group, enabled in zip(groups, enable_lora, strict=True) if enabled]
     if not adapted or B.shape[1] % len(adapted):
         return None
     r = B.shape[1] // len(adapted)
     inside = [group[:, j * r : (j + 1) * r] for j, group in enumerate(adapted)]
-    if any(group.count_nonzero() != own.count_nonzero() for group, own in zip(adapted, inside, strict=True)):
+    if torch.cat(inside).count_nonzero() != B.count_nonzero():
         return None
     return enable_lora, torch.cat(inside)
 
@@ -260,6 +279,13 @@ def _read_config(path: Path) -> dict:
         return given
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError, re.error) as error:
         raise ValueError(f"{path} is no configuration this library reads: {error}") from error
+
+
+def _is_base_weight(name: str, tensor: Tensor, module: nn.Module | None) -> bool:
+    weight = module._parameters.get("weight") if module is not None and name.endswith(".weight") else None
+    if weight is None or weight.shape != tensor.shape or is_quantized(weight):
+        return False
+    return torch.equal(weight.detach().cpu(), tensor.to(weight.dtype))
 
 
 def _adapter_keys(name: str, embedding: bool) -> tuple[str, str]:
@@ -309,7 +335,7 @@ def _task(model: nn.Module, saved: list[str]) -> str | None:
     task = next((task for suffix, task in _TASKS.items() if kind.endswith(suffix)), None)
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         return None  # PEFT's classes for the tasks take texts
-    if task in ("SEQ_CLS", "TOKEN_CLS") and not set(default_modules_to_save(model)) <= set(saved):
+    if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and not set(default_modules_to_save(model)) <= set(saved):
         return None  # PEFT would miss the head in the file
     return task
 

@@ -126,6 +126,8 @@ HEADS_OF = {
     "T5ForSequenceClassification": ("T5Config", T5, ["classification_head"]),
     "T5ForTokenClassification": ("T5Config", T5, ["classifier"]),
     "ViTForImageClassification": ("ViTConfig", VIT, ["classifier"]),
+    "BertForQuestionAnswering": ("BertConfig", BERT, ["qa_outputs"]),
+    "BertForMultipleChoice": ("BertConfig", BERT, ["classifier"]),
     "BertForMaskedLM": ("BertConfig", BERT, []),
     "GPT2LMHeadModel": ("GPT2Config", SHORT, []),
 }  # fmt: skip

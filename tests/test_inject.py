@@ -10,8 +10,19 @@ import sys
 
 import pytest
 import torch
+from architectures import BERT
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from torch.nn.utils import prune
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 import loralib as lora
 
@@ -224,7 +235,9 @@ class MyLinear(nn.Linear):
 REFUSED = {
     "no match": (gpt2, {"target_modules": ["c_atn"]}, ValueError, "nothing in .* 'c_atn'; did you mean .*c_attn"),
     "partly": (gpt2, {"target_modules": ["c_attn", "query"]}, ValueError, "nothing in the model is called 'query'"),
-    "empty": (gpt2, {"target_modules": []}, ValueError, "nothing in the model"),
+    "empty": (gpt2, {"target_modules": []}, ValueError, r"target_modules=\[\] names nothing"),
+    "no names": (gpt2, {"target_modules": [1]}, TypeError, "must be a list of names, or a regular expression"),
+    "one number": (gpt2, {"exclude_modules": 3}, TypeError, "exclude_modules=3: must be a list of names"),
     "a name as a string": (gpt2, {"target_modules": "c_attn"}, ValueError, "a string is a regular expression"),
     "bad expression": (gpt2, {"target_modules": "("}, ValueError, "is no regular expression"),
     "container": (gpt2, {"target_modules": ["attn"]}, TypeError, "transformer.h.0.attn is a GPT2Attention, which"),
@@ -238,6 +251,22 @@ REFUSED = {
     "rank 33": (gpt2, {"r": 33}, ValueError, "r=33: .* at most 32 here"),
     "dropout": (gpt2, {"lora_dropout": 2}, ValueError, "lora_dropout=2"),
     "enable_lora": (gpt2, {"enable_lora": [1, 0, 1]}, TypeError, "every entry must be True or False"),
+    "two groups": (gpt2, {"enable_lora": [True, True]}, ValueError, "must be three booleans, for q, k and v"),
+    "four groups": (gpt2, {"enable_lora": [True] * 4}, ValueError, "must be three booleans, for q, k and v"),
+    "no group": (gpt2, {"enable_lora": [False] * 3}, ValueError, "h.0.attn.c_attn: .* adapts none of its groups"),
+    "adapter name": (gpt2, {"adapter_name": ""}, ValueError, "adapter_name='': must be a string that is not empty"),
+    "weight norm": (
+        lambda: nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
+        {"target_modules": ["0"]},
+        TypeError,
+        "0 is a ParametrizedLinear, which LoRA cannot adapt",
+    ),
+    "pruned": (
+        lambda: nn.Sequential(prune.identity(nn.Linear(4, 4), "weight")),
+        {"target_modules": ["0"]},
+        TypeError,
+        "0 is a Linear whose weight is computed, which LoRA cannot adapt",
+    ),
     "enable_lora without groups": (
         llama,
         {"target_modules": ["q_proj"], "enable_lora": [True, False, True]},
@@ -380,6 +409,53 @@ def test_biases_are_trained_in_copies(bias, wanted):
     lora.unload(model)
     assert {name: id(p) for name, p in model.named_parameters()} == {name: i for name, (i, _) in before.items()}
     assert all(torch.equal(p, before[name][1]) for name, p in model.named_parameters())
+
+
+def test_hooks_go_with_the_layer_and_come_back():
+    """Forward and backward, from before and from meanwhile; a handle removes its hook wherever the layer is."""
+    model, seen, x = nn.Sequential(nn.Linear(4, 4)), [], torch.ones(1, 4, requires_grad=True)
+    handle = model[0].register_forward_hook(lambda *_: seen.append("removed"))
+    model[0].register_forward_pre_hook(lambda *_, **__: seen.append("before"), with_kwargs=True)
+    model[0].register_full_backward_hook(lambda *_: seen.append("backward"))
+    lora.inject_lora(model, r=2, target_modules=["0"])
+    model[0].register_forward_hook(lambda *_: seen.append("meanwhile"))
+    model(x).sum().backward()
+    assert seen == ["before", "removed", "meanwhile", "backward"]
+    handle.remove()
+    lora.unload(model)(x).sum().backward()
+    assert seen[4:] == ["before", "meanwhile", "backward"]
+
+
+@pytest.mark.parametrize("padding", [None, torch.tensor([[False] * 3, [False, False, True]])])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_the_fast_path_of_torchs_encoder_is_not_taken(padding):
+    """In eval it would read the weights and never call the adapted layers; where they are merged it may."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 3, 8)
+    kept = slice(None) if padding is None else ~padding
+    for merge_weights in (False, True):
+        lora.inject_lora(model, r=2, target_modules=["linear1", "linear2"], merge_weights=merge_weights)
+        randomize(model)
+        wanted = model.train()(x, src_key_padding_mask=padding).detach()
+        with torch.no_grad():
+            found = copy.deepcopy(model.eval())(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(found[kept], wanted[kept])
+        lora.unload(model)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))])
+def test_wrapped_models_are_adapted_and_saved_as_the_model_inside(wrap, tmp_path):
+    """With its default targets and its head; the files have its names, whichever way they go."""
+    model = RobertaForSequenceClassification(RobertaConfig(**BERT))
+    wrapped, base = wrap(model), copy.deepcopy(model)
+    names = lora.inject_lora(wrapped, r=2)
+    assert len(names) == 4 and type(model.get_submodule(names[0])) is lora.Linear
+    assert model.classifier.dense.weight.requires_grad
+    lora.save_lora(wrapped, tmp_path / "a")
+    assert lora.load_lora(base, tmp_path / "a") == names
+    assert lora.load_lora(wrapped, tmp_path / "a") == names
 
 
 def test_adapting_one_of_two_tied_layers_leaves_the_other():

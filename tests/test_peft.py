@@ -141,6 +141,7 @@ CLASSIFIERS = {
     "DebertaV2ForSequenceClassification": ("DebertaV2Config", BERT, "SEQ_CLS"),
     "LlamaForSequenceClassification": ("LlamaConfig", BERT, "SEQ_CLS"),
     "T5ForSequenceClassification": ("T5Config", T5, "SEQ_CLS"),
+    "BertForQuestionAnswering": ("BertConfig", BERT, "QUESTION_ANS"),
 }  # fmt: skip
 
 
@@ -154,7 +155,7 @@ def test_heads_travel(name, config, options, task, tmp_path):
         tokens = torch.arange(10).reshape(2, 5) + 3
         tokens[:, -1] = TEXT["eos_token_id"]  # where T5 reads the class
         with torch.no_grad():
-            return model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+            return model(input_ids=tokens, attention_mask=torch.ones_like(tokens))[0]
 
     ours = copy.deepcopy(base)
     names = lora.inject_lora(ours, r=2)
@@ -292,6 +293,53 @@ def test_upstreams_bin_inside_a_peft_folder(tmp_path):
     loaded = copy.deepcopy(base)
     lora.load_lora(loaded, tmp_path)
     close(architecture.output(loaded), architecture.output(model), torch.float32)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_groups_that_the_model_has_already(trained, tmp_path):
+    """Into a model with its fused layers, by hand or of GPT-2, a folder goes as groups, even where B is still zero."""
+
+    def by_hand():
+        layer = lora.MergedLinear(8, 12, r=2, enable_lora=[True, True, False], group_sizes=[6, 2, 4], interleave=2)
+        return nn.Sequential(layer, lora.MergedLinear(12, 12, r=1, enable_lora=[False, True, True]))
+
+    def gpt2():
+        model = ARCHITECTURES["GPT-2"].build()
+        lora.inject_lora(model, r=2, enable_lora=[True, True, False])
+        return model
+
+    for build in (by_hand, gpt2):
+        model, other = build(), randomize(build())
+        for layer in model.modules():
+            if trained and isinstance(layer, lora.MergedLinear):
+                nn.init.normal_(layer.lora_B[2:])
+        lora.save_lora(model, tmp_path, format="peft")
+        lora.load_lora(other, tmp_path)
+        wanted, found = lora.lora_state_dict(model), lora.lora_state_dict(other)
+        assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["embed_tokens", "lm_head"]])
+def test_embeddings_that_peft_adds_are_not_the_adapters(targets, tmp_path):
+    """PEFT writes the base's embeddings beside an adapter of them; changed ones, as after a resize, do count."""
+    architecture = ARCHITECTURES["Llama"]
+    base = architecture.build(torch.float64)
+    config = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=["norm"])
+    theirs = peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False).eval()
+    theirs.save_pretrained(tmp_path / "fresh")  # where the norm is still the base's
+    randomize(theirs).save_pretrained(tmp_path / "theirs")
+    for folder in ("fresh", "theirs"):
+        ours = copy.deepcopy(base)
+        names = lora.load_lora(ours, tmp_path / folder)
+        assert lora.count_parameters(ours).trainable == theirs.get_nb_trainable_parameters()[0]
+    close(architecture.output(ours), architecture.output(theirs), torch.float64)
+    changed = copy.deepcopy(base)
+    nn.init.normal_(changed.model.embed_tokens.weight)
+    assert lora.load_lora(changed, tmp_path / "theirs") == names
+    close(architecture.output(changed), architecture.output(theirs), torch.float64)
+    lora.save_lora(changed, tmp_path / "ours", format="peft")
+    close(architecture.output(theirs_from(base, tmp_path / "ours")), architecture.output(changed), torch.float64)
 
 
 def test_root_scaling_of_groups_travels(tmp_path):

@@ -226,7 +226,7 @@ FOREIGN = {
     "numbers": (lambda: {"a.lora_A": 1}, "holds no dict of tensors"),
     "no adapter": (lambda: {"a.weight": torch.ones(2, 2)}, "holds no adapter: no name in it ends with '.lora_A'"),
     "nothing": (dict, "holds no adapter"),
-    "no B": (lambda: {"a.lora_A": torch.ones(2, 2)}, "a.lora_A and .lora_B must both be there"),
+    "no B": (lambda: {"a.lora_A": torch.ones(2, 2)}, "a: lora_A and lora_B must both be there"),
     "one axis": (lambda: {"a.lora_A": torch.ones(2), "a.lora_B": torch.ones(2, 2)}, "with two axes"),
     "a whole model": (
         lambda: {**official(), "roberta.encoder.layer.0.attention.self.query.weight": torch.ones(H, H)},
@@ -289,6 +289,24 @@ def test_every_misfit_in_one_error(tmp_path):
     ):
         assert part in str(caught.value)
     assert not any(isinstance(module, lora.LoRALayer) for module in model.modules())
+
+
+def test_every_unreadable_layer_in_one_error(tmp_path):
+    """What cannot be told from the shapes, half a layer and rank 0, which would divide by zero."""
+    gpt2_file([False, False, True], tmp_path / "a.pt")
+    tensors = torch.load(tmp_path / "a.pt", weights_only=True)
+    tensors["alone.lora_A"] = torch.ones(2, 4)
+    tensors["none.lora_A"], tensors["none.lora_B"] = torch.ones(0, 4), torch.ones(4, 0)
+    torch.save(tensors, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="a.pt cannot be read for this model:") as caught:
+        lora.load_lora(GPT2.build(), tmp_path / "a.pt", lora_alpha=4)
+    for part in (
+        "transformer.h.0.attn.c_attn: the file adapts 1 of 3 groups",
+        "transformer.h.1.attn.c_attn: the file adapts 1 of 3 groups",
+        "alone: lora_A and lora_B must both be there, with two axes and a rank",
+        "none: lora_A and lora_B must both be there, with two axes and a rank",
+    ):
+        assert part in str(caught.value)
 
 
 def test_cross_attention_of_gpt2(tmp_path):
