@@ -231,10 +231,10 @@ def _fit(
     ]
     saved = [name for name in adapter.modules_to_save if name in modules]
     own = own_names(modules, layers, adapter.bias, saved)
-    shapes = {}
+    wanted = {}
     for path, keys in own.items():
-        tensors = own_tensors(layers.get(path, modules[path]))
-        shapes.update({f"{path}.{key}": tensors[key].shape for key in keys})
+        there = own_tensors(layers.get(path, modules[path]))
+        wanted.update({f"{path}.{key}": there[key] for key in keys})
     # What the model's adapter has beyond the file would silently stay as it is.
     for path, module in modules.items():
         slot = slot_of(module)
@@ -244,11 +244,16 @@ def _fit(
                 for key in sorted(slot.parts[adapter_name].own - LORA_NAMES - own.get(path, frozenset()))
             ]
     tensors = adapter.tensors
-    problems += [f"{name}: missing in the file" for name in sorted(shapes.keys() - tensors.keys())]
-    problems += [f"{name}: unexpected in the file" for name in sorted(tensors.keys() - shapes.keys())]
-    for name in sorted(shapes.keys() & tensors.keys()):
-        if tensors[name].shape != shapes[name]:
-            problems.append(f"{name}: {tuple(tensors[name].shape)} in the file, {tuple(shapes[name])} in the model")
+    problems += [f"{name}: missing in the file" for name in sorted(wanted.keys() - tensors.keys())]
+    problems += [f"{name}: unexpected in the file" for name in sorted(tensors.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & tensors.keys()):
+        theirs, ours = tensors[name], wanted[name]
+        if theirs.shape != ours.shape:
+            problems.append(f"{name}: {tuple(theirs.shape)} in the file, {tuple(ours.shape)} in the model")
+        if theirs.is_floating_point() != ours.is_floating_point():
+            problems.append(f"{name}: {theirs.dtype} in the file, {ours.dtype} in the model")
+    if any(layer._base_weight.is_meta for layer in layers.values()):
+        problems.append("the model is on the meta device, which holds no values; load the base first")
     return own, problems
 
 

@@ -241,10 +241,12 @@ def plan_layers(
     for name, spec in specs.items():
         if name not in modules:
             raise ValueError("the model has no such layer")
-        layers[name] = _wrap(name, modules[name], spec, merge_weights)
-        if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer) and not layers[name].merge_weights:
+        layer = layers[name] = _wrap(name, modules[name], spec, merge_weights)
+        if not layer.has_adapter:
+            raise ValueError(f"{name} would get no adapter: r={layer.r}, enable_lora={spec.get('enable_lora')}")
+        if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer) and not layer.merge_weights:
             # In eval it reads the weights past every forward, unless there is a hook inside of it.
-            layers[name].lora_dropout.register_forward_pre_hook(_no_fast_path)
+            layer.lora_dropout.register_forward_pre_hook(_no_fast_path)
     return layers
 
 
@@ -312,10 +314,8 @@ def _fused(modules: dict[str, nn.Module], name: str, enable_lora: Sequence[bool]
     layout = fused_layout(modules[name.rpartition(".")[0]], name, modules[name])
     if layout is None:
         return {}
-    groups = list(enable_lora)[-len(layout[0]) :]  # the last ones, because GPT-2's cross-attention has k and v only
-    if not any(groups):
-        raise ValueError(f"{name}: enable_lora={list(enable_lora)} adapts none of its groups; leave it out")
-    return group_spec(groups, *layout)
+    # The last ones, because GPT-2's cross-attention has k and v only.
+    return group_spec(list(enable_lora)[-len(layout[0]) :], *layout)
 
 
 def _apply_pattern(specs: dict[str, dict], pattern: dict | None, argument: str, key: str) -> None:

@@ -208,6 +208,11 @@ DAMAGES = {
     "wrong bias mode": (lambda f: rewritten(f, lambda c: c.update(bias="some")), "bias='some': must be one of"),
     "huge rank": (lambda f: rewritten(f, spec(r=10**9)), r"body.0.lora_A: \(2, 8\) in the file, \(1000000000, 8\)"),
     "endless rank": (lambda f: rewritten(f, spec(r=10**30)), "body.0: "),
+    "rank 0": (lambda f: rewritten(f, spec(r=0)), "body.0: body.0 would get no adapter: r=0"),
+    "no group": (
+        lambda f: rewritten(f, spec(enable_lora=[False, False])),
+        r"body.0: body.0 would get no adapter: r=2, enable_lora=\[False, False\]",
+    ),
     "unknown layer": (lambda f: rewritten(f, rename_layer), "body.7: the model has no such layer"),
     "tensor missing": (
         lambda f: rewritten(f, None, lambda t: t.pop("conv.lora_A")),
@@ -217,10 +222,27 @@ DAMAGES = {
         lambda f: rewritten(f, None, lambda t: t.update({"head.weight": torch.zeros(3, 8)})),
         "head.weight: unexpected in the file",
     ),
+    "integers": (
+        lambda f: rewritten(f, None, lambda t: t.update({"conv.lora_B": torch.ones(8, 2, dtype=torch.int64)})),
+        "conv.lora_B: torch.int64 in the file, torch.float32 in the model",
+    ),
+    "complex numbers": (
+        lambda f: rewritten(f, None, lambda t: t.update({"conv.lora_B": torch.ones(8, 2, dtype=torch.complex64)})),
+        "conv.lora_B: torch.complex64 in the file, torch.float32 in the model",
+    ),
     "misshapen": (
         lambda f: rewritten(f, None, lambda t: t.update({"conv.lora_B": torch.zeros(8, 5)})),
         r"conv.lora_B: \(8, 5\) in the file, \(8, 2\) in the model",
     ),
+}
+
+
+COMPARED = {
+    "huge rank": "body.0: r is 1000000000 in the file, 2 in the model",
+    "endless rank": "body.0: r is 10+ in the file, 2 in the model",
+    "rank 0": "body.0: r is 0 in the file, 2 in the model",
+    "no group": r"body.0: enable_lora is \[False, False\] in the file, None in the model",
+    "unknown layer": "body.7: the file adapts it, the model does not",
 }
 
 
@@ -230,17 +252,10 @@ def test_refused_and_nothing_changed(file, make, damage, message):
     damage(file)
     model = make().eval()
     before = snapshot(model)
-    if make is adapted:  # what the model is compared with, rather than built from, differs
-        message = {"huge rank": None, "endless rank": None}.get(
-            next(name for name, entry in DAMAGES.items() if entry[0] is damage), message
-        )
-        message = "body.7: the file adapts it, the model does not" if message and "body.7" in message else message
-    if message is None:
-        with pytest.raises(ValueError, match="body.0: r is"):
-            lora.load_lora(model, file)
-    else:
-        with pytest.raises(ValueError, match=message):
-            lora.load_lora(model, file)
+    if make is adapted:  # the file is compared with the model, rather than a layer built from it
+        message = COMPARED.get(next(name for name, entry in DAMAGES.items() if entry[0] is damage), message)
+    with pytest.raises(ValueError, match=message):
+        lora.load_lora(model, file)
     assert_same(snapshot(model), before)
 
 
@@ -252,6 +267,12 @@ def test_all_problems_in_one_error(file):
         lora.load_lora(model, file)
     for part in ("body.0: ", "body.0.lora_A: unexpected", "conv.lora_B: (8, 2) in the file, (4, 2) in the model"):
         assert part in str(caught.value)
+
+
+def test_a_model_without_values_is_refused(file):
+    """What is copied to the meta device is gone, which torch only warns of."""
+    with pytest.raises(ValueError, match="the model is on the meta device, which holds no values"):
+        lora.load_lora(base().to("meta"), file)
 
 
 def test_other_groups_of_the_same_shape_are_refused(tmp_path):
