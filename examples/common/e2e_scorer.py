@@ -157,9 +157,8 @@ def _nist(sums):
 def _meteor_rows(texts, references):
     from pycocoevalcap.meteor import meteor
 
-    # `|||` separates the fields of METEOR's protocol.
-    lines = [["SCORE", *references[i], *texts[i]] for i in texts]
-    lines = [" ||| ".join(field.replace("|||", "") for field in fields) for fields in lines]
+    # The tokenizer has split any `|||` of a text, which separates the fields here.
+    lines = [" ||| ".join(["SCORE", *references[i], *texts[i]]) for i in texts]
     jar = Path(meteor.__file__).with_name(meteor.METEOR_JAR)
     output = _java(["-Xmx2G", "-jar", jar, "-", "-", "-stdio", "-l", "en", "-norm"], lines)
     rows = np.array([[float(number) for number in line.split()] for line in output])
