@@ -56,6 +56,12 @@ PRESETS = {
 }
 # Full fine-tuning wants about a tenth of LoRA's learning rate; the paper has no recipe for it.
 LEARNING_RATES = {"fast": {"lora": 7e-3, "full": 7e-4}, "paper": {"lora": 2e-4, "full": 2e-5}}
+# What is printed of the scores, and by what it is multiplied.
+SCORES = {
+    **{"bleu": ("BLEU", 1), "nist": ("NIST", 1), "meteor": ("METEOR", 1), "rouge_l": ("ROUGE-L", 1)},
+    **{"cider": ("CIDEr", 1), "slot_share": ("slot values, %", 100), "slot_error_rate": ("slot errors, %", 100)},
+    **{"distinct_1": ("distinct 1", 1), "distinct_2": ("distinct 2", 1), "perplexity": ("perplexity", 1)},
+}
 # What a resumed run may change: it does not touch the training.
 FREE_TO_CHANGE = {"output_dir", "test_file", "skip_base", "record", "resume", "device", "eval_batch_size"}
 FREE_TO_CHANGE |= set(causal_lm.PAPER_DECODING)
@@ -81,6 +87,7 @@ class Knobs(causal_lm.DecodingKnobs, training.Knobs):
     seq_len: int = knob(256, "most tokens of meaning and text together; longer ones are left out, and counted")
     max_train_samples: int | None = knob(None, "train on so many lines, drawn with the seed")
     max_eval_samples: int | None = knob(None, "validate and score on so many meanings, drawn with the seed")
+    max_valid_samples: int | None = knob(None, "validate on so many meanings, whatever max_eval_samples")
     skip_base: bool = knob(False, "do not score the base before the training")
 
 
@@ -88,6 +95,7 @@ def check(knobs):
     """Raise a UserError for a knob that is out of range."""
     require_positive(knobs, "num_epochs", "max_steps", "batch_size", "grad_accumulation", "lr", "seq_len")
     require_positive(knobs, "eval_every", "patience", "max_train_samples", "max_eval_samples")
+    require_positive(knobs, "max_valid_samples")
     causal_lm.check_decoding(knobs)
 
 
@@ -105,14 +113,16 @@ def load_data(knobs):
         print(f"training on {knobs.max_train_samples} of {len(train)} texts (--max_train_samples)")
         train = random.Random(knobs.seed).sample(train, knobs.max_train_samples)
     valid, test = (e2e.group_references(pairs[split]) for split in ("valid", "test"))
-    return train, _some_meanings(valid, "validating", knobs), _some_meanings(test, "testing", knobs)
+    valid = some_meanings(valid, knobs.max_valid_samples or knobs.max_eval_samples, "validating", knobs.seed)
+    return train, valid, some_meanings(test, knobs.max_eval_samples, "testing", knobs.seed)
 
 
-def _some_meanings(groups, doing, knobs):
-    if not knobs.max_eval_samples or knobs.max_eval_samples >= len(groups):
+def some_meanings(groups, most, doing, seed):
+    """At most so many of the meanings, drawn with the seed, and their references."""
+    if not most or most >= len(groups):
         return groups
-    print(f"{doing} on {knobs.max_eval_samples} of {len(groups)} meanings (--max_eval_samples)")
-    chosen = set(random.Random(knobs.seed).sample(list(groups), knobs.max_eval_samples))
+    print(f"{doing} on {most} of {len(groups)} meanings")
+    chosen = set(random.Random(seed).sample(list(groups), most))
     return {meaning: references for meaning, references in groups.items() if meaning in chosen}
 
 
@@ -229,7 +239,8 @@ def train_model(**overrides):
         record["seconds"]["train"] = time.perf_counter() - training_started
         record["seconds"]["step"] = outcome.step_seconds
         record["bytes"]["optimizer"] = outcome.optimizer_bytes
-        record.update(history=outcome.history, curve=outcome.curve, best_step=outcome.best_step)
+        record.update(history=outcome.history, curve=outcome.curve)
+        record.update(best_step=outcome.best_step, first_step=outcome.first_step)
         record["peak_memory_bytes"] = results.peak_memory_bytes(device)
         if distributed.is_main():  # saved before the test, which cannot harm it then
             saved = save_model(model, tokenizer, knobs)
@@ -264,7 +275,10 @@ def score_references(test):
     """People leave out values as well: what the references mention is what a perfect imitation of them reaches."""
     pairs = [(meaning, reference) for meaning, references in test.items() for reference in references]
     meanings, texts = zip(*pairs, strict=True)
-    return metrics.slot_scores(texts, meanings)
+    return {
+        "slot_share": metrics.slot_share(texts, meanings),
+        "slot_error_rate": metrics.slot_error_rate(texts, meanings),
+    }
 
 
 def report(record, output_dir):
@@ -276,7 +290,14 @@ def report(record, output_dir):
                 print(f"{name:<12} {sample[name]}")
         print(f"{'reference':<12} {sample['references'][0]}")
     print()
-    print(metrics.table({who: record[who] for who in ("before", "after", "references") if who in record}))
+    columns = [who for who in ("before", "after", "references") if who in record]
+    print(f"{'':<16}" + "".join(f"{who:>12}" for who in columns))
+    for key, (name, factor) in SCORES.items():
+        values = [record[who].get(key) for who in columns]
+        cells = ["" if value is None else f"{factor * value:.2f}" for value in values]
+        print(f"{name:<16}" + "".join(f"{cell:>12}" for cell in cells).rstrip())
+    for reason in record[columns[-2]]["not_measured"].values():
+        print(reason)
     sizes, seconds = record["bytes"], record["seconds"]
     if "checkpoint" in sizes:
         share = sizes["checkpoint"] / sizes["model"]

@@ -13,14 +13,14 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from common import distributed
+from common import distributed, training
 from common.cli import UserError, knob, require_positive
 
 NO_LABEL = -100
 
 
 @dataclass
-class DecodingKnobs:
+class DecodingKnobs(training.ComputeKnobs):
     """The knobs of `generate`."""
 
     num_beams: int = knob(4, "width of the beam search; 1 is greedy, the paper takes 10")
@@ -131,7 +131,7 @@ def generate(model, tokenizer, contexts, knobs):
     order = distributed.share(sorted(range(len(prompts)), key=lambda index: len(prompts[index])))  # little padding
     rows, started = {}, time.perf_counter()
     bar = tqdm(total=len(order), desc="generating", unit="text", disable=not distributed.is_main())
-    with torch.inference_mode(), bar:
+    with torch.inference_mode(), training.autocast(device, knobs.precision), bar:
         for start in range(0, len(order), knobs.eval_batch_size):
             chosen = order[start : start + knobs.eval_batch_size]
             width = max(len(prompts[index]) for index in chosen)

@@ -32,7 +32,16 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
-class Knobs:
+class ComputeKnobs:
+    """The knobs of any computation with a model."""
+
+    device: str = knob("auto", "cpu, cuda, mps, or auto for the fastest that is there")
+    precision: str = knob("fp32", "of the matrix products (autocast); weights and updates stay float32", PRECISIONS)
+    eval_batch_size: int = knob(40, "texts at a time where nothing is trained")
+
+
+@dataclass
+class Knobs(ComputeKnobs):
     """The knobs of the loop; a script adds its own and says which defaults differ."""
 
     num_epochs: int = knob(3, "passes over the training file")
@@ -43,14 +52,11 @@ class Knobs:
     warmup_steps: int = knob(30, "steps up to the peak; the adapters start from zero and Adam without statistics")
     weight_decay: float = knob(0.01, "of AdamW; the paper's")
     label_smoothing: float = knob(0.0, "share of the target that is spread over all classes; the paper takes 0.1")
-    precision: str = knob("fp32", "of the matrix products (autocast); weights and updates stay float32", PRECISIONS)
     gradient_checkpointing: bool = knob(False, "compute activations again in the backward pass: less memory, slower")
     eval_every: int | None = knob(None, "steps between validations; by default one after each epoch")
     patience: int | None = knob(None, "stop after so many validations in a row without a new best one")
-    eval_batch_size: int = knob(40, "texts at a time in validation and decoding")
     resume: bool = knob(False, "go on where a killed run with the same knobs and output_dir was at its last validation")
     seed: int = knob(110, "of the adapters, the order of the texts and dropout; 110 is the paper authors'")
-    device: str = knob("auto", "cpu, cuda, mps, or auto for the fastest that is there")
 
 
 class Task(NamedTuple):
@@ -67,6 +73,7 @@ class Outcome(NamedTuple):
     history: list  # {epoch, step, train_loss, valid_loss} of each validation
     curve: list  # mean training losses of successive stretches of steps, [last step, loss]
     best_step: int
+    first_step: int  # 0, or where a resumed run went on
     step_seconds: float  # median
     optimizer_bytes: int
 
@@ -158,7 +165,7 @@ def train(model, task, samples, valid_samples, knobs, state_path, identity):
         _set_random_state(device, state["random"][distributed.rank()])
     if knobs.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    seconds, batches = [], []
+    seconds, batches, first_step = [], [], step
     with tqdm(total=steps, initial=step, desc="training", unit="step", disable=not distributed.is_main()) as bar:
         while step < steps and not _out_of_patience(history, best, knobs.patience):
             epoch, position = divmod(step, epoch_steps)
@@ -215,7 +222,7 @@ def train(model, task, samples, valid_samples, knobs, state_path, identity):
         _put(trainable, best["trainable"])
     tensors = [value for state in optimizer.state.values() for value in state.values()]
     optimizer_bytes = sum(tensor.nbytes for tensor in tensors)
-    return Outcome(history, curve, best["step"], statistics.median(seconds or [math.nan]), optimizer_bytes)
+    return Outcome(history, curve, best["step"], first_step, statistics.median(seconds or [math.nan]), optimizer_bytes)
 
 
 def optimizer_step(model, task, batch, optimizer, scaler, knobs):
