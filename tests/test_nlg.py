@@ -39,75 +39,6 @@ END = "<|endoftext|>"
 PROMPT = "name : Quince | Type : pub | area : old town"
 
 
-# Tiny models
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=600, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator((DATA / "train.txt").read_text(encoding="utf-8").splitlines()[:300], trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END)
-
-
-def save_model(folder, tokenizer, model):
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
-    return str(folder)
-
-
-def tiny_gpt2(tokenizer, width=32):
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=len(tokenizer), n_positions=256, n_embd=width, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
-    )
-    config.tie_word_embeddings = False  # tied and untrained, it would only repeat the last token
-    model = transformers.GPT2LMHeadModel(config)
-    with torch.no_grad():  # far from uniform, so that greedy choices have no near ties
-        model.lm_head.weight.mul_(20)
-    return model
-
-
-def tiny_llama_config(tokenizer):
-    return transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-
-
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory, tokenizer):
-    return save_model(tmp_path_factory.mktemp("gpt2"), tokenizer, tiny_gpt2(tokenizer))
-
-
-@pytest.fixture(scope="module")
-def wide_gpt2(tmp_path_factory, tokenizer):
-    return save_model(tmp_path_factory.mktemp("wide"), tokenizer, tiny_gpt2(tokenizer, width=48))
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory, tokenizer):
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(tiny_llama_config(tokenizer))
-    return save_model(tmp_path_factory.mktemp("llama"), tokenizer, model)
-
-
-def load(folder):
-    return causal_lm.load_causal_lm(str(folder), torch.device("cpu"))
-
-
 # Encoding and batches
 
 
@@ -333,21 +264,6 @@ def test_result_files_name_no_folder_of_this_machine(tmp_path):
 # The scripts
 
 
-def start(script, *arguments):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, script, *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=NLG, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
-    )
-
-
-def script(name, *arguments):
-    """(exit status, stdout, stderr) of a script run from its own folder."""
-    with start(name, *arguments) as process:
-        stdout, stderr = process.communicate()
-    return process.returncode, stdout, stderr
-
-
 SHORT = ["--max_steps", 3, "--max_eval_samples", 3, "--batch_size", 4, "--lora_alpha", 8]
 
 
@@ -516,14 +432,6 @@ BAD_INFERENCE = {
     ),
     "no adapter": (["--prompt", PROMPT, "--adapter", "{model}/model.safetensors"], r"has no loralib configuration"),
 }
-# transformers imports torchao where it is installed, as it is for the tests, and torchao says what it lacks.
-FROM_TORCHAO = re.compile(r"^(Failed to load .*torchao.*|W\d{4} .*torch/utils/_pytree\.py.*)\n", re.MULTILINE)
-
-
-def own_lines(stderr):
-    return FROM_TORCHAO.sub("", stderr)
-
-
 BAD = [("run_training.py", *case) for case in BAD_TRAINING.values()]
 BAD += [("run_inference.py", *case) for case in BAD_INFERENCE.values()]
 
