@@ -155,6 +155,12 @@ NIST_CASES = {
     "case does not count, marks are words": (["A b."], [["a b ."]], math.log2(3)),
     "longer than the reference": (["a b c d"], [["a b"]], 2 / 4),
     "no words": (["", "a"], [["a b"], ["a"]], None),
+    # log2(5/2) twice and log2(5/1) twice over 4 words, log2(2/1) twice over 2 pairs; 4 words of 5
+    "a text too short for a pair": (
+        ["a b", "a c", ""],
+        [["a b"], ["a c"], ["d"]],
+        (math.log2(25 / 2) / 2 + 1) * math.exp(math.log(0.5) * (math.log(4 / 5) / math.log(1.5)) ** 2),
+    ),
     "several": (
         ["the mill is a pub near ranch .", "cocum is a cheap coffee shop ."],
         [["the mill is near ranch .", "a pub near ranch is the mill , a mill ."], ["cocum is a coffee shop ."]],
