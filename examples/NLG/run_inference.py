@@ -1,17 +1,27 @@
-"""Write sentences for E2E meaning representations with a base model and an adapter of run_training.py.
+"""Write sentences for E2E meaning representations with a base model and an adapter.
 
     cd examples/NLG
     python run_inference.py --prompt "name : Tamarind Yard | Type : pub | food : Thai | area : old town"
-    python run_inference.py --input_file data/test.txt --output_file output/test_texts.txt --merge
+    python run_inference.py --interactive
+    python run_inference.py --input_file data/test.txt --output_file output/texts.jsonl --merge
+    python run_inference.py --input_file data/test.txt --output_file output/texts.jsonl --compare_speed
+    python run_inference.py --model output/model --adapter none --input_file data/test.txt
 
 Takes a few seconds to start. The first prints, after the default run of run_training.py:
 
     name : Tamarind Yard | Type : pub | food : Thai | area : old town -> Tamarind Yard is a Thai pub in the old town .
+    12 tokens in 0.3 s, 43 tokens/s
 
-A file holds a meaning or an E2E line (whose reference is ignored) in each line; every distinct meaning gets one text,
-and the output file has lines `meaning||text`.
+The second, which is also what happens without any of the three on a terminal, asks for meanings until an empty line. A
+file holds meanings or E2E lines (whose references are ignored), or is CSV; every distinct meaning gets one text, and
+the output file has lines {"meaning": ..., "text": ...}. The fourth writes all texts twice, with the adapters apart and
+merged, and stops if they differ. The last takes a model that run_training.py --adapt full trained.
+
+An adapter is a file of run_training.py, a folder of PEFT, or a .bin or .pt file of upstream's loralib, which needs
+--lora_alpha, too.
 """
 
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -23,73 +33,154 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
 from common import causal_lm, e2e, results, training
-from common.cli import UserError, as_user_error, knob, parse_knobs, require_positive, run
+from common.cli import UserError, as_user_error, knob, parse_knobs, run
 
 import loralib as lora
 
 HERE = Path(__file__).resolve().parent
+PRESETS = {"fast": {}, "paper": causal_lm.PAPER_DECODING}
+NO_ADAPTER = "none"
 
 
 @dataclass
-class Knobs:
+class Knobs(causal_lm.DecodingKnobs):
+    preset: str = knob("fast", "decoding for all knobs that are not given", PRESETS)
     model: str = knob(str(HERE / "model"), "folder or hub name of the model that the adapter was trained on")
-    adapter: str = knob(str(HERE / "output" / "adapter.safetensors"), "file of run_training.py")
+    adapter: str = knob(
+        str(HERE / "output" / "adapter.safetensors"),
+        f"file of run_training.py, folder of PEFT, upstream's .bin or .pt file, or {NO_ADAPTER}: the model as it is",
+    )
+    lora_alpha: float | None = knob(None, "as the adapter was trained with; for upstream's files, which do not say it")
     prompt: str | None = knob(None, "one meaning representation, slot : value | slot : value")
     input_file: str | None = knob(None, "file of meaning representations or E2E lines")
-    output_file: str | None = knob(None, "file for the texts, which are printed otherwise")
+    interactive: bool = knob(False, "ask for one meaning representation after the other")
+    output_file: str | None = knob(None, "JSONL file for the texts, which are printed otherwise")
     merge: bool = knob(False, "put the adapters into the weights and drop their layers first, as for deployment")
-    device: str = knob("auto", "cpu, cuda, mps, or auto for the fastest that is there")
-    max_new_tokens: int = knob(causal_lm.MAX_NEW_TOKENS, "where a text is cut off that does not end by itself")
-    num_beams: int = knob(causal_lm.NUM_BEAMS, "width of the beam search; 1 is greedy, the paper takes 10")
-    batch_size: int = knob(40, "meanings at a time")
+    compare_speed: bool = knob(False, "write the texts with the adapters apart and merged: how fast, and the same?")
+
+
+def given(knobs, *names):
+    """Those of the knobs that are set, which by default are None or off."""
+    return [name for name in names if getattr(knobs, name) is not None and getattr(knobs, name) is not False]
+
+
+def check(knobs):
+    """Choose between prompt, file and terminal; raise a UserError for knobs that are out of range or do not agree."""
+    causal_lm.check_decoding(knobs)
+    sources = given(knobs, "prompt", "input_file", "interactive")
+    if not sources and sys.stdin.isatty():
+        knobs.interactive = True
+    elif len(sources) != 1:
+        what = " and ".join(f"--{name}" for name in sources) or "nothing to write texts for"
+        raise UserError(f'{what}: give one of --prompt "name : ... | food : ...", --input_file FILE, --interactive')
+    excluded = {
+        "--interactive": (knobs.interactive, ("output_file", "compare_speed")),
+        "--compare_speed": (knobs.compare_speed, ("merge",)),
+        f"--adapter {NO_ADAPTER}": (knobs.adapter == NO_ADAPTER, ("lora_alpha", "merge", "compare_speed")),
+    }
+    for option, (there, others) in excluded.items():
+        for other in given(knobs, *others):
+            if there:
+                raise UserError(f"{option} does not go with --{other}; leave one of them out")
+    if knobs.output_file is not None:
+        if Path(knobs.output_file).is_dir():
+            raise UserError(f"--output_file {knobs.output_file}: a folder; give the name of a file")
+        with as_user_error(OSError):  # before the work rather than after it
+            Path(knobs.output_file).parent.mkdir(parents=True, exist_ok=True)
 
 
 def load_data(knobs):
     """The meanings to write texts for."""
-    if (knobs.prompt is None) == (knobs.input_file is None):
-        raise UserError('give either --prompt "name : ... | food : ..." or --input_file FILE')
-    if knobs.prompt is not None:
-        meaning = knobs.prompt.strip()
-        e2e.check_meaning(meaning, "--prompt")
-        return [meaning]
-    return e2e.read_meanings(knobs.input_file)
+    if knobs.input_file is not None:
+        return e2e.read_meanings(knobs.input_file)
+    meaning = knobs.prompt.strip()
+    e2e.check_meaning(meaning, "--prompt")
+    return [meaning]
 
 
 def build_model(knobs, device):
     """The base model with the adapter loaded, or merged into it, and the tokenizer."""
-    if not Path(knobs.adapter).is_file():
-        raise UserError(f"--adapter {knobs.adapter}: no such file; run_training.py writes one to its --output_dir")
+    if knobs.adapter != NO_ADAPTER and not Path(knobs.adapter).exists():
+        raise UserError(
+            f"--adapter {knobs.adapter}: no such file or folder; run_training.py writes adapter.safetensors to its "
+            f"--output_dir, and --adapter {NO_ADAPTER} takes the model alone"
+        )
     model, tokenizer = causal_lm.load_causal_lm(knobs.model, device)
-    # The file knows which layers it adapts, with which rank and alpha; one that does not fit changes nothing.
+    if knobs.adapter == NO_ADAPTER:
+        return model, tokenizer
     with as_user_error(OSError, ValueError):
-        lora.load_lora(model, knobs.adapter)
+        # The file knows which layers it adapts, with which rank and alpha; one that does not fit changes nothing.
+        # Evaluation mode, in which texts are written, merges unless told not to.
+        lora.load_lora(model, knobs.adapter, lora_alpha=knobs.lora_alpha, merge_weights=not knobs.compare_speed)
         if knobs.merge:
             model = lora.merge_and_unload(model)  # a plain model of transformers again
     return model, tokenizer
 
 
+def speed(generated):
+    per_second = generated.tokens / generated.seconds
+    return f"{generated.tokens:,} tokens in {generated.seconds:.1f} s, {per_second:,.0f} tokens/s"
+
+
+def compare_speed(model, tokenizer, meanings, knobs):
+    """What `causal_lm.generate` returns, the same with the adapters apart and merged; print how fast both were."""
+    causal_lm.generate(model, tokenizer, meanings[:1], knobs)  # the first text of a process is slow
+    unmerged = causal_lm.generate(model, tokenizer, meanings, knobs)
+    print(f"unmerged: {speed(unmerged)}")
+    with as_user_error(ValueError):
+        lora.merge_lora_weights(model)
+    merged = causal_lm.generate(model, tokenizer, meanings, knobs)
+    print(f"merged:   {speed(merged)}")
+    different = [m for m, *texts in zip(meanings, unmerged.texts, merged.texts, strict=True) if len(set(texts)) > 1]
+    if different:
+        raise UserError(
+            f"--compare_speed: {len(different)} of {len(meanings)} texts differ unmerged and merged; nothing was "
+            "written. Sums in another order can turn a choice between words that are about as likely; --precision fp32 "
+            "makes that rare. The texts are those for:\n  " + "\n  ".join(different)
+        )
+    return merged
+
+
+def converse(model, tokenizer, knobs):
+    """Write a text for each meaning that is typed in, until an empty line or the end of the input."""
+    print("a meaning representation such as: name : Quince | Type : pub | area : old town; an empty line ends")
+    while True:
+        try:
+            meaning = input("meaning: ").strip()
+        except EOFError:
+            meaning = ""
+        if not meaning:
+            return
+        try:
+            e2e.check_meaning(meaning, "this line")
+            generated = causal_lm.generate(model, tokenizer, [meaning], knobs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            print(f"{generated.texts[0]}\n{speed(generated)}")
+
+
 def main():
-    knobs = parse_knobs(Knobs, __doc__)
-    require_positive(knobs, "max_new_tokens", "num_beams", "batch_size")
+    knobs = parse_knobs(Knobs, __doc__, presets=PRESETS)
+    check(knobs)
     device = training.choose_device(knobs.device)
+    if knobs.interactive:
+        converse(*build_model(knobs, device), knobs)
+        return
     meanings = load_data(knobs)
     model, tokenizer = build_model(knobs, device)
-    texts = causal_lm.generate(
-        model,
-        tokenizer,
-        meanings,
-        batch_size=knobs.batch_size,
-        num_beams=knobs.num_beams,
-        max_new_tokens=knobs.max_new_tokens,
-    )
-    pairs = list(zip(meanings, texts, strict=True))
+    generated = (compare_speed if knobs.compare_speed else causal_lm.generate)(model, tokenizer, meanings, knobs)
+    pairs = list(zip(meanings, generated.texts, strict=True))
     if knobs.output_file is not None:
+        records = [json.dumps({"meaning": m, "text": text}, ensure_ascii=False) + "\n" for m, text in pairs]
         with as_user_error(OSError):
-            results.write_atomically(knobs.output_file, "".join(f"{meaning}||{text}\n" for meaning, text in pairs))
+            results.write_atomically(knobs.output_file, "".join(records))
         print(f"written {len(pairs)} texts to {knobs.output_file}")
-        return
-    for meaning, text in pairs:
-        print(f"{meaning} -> {text}")
+    else:
+        for meaning, text in pairs:
+            print(f"{meaning} -> {text}")
+    if not knobs.compare_speed:
+        print(speed(generated))
 
 
 if __name__ == "__main__":
