@@ -4,9 +4,10 @@ github.com/tuetschek/e2e-metrics, which is what the LoRA repository runs too.
 Each metric is a table of statistics with a row for each text and a function from sums of rows to scores. So the score
 of a corpus, of one text and of a resample are the same function: of the sum of all rows, of a row, of a weighted sum.
 
-- BLEU and NIST count the n-grams of mteval-v13a's tokens in lower case. What the scorer's Perl twin, its default, does
-  otherwise: NIST's brevity penalty takes the average reference length over all references, not over the meanings, which
-  matters where their number differs and the texts are short. BLEU is the same.
+- BLEU and NIST count the n-grams of mteval-v13a's tokens in lower case. The scorer's default, a Perl script, differs
+  in NIST's brevity penalty, which takes the average reference length over all references, not over the meanings: that
+  matters where their number varies and the texts are short. Texts of fewer words than an n-gram, and orders without a
+  match, are counted as the Perl script counts them; the Python one lets the former take n-grams from other texts.
 - METEOR 1.5, ROUGE-L and CIDEr (the clipped variant CIDEr-D, sigma 6) take the PTB tokens of Stanford CoreNLP 3.4.1 in
   lower case without punctuation. The tokenizer and METEOR are Java programs, shipped in the package pycocoevalcap.
 """

@@ -331,8 +331,8 @@ def _normalised(text):
 CHECKS = (
     {
         "name": "fixed outputs",
-        "source": "pymteval.py of e2e-metrics, as packaged in gem-metrics-fork 0.1.dev0, and the classes of pycocoevalcap "
-        "1.2 for METEOR 1.5, ROUGE-L and CIDEr on the tokens of its PTBTokenizer",
+        "source": "pymteval.py of e2e-metrics, as packaged in gem-metrics-fork 0.1.dev0, and the classes of "
+        "pycocoevalcap 1.2 for METEOR 1.5, ROUGE-L and CIDEr on the tokens of its PTBTokenizer",
         "texts": [
             "Quince is a cheap Thai pub in the old town.",
             "The Tamarind Yard serves Italian food near Café Luna, and it isn't family-friendly.",
