@@ -13,8 +13,8 @@ whatever else the machine does meets both. The third takes what trainings have l
 whether they differ in the method alone. Every comparison is given as LoRA / full. Written: comparison.json in
 --output_dir and the runs' own folders base/, lora/ and full/.
 
-The last needs no weights and takes seconds. It counts what GPT-2 costs in its four sizes with the paper's rank 4 on query
-and value, the first of which is
+The last needs no weights and takes seconds. It counts what GPT-2 costs in its four sizes with the paper's rank 4 on
+query and value, the first of which is
 
     MiB                    parameters        trained  checkpoint  weights  gradients  optimizer  together
     gpt2          LoRA    124,587,264        147,456         0.6    475.3        0.6        1.1     477.0
@@ -358,15 +358,12 @@ def compare(**overrides):
     """Compare with the preset but for `overrides`, print and write the comparison, and return it."""
     knobs = fill_in(Knobs, overrides, run_training.PRESETS)
     check(knobs)
-    comparison = {
-        "task": "e2e, lora against full",
-        "configuration": {name: results.portable(value) for name, value in dataclasses.asdict(knobs).items()},
-        "accounting": account_gpt2(),
-    }
-    runs = {}
+    comparison, runs = {"task": "e2e, lora against full"}, {}
     if not knobs.accounting_only:
         with as_user_error(OSError):  # before the work rather than after it
             Path(knobs.output_dir).mkdir(parents=True, exist_ok=True)
+        configuration = dataclasses.asdict(knobs)
+        comparison["configuration"] = {name: results.portable(value) for name, value in configuration.items()}
         runs = make_runs(knobs)
         seconds = time_in_turn(knobs)
         comparison["quality"] = compare_quality(runs)
@@ -374,6 +371,7 @@ def compare(**overrides):
         comparison["costs"] = compare_costs(runs)
         comparison["steps_in_turn"] = seconds and compare_steps(seconds)
         comparison["runs"] = {method: summary(record) for method, record in runs.items()}
+    comparison["accounting"] = account_gpt2()
     comparison["environment"] = results.environment(training.choose_device(knobs.device))
     if runs:
         results.write_json(Path(knobs.output_dir) / "comparison.json", comparison)
