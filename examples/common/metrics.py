@@ -188,12 +188,12 @@ def read_predictions(path, meanings):
             f"{path}, line {len(lines)}: the file ends after {len(lines)} texts, expected is one for each of the "
             f"{len(meanings)} distinct meanings; or write lines `meaning||text`"
         )
-    return [line.strip() for line, _ in lines]
+    return [line for line, _ in lines]
 
 
 def _decoded(line, where):
     try:
-        return line.decode("utf-8").removesuffix("\r")
+        return line.decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
 
