@@ -24,6 +24,7 @@ from nlg_models import DATA, PROMPT, load, own_lines, save_model, script
 import loralib as lora
 
 CPU = torch.device("cpu")
+PATH, NO_JAVA = os.environ["PATH"], e2e_scorer.missing_for_ptb()
 ALPHA = 8.0
 MEANINGS = [PROMPT, "name : Lumen | family friendly : no", "name : The Salted Fig | food : Thai | price : cheap"]
 SPEED = r"[\d,]+ tokens in \d+\.\d s, [\d,]+ tokens/s"
@@ -256,7 +257,9 @@ def test_every_knob_is_an_option_with_a_reason(module, call):
 def no_java(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(tmp_path_factory.mktemp("no java")))
+        metrics._measured.cache_clear()
         yield
+    metrics._measured.cache_clear()
 
 
 BRIEF = {**SHORT, "max_eval_samples": 6, "resamples": 40}
@@ -438,10 +441,10 @@ def test_the_comparison_as_a_script(improvement, adapted, no_java, tmp_path):
 
 
 @pytest.mark.slow
-def test_all_metrics_where_there_is_java(given_texts, monkeypatch, tmp_path):
-    missing = e2e_scorer.missing_for_ptb()
-    if missing is not None:
-        pytest.skip(f"METEOR, ROUGE-L and CIDEr need {missing}")
+@pytest.mark.skipif(NO_JAVA is not None, reason=f"METEOR, ROUGE-L and CIDEr need {NO_JAVA}")
+def test_all_metrics_where_there_is_java(given_texts, monkeypatch):
+    monkeypatch.setenv("PATH", PATH)
+    metrics._measured.cache_clear()
     record = evaluate_lora_improvement.measure_improvement(**given_texts)
     for name in metrics.METRICS:
         low, high = record["intervals"]["systems"]["adapted"][name]
