@@ -18,25 +18,29 @@ import sys
 from pathlib import Path
 
 import pytest
+import run_training
 import safetensors
-import tokenizers
 import torch
 import transformers
+from common import causal_lm, cli, results, training
+from nlg_models import (
+    DATA,
+    END,
+    NLG,
+    PROMPT,
+    ROOT,
+    load,
+    own_lines,
+    save_model,
+    script,
+    start,
+    tiny_gpt2,
+    tiny_llama_config,
+)
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
-NLG = ROOT / "examples" / "NLG"
-DATA = NLG / "data"
 REAL_DATA = ROOT.parent / "shared" / "data" / "e2e"
-sys.path[:0] = [str(NLG), str(NLG.parent)]
-
-import run_inference  # noqa: E402
-import run_training  # noqa: E402
-from common import causal_lm, cli, e2e, results, training  # noqa: E402
-
 needs_real_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"the official E2E files are not in {REAL_DATA}")
-END = "<|endoftext|>"
-PROMPT = "name : Quince | Type : pub | area : old town"
 
 
 # Encoding and batches
@@ -72,40 +76,25 @@ def test_loss_is_the_cross_entropy_of_the_completions_alone(gpt2):
             for position in range(start, len(sample["input_ids"])):
                 total -= logits[position - 1, sample["input_ids"][position]].item()
                 count += 1
-        loss = model(**causal_lm.collate(samples)).loss.item()
-    assert loss == pytest.approx(total / count, rel=1e-5)
-    for batch_size in (1, 2):  # weighted by tokens, so independent of the batches
-        assert training.mean_loss(model, samples, causal_lm.collate, batch_size) == pytest.approx(
-            total / count, rel=1e-5
-        )
+        batch = causal_lm.collate(samples)
+        assert causal_lm.loss_sum(model, batch, 0.0).item() == pytest.approx(total, rel=1e-5)
+        assert model(**batch).loss.item() == pytest.approx(total / count, rel=1e-5)  # transformers' own
+    assert causal_lm.count_labels(samples) == count
 
 
-LENGTHS = [(7 * i) % 60 + 1 for i in range(1003)]
-
-
-@pytest.mark.parametrize("batch_size", [1, 8, 2000])
-def test_batches_hold_every_sample_once(batch_size):
-    batches = training.make_batches(LENGTHS, batch_size, seed=3)
-    assert sorted(index for batch in batches for index in batch) == list(range(len(LENGTHS)))
-    assert len(batches) == math.ceil(len(LENGTHS) / batch_size)
-    assert max(map(len, batches)) <= batch_size
-
-
-def test_batches_are_fixed_by_the_seed_and_waste_little():
-    batches = training.make_batches(LENGTHS, 8, seed="1 1")
-    assert batches == training.make_batches(LENGTHS, 8, seed="1 1")
-    assert batches != training.make_batches(LENGTHS, 8, seed="1 2")
-    padded = sum(len(batch) * max(LENGTHS[i] for i in batch) for batch in batches)
-    assert padded < 1.1 * sum(LENGTHS)
-    one_pool = training.make_batches(LENGTHS[:300], 8, seed=0)
-    means = [sum(LENGTHS[i] for i in batch) / len(batch) for batch in one_pool]
-    assert means != sorted(means)  # no curriculum of lengths
-
-
-def test_learning_rate_rises_and_falls_linearly():
-    rates = [training.learning_rate(step, 10, 1.0, 4) for step in range(10)]
-    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
-    assert training.learning_rate(0, 10, 1.0, 0) == 1.0
+def test_label_smoothing_is_the_papers_formula(gpt2):
+    """(1 - s) times the loss of the label and s times the mean loss over the vocabulary."""
+    model, tokenizer = load(gpt2)
+    model.eval()
+    sample = causal_lm.encode(tokenizer, PROMPT, "Quince is a pub .")
+    with torch.no_grad():
+        logs = model(input_ids=torch.tensor([sample["input_ids"]])).logits[0].double().log_softmax(-1)
+        smoothed = causal_lm.loss_sum(model, causal_lm.collate([sample]), 0.1).item()
+    expected = 0.0
+    for position, label in enumerate(sample["labels"]):
+        if label != -100:
+            expected -= 0.9 * logs[position - 1, label].item() + 0.1 * logs[position - 1].mean().item()
+    assert smoothed == pytest.approx(expected, rel=1e-5)
 
 
 def test_too_long_texts_are_left_out_and_counted(tokenizer, capsys):
@@ -118,52 +107,6 @@ def test_too_long_texts_are_left_out_and_counted(tokenizer, capsys):
         run_training.encode_pairs(pairs, tokenizer, limit - 1, "training")
 
 
-# Training
-
-
-def test_training_changes_what_requires_gradients_alone_and_lowers_the_loss(gpt2):
-    model, tokenizer = load(gpt2)
-    model.requires_grad_(False)
-    chosen = model.transformer.h[0].mlp.c_fc.weight.requires_grad_(True)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    samples = [causal_lm.encode(tokenizer, *pair) for pair in e2e.read_pairs(DATA / "train.txt")[:16]]
-    history = training.train(
-        model, samples, samples, causal_lm.collate, epochs=3, batch_size=4, lr=1e-2, warmup_steps=2, seed=0
-    )
-    assert [(entry["epoch"], entry["step"]) for entry in history] == [(1, 4), (2, 8), (3, 12)]
-    assert history[2]["valid_loss"] < history[0]["valid_loss"]
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed == {"transformer.h.0.mlp.c_fc.weight"}
-    assert chosen.grad is None
-
-
-def test_max_steps_ends_the_training_within_an_epoch(gpt2):
-    model, tokenizer = load(gpt2)
-    samples = [causal_lm.encode(tokenizer, "name : A", "A is a pub .")] * 12
-    options = {"epochs": 5, "batch_size": 4, "lr": 1e-3, "warmup_steps": 0, "seed": 0}
-    history = training.train(model, samples, samples, causal_lm.collate, max_steps=4, **options)
-    assert [(entry["epoch"], entry["step"]) for entry in history] == [(1, 3), (2, 4)]
-
-
-def test_a_loss_that_is_not_finite_stops_the_training(gpt2):
-    model, tokenizer = load(gpt2)
-    with torch.no_grad():
-        model.transformer.ln_f.weight.fill_(math.nan)
-    samples = [causal_lm.encode(tokenizer, "name : A", "A is a pub .")] * 8
-    with pytest.raises(cli.UserError, match=r"the loss is nan at step 1 of 2 \(learning rate 5.00e-04\).*--lr"):
-        training.train(
-            model, samples, samples, causal_lm.collate, epochs=1, batch_size=4, lr=1e-3, warmup_steps=2, seed=0
-        )
-
-
-def test_choose_device():
-    assert training.choose_device("cpu") == torch.device("cpu")
-    assert training.choose_device("auto").type in ("cpu", "cuda", "mps")
-    for name in ("cuda:99", "gpu", "meta"):
-        with pytest.raises(cli.UserError, match=f"--device {name}: no such device here; use auto or one of: .*cpu"):
-            training.choose_device(name)
-
-
 # Models and decoding
 
 CONTEXTS = [
@@ -174,14 +117,22 @@ CONTEXTS = [
 ]
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
+def decoding(**changes):
+    return causal_lm.DecodingKnobs(**{"max_new_tokens": 12, **changes})
+
+
+PENALISED = {"num_beams": 3, "length_penalty": 0.8, "no_repeat_ngram_size": 4}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_beams": 1}, {"num_beams": 3}, PENALISED], ids=["greedy", "beam", "penalised"]
+)
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_texts_of_a_padded_batch_equal_those_made_one_by_one(request, architecture, num_beams):
+def test_texts_of_a_padded_batch_equal_those_made_one_by_one(request, architecture, changes):
     model, tokenizer = load(request.getfixturevalue(architecture))
-    options = {"num_beams": num_beams, "max_new_tokens": 12}
-    together = causal_lm.generate(model, tokenizer, CONTEXTS, batch_size=4, **options)
-    alone = [causal_lm.generate(model, tokenizer, [context], batch_size=1, **options)[0] for context in CONTEXTS]
-    assert together == alone
+    together = causal_lm.generate(model, tokenizer, CONTEXTS, decoding(eval_batch_size=4, **changes))
+    alone = [causal_lm.generate(model, tokenizer, [context], decoding(**changes)).texts[0] for context in CONTEXTS]
+    assert together.texts == alone
     assert len(set(alone)) > 1
 
 
@@ -193,12 +144,63 @@ def test_greedy_text_is_the_literal_argmax(gpt2):
         for _ in range(12):
             ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
     expected = tokenizer.decode(ids[length:], clean_up_tokenization_spaces=False).split(END)[0]
-    texts = causal_lm.generate(model, tokenizer, [PROMPT], batch_size=1, num_beams=1, max_new_tokens=12)
-    assert texts == [" ".join(expected.split())]
+    generated = causal_lm.generate(model, tokenizer, [PROMPT], decoding(num_beams=1))
+    assert generated.texts == [" ".join(expected.split())]
+    assert generated.tokens == (ids[length:] + [0]).index(0) + 1 if 0 in ids[length:] else 12
 
 
-def test_text_ends_at_the_end_token_and_keeps_the_spaces_before_punctuation(tokenizer):
-    tokens = tokenizer(f" It isn 't cheap , at £ 20 - 25 .{END} More .")["input_ids"]
+class Looping(torch.nn.Module):
+    """Says a, b, c again and again, or another token where that is forbidden."""
+
+    def __init__(self, model, cycle, other):
+        super().__init__()
+        self.model, self.cycle, self.other = model, cycle, other
+        model.forward = self.forward
+
+    def forward(self, input_ids, **kwargs):
+        logits = torch.zeros(*input_ids.shape, self.model.config.vocab_size)
+        logits[..., self.other] = 1
+        following = dict(zip(self.cycle, self.cycle[1:] + self.cycle[:1], strict=True))
+        for row, column in torch.cartesian_prod(*map(torch.arange, input_ids.shape)):
+            logits[row, column, following.get(input_ids[row, column].item(), self.cycle[0])] = 2
+        return transformers.modeling_outputs.CausalLMOutputWithPast(logits=logits)
+
+
+def test_ngrams_must_not_repeat_within_the_text_but_may_repeat_the_prompt(gpt2):
+    """The prompt holds a run of four that the text must be free to say once."""
+    model, tokenizer = load(gpt2)
+    a, b, c, d, other = (tokenizer.convert_tokens_to_ids(letter) for letter in "abcdz")
+    Looping(model, [a, b, c, d], other)
+    prompt = "abcd"
+    tokens = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(prompt))
+    free = causal_lm.generate(model, tokenizer, [prompt], decoding(num_beams=1, max_new_tokens=10)).texts[0]
+    once = causal_lm.generate(
+        model, tokenizer, [prompt], decoding(num_beams=1, max_new_tokens=10, no_repeat_ngram_size=4)
+    ).texts[0]
+    assert free == "abcdabcdab", tokens
+    assert once == "abcdabczab"
+
+
+def test_length_penalty_prefers_longer_or_shorter_texts(gpt2):
+    """Among beams, which may end anywhere here, the sum of log probabilities is divided by length ** penalty."""
+    model, tokenizer = load(gpt2)
+
+    def likely_end(module, inputs, logits):
+        logits[..., tokenizer.eos_token_id] = logits.max(-1).values - 0.3
+        return logits
+
+    model.lm_head.register_forward_hook(likely_end)
+    lengths = [
+        causal_lm.generate(
+            model, tokenizer, CONTEXTS, decoding(num_beams=4, length_penalty=penalty, max_new_tokens=20)
+        ).tokens
+        for penalty in (-5.0, 5.0)
+    ]
+    assert lengths[0] < lengths[1]
+
+
+def test_text_ends_at_a_blank_line_and_keeps_the_spaces_before_punctuation(tokenizer):
+    tokens = tokenizer(" It isn 't cheap , at £ 20 - 25 .\n\nMore .")["input_ids"]
     assert causal_lm._decode(tokenizer, tokens) == "It isn 't cheap , at £ 20 - 25 ."
 
 
@@ -208,7 +210,7 @@ def test_a_models_own_generation_settings_do_not_count(gpt2, tokenizer, tmp_path
         do_sample=True, temperature=5.0, repetition_penalty=9.0, eos_token_id=5, max_new_tokens=3
     )
     folder = save_model(tmp_path, tokenizer, model)
-    texts = [causal_lm.generate(*load(path), CONTEXTS, batch_size=4, max_new_tokens=12) for path in (folder, gpt2)]
+    texts = [causal_lm.generate(*load(path), CONTEXTS, decoding()).texts for path in (folder, gpt2)]
     assert texts[0] == texts[1]
 
 
@@ -217,9 +219,9 @@ def test_contexts_must_leave_room_and_shorten_the_texts(gpt2):
     context = "name : A"
     while len(causal_lm.encode_context(tokenizer, context + " | near : B")) < 255:
         context += " | near : B"
-    causal_lm.generate(model, tokenizer, [context], batch_size=1, max_new_tokens=100)
+    causal_lm.generate(model, tokenizer, [context], decoding(max_new_tokens=100))
     with pytest.raises(cli.UserError, match="a context of [0-9]+ tokens fills the model's 256"):
-        causal_lm.generate(model, tokenizer, [context + " | near : B" * 3], batch_size=1)
+        causal_lm.generate(model, tokenizer, [context + " | near : B" * 3], decoding())
 
 
 def test_weights_that_would_be_random_are_an_error(tokenizer, tmp_path):
@@ -265,6 +267,7 @@ def test_result_files_name_no_folder_of_this_machine(tmp_path):
 
 
 SHORT = ["--max_steps", 3, "--max_eval_samples", 3, "--batch_size", 4, "--lora_alpha", 8]
+WRITTEN = ["adapter.safetensors", "results.json", "test_texts.jsonl"]
 
 
 @pytest.fixture(scope="module")
@@ -276,59 +279,124 @@ def run(tmp_path_factory, gpt2):
     return folder, stdout, stderr
 
 
+def read(folder):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
 def test_training_script_prints_what_was_asked_for(run):
-    _, stdout, stderr = run
+    folder, stdout, stderr = run
     base = sum(parameter.numel() for parameter in tiny_gpt2([0] * 600).parameters())
     trainable = 2 * 2 * (4 * 32 + 32 * 4)  # layers, q and v, A and B
     percent = 100 * trainable / (base + trainable)
     assert f"parameters   {base + trainable:,} in total, {trainable:,} trainable ({percent:.2f} %)" in stdout
-    assert "validating on 3 of 60 meanings (--max_eval_samples)" in stdout
-    assert "testing on 3 of 80 meanings (--max_eval_samples)" in stdout
-    assert re.search(r"epoch 1: train loss \d+\.\d+, validation loss \d+\.\d+", stdout)
-    assert re.search(
-        r"^ +before +after +references\nBLEU +[\d.]+ +[\d.]+\nslot values, % +[\d.]+ +[\d.]+ +100.00$", stdout, re.M
-    )
+    assert "validating on 3 of 60 meanings" in stdout
+    assert "testing on 3 of 80 meanings" in stdout
+    assert re.search(r"step 3: train loss \d+\.\d+, validation loss \d+\.\d+", stdout)
+    record = read(folder)
+    for name, key, factor in (("BLEU", "bleu", 1), ("slot values, %", "slot_share", 100), ("NIST", "nist", 1)):
+        line = re.search(rf"^{name} +([\d.]+) +([\d.]+)", stdout, re.M)
+        assert line.groups() == tuple(f"{factor * record[when][key]:.2f}" for when in ("before", "after")), name
+    assert re.search(r"^slot values, % +[\d.]+ +[\d.]+ +100.00$", stdout, re.M)
     assert re.search(r"checkpoint   [\d.]+ KiB, [\d.]+% of the model's [\d.]+ MiB", stdout)
-    assert re.search(r"seconds      \d+ training, \d+ testing, \d+ in all", stdout)
+    assert re.search(r"seconds      \d+ training, \d+ in all", stdout)
     assert all(len(re.findall(f"^{word} ", stdout, re.M)) == 3 for word in ("meaning", "before", "after", "reference"))
+    assert stdout.endswith(f"written      to {folder}: {', '.join(WRITTEN)}\n")
     assert re.search(r"training: 100%.*3/3 .*loss=", stderr)
 
 
-def test_training_script_saves_the_adapter_alone_and_the_record(run):
+def test_training_script_saves_the_adapter_alone_the_texts_and_the_record(run):
     folder, _, _ = run
-    assert sorted(os.listdir(folder)) == ["adapter.safetensors", "results.json"]
+    assert sorted(os.listdir(folder)) == WRITTEN
     with safetensors.safe_open(folder / "adapter.safetensors", "pt") as file:
         names = list(file.keys())
     assert len(names) == 4
     assert all(re.fullmatch(r"transformer\.h\.[01]\.attn\.c_attn\.lora_[AB]", name) for name in names)
+    written = [json.loads(line) for line in (folder / "test_texts.jsonl").read_text(encoding="utf-8").splitlines()]
+    samples = read(folder)["samples"]
+    assert [w["text"] for w in written] == [s["after"] for s in samples]  # of three meanings all are samples
+    assert [w["meaning"] for w in written] == [s["meaning"] for s in samples]
 
 
 def test_record_of_a_run(run, gpt2):
     folder, _, _ = run
-    record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    record = read(folder)
     knobs = {field.name for field in dataclasses.fields(run_training.Knobs)}
     assert set(record["configuration"]) == knobs
     assert record["configuration"]["data_dir"] == "examples/NLG/data"
     assert record["configuration"]["model"] == Path(gpt2).name
+    assert record["configuration"]["lr"] == run_training.LEARNING_RATES["fast"]["lora"]
     assert str(folder.parent) not in json.dumps(record)
     assert record["data"] == {
-        f"{s}.txt": {"sha256": results.sha256(DATA / f"{s}.txt")} for s in ("train", "valid", "test")
+        s: {"file": f"{s}.txt", "sha256": results.sha256(DATA / f"{s}.txt")} for s in ("train", "valid", "test")
     }
-    assert record["bytes"]["adapter"] == (folder / "adapter.safetensors").stat().st_size
-    assert record["adapter_sha256"] == results.sha256(folder / "adapter.safetensors")
+    adapter = folder / "adapter.safetensors"
+    assert record["bytes"]["checkpoint"] == adapter.stat().st_size
+    assert record["checkpoint_sha256"] == {adapter.name: results.sha256(adapter)}
     assert record["parameters"]["trainable"] == 1024
+    assert record["bytes"]["optimizer"] == 1024 * 2 * 4 + 4 * 4  # two moments each, and a count for each of 4 tensors
     assert record["counts"]["test_meanings"] == 3
     for when in ("before", "after"):
         assert 0 <= record[when]["bleu"] <= 100
         assert 0 <= record[when]["slot_share"] <= 1
-    assert record["references"]["slot_share"] == 1
-    assert record["seconds"]["total"] > record["seconds"]["train"] > 0
+        assert record[when]["perplexity"] > 1
+    assert record["references"] == {"slot_share": 1, "slot_error_rate": 0}
+    assert record["seconds"]["total"] > record["seconds"]["train"] > record["seconds"]["step"] > 0
     assert record["peak_memory_bytes"]["process"] > 1e8
     assert record["environment"]["versions"]["torch"] == torch.__version__
     assert {"commit", "device", "python", "platform", "threads"} <= set(record["environment"])
     assert [entry["step"] for entry in record["history"]] == [3]
     assert len(record["samples"]) == 3
     assert all({"meaning", "before", "after", "references"} == set(sample) for sample in record["samples"])
+
+
+def test_perplexity_is_that_of_the_references(run, gpt2):
+    model, tokenizer = load(gpt2)
+    record = read(run[0])
+    total, count = 0.0, 0
+    for sample in record["samples"]:
+        for reference in sample["references"]:
+            encoded = causal_lm.encode(tokenizer, sample["meaning"], reference)
+            total += causal_lm.loss_sum(model.eval(), causal_lm.collate([encoded]), 0.0).item()
+            count += causal_lm.count_labels([encoded])
+    assert record["before"]["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def test_full_fine_tuning_trains_and_saves_everything(gpt2, tmp_path):
+    """The folder that it writes is an ordinary model, which computes what was scored."""
+    status, stdout, stderr = script(
+        "run_training.py", "--model", gpt2, "--output_dir", tmp_path, "--adapt", "full", "--skip_base", *SHORT
+    )
+    assert status == 0, stderr
+    record = read(tmp_path)
+    assert record["parameters"]["trainable"] == record["parameters"]["total"]
+    assert record["configuration"]["lr"] == run_training.LEARNING_RATES["fast"]["full"]
+    assert "before" not in record and set(record["samples"][0]) == {"meaning", "after", "references"}
+    assert sorted(os.listdir(tmp_path)) == ["model", "results.json", "test_texts.jsonl"]
+    model, tokenizer = load(tmp_path / "model")
+    base, _ = load(gpt2)
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), base.parameters(), strict=True) if p.dim() > 1)
+    knobs = run_training.Knobs()
+    texts = causal_lm.generate(model, tokenizer, [sample["meaning"] for sample in record["samples"]], knobs).texts
+    assert texts == [sample["after"] for sample in record["samples"]]
+
+
+def test_the_base_alone_is_scored_and_nothing_trained(gpt2, run, tmp_path):
+    status, _, stderr = script("run_training.py", "--model", gpt2, "--output_dir", tmp_path, "--adapt", "none", *SHORT)
+    assert status == 0, stderr
+    record, other = read(tmp_path), read(run[0])
+    assert {**record["before"], "generation_seconds": 0} == {**other["before"], "generation_seconds": 0}
+    assert record["parameters"]["trainable"] == 0 and "after" not in record and "history" not in record
+    assert sorted(os.listdir(tmp_path)) == ["results.json", "test_texts.jsonl"]
+
+
+def test_the_paper_preset_is_the_papers_recipe():
+    knobs = cli.parse_knobs(run_training.Knobs, "", ["--preset", "paper"], run_training.PRESETS)
+    recipe = {"batch_size": 8, "num_epochs": 5, "seq_len": 512, "warmup_steps": 500, "weight_decay": 0.01}
+    recipe.update(label_smoothing=0.1, lora_dim=4, lora_alpha=32, lora_dropout=0.1, seed=110, num_beams=10)
+    recipe.update(length_penalty=0.8, no_repeat_ngram_size=4, max_new_tokens=64, target_modules=None)
+    assert {name: getattr(knobs, name) for name in recipe} == recipe
+    assert run_training.LEARNING_RATES["paper"]["lora"] == 2e-4
+    assert (training.BETAS, training.EPS) == ((0.9, 0.999), 1e-6)
 
 
 def test_same_seed_same_adapter_in_python_and_on_the_command_line(run, gpt2, tmp_path):
@@ -340,7 +408,7 @@ def test_same_seed_same_adapter_in_python_and_on_the_command_line(run, gpt2, tmp
         other = run_training.train_model(**options, output_dir=str(tmp_path / "other"), seed=1)
     finally:
         torch.set_num_threads(threads)
-    record = json.loads((run[0] / "results.json").read_text(encoding="utf-8"))
+    record = read(run[0])
     # The tensors, not the bytes: safetensors writes its metadata in no fixed order.
     wanted = load_file(run[0] / "adapter.safetensors")
     again, different = (load_file(tmp_path / name / "adapter.safetensors") for name in ("same", "other"))
@@ -350,15 +418,19 @@ def test_same_seed_same_adapter_in_python_and_on_the_command_line(run, gpt2, tmp
     assert same["after"]["bleu"] == record["after"]["bleu"]
 
 
+ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
 def test_training_on_a_llama_and_chosen_targets(llama, tmp_path):
     options = {"model": llama, "max_steps": 1, "max_eval_samples": 1, "max_train_samples": 8}
     run_training.train_model(**options, output_dir=str(tmp_path / "default"))
     run_training.train_model(**options, output_dir=str(tmp_path / "chosen"), target_modules="k_proj,up_proj")
+    run_training.train_model(**options, output_dir=str(tmp_path / "all"), target_modules="all-linear")
     layers = {}
-    for name in ("default", "chosen"):
+    for name in ("default", "chosen", "all"):
         with safetensors.safe_open(tmp_path / name / "adapter.safetensors", "pt") as file:
             layers[name] = {key.split(".")[-2] for key in file.keys()}  # noqa: SIM118 (no dict)
-    assert layers == {"default": {"q_proj", "v_proj"}, "chosen": {"k_proj", "up_proj"}}
+    assert layers == {"default": {"q_proj", "v_proj"}, "chosen": {"k_proj", "up_proj"}, "all": ALL}
 
 
 @needs_real_data
@@ -368,41 +440,6 @@ def test_official_files_go_the_same_way(gpt2, tmp_path):
     assert status == 0, stderr
     assert "training on 50 of 42061 texts" in stdout
     assert "testing on 3 of 630 meanings" in stdout
-
-
-def test_inference_merged_equals_unmerged(run, gpt2, tmp_path):
-    folder, _, _ = run
-    common = ["--model", gpt2, "--adapter", folder / "adapter.safetensors", "--max_new_tokens", 20]
-    status, stdout, stderr = script("run_inference.py", *common, "--prompt", PROMPT)
-    assert status == 0, stderr
-    assert re.fullmatch(re.escape(PROMPT) + r" -> .*\n", stdout)
-    text = stdout.removeprefix(f"{PROMPT} -> ").removesuffix("\n")
-
-    file = tmp_path / "data.txt"
-    file.write_text(f"{PROMPT}||ignored .\nname : Lumen\n{PROMPT}||again .\n", encoding="utf-8")
-    status, stdout, stderr = script(
-        "run_inference.py", *common, "--input_file", file, "--output_file", tmp_path / "texts.txt", "--merge"
-    )
-    assert status == 0, stderr
-    assert stdout == f"written 2 texts to {tmp_path / 'texts.txt'}\n"
-    lines = (tmp_path / "texts.txt").read_text(encoding="utf-8").splitlines()
-    assert lines[0] == f"{PROMPT}||{text}"
-    assert lines[1].startswith("name : Lumen||")
-    assert sorted(os.listdir(tmp_path)) == ["data.txt", "texts.txt"]
-
-
-def test_merging_gives_a_plain_model_with_the_same_logits(run, gpt2):
-    knobs = run_inference.Knobs(model=gpt2, adapter=str(run[0] / "adapter.safetensors"))
-    cpu = torch.device("cpu")
-    adapted, tokenizer = run_inference.build_model(knobs, cpu)
-    merged, _ = run_inference.build_model(dataclasses.replace(knobs, merge=True), cpu)
-    base, _ = load(gpt2)
-    assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
-    ids = torch.tensor([causal_lm.encode_context(tokenizer, PROMPT)])
-    with torch.no_grad():
-        expected = adapted.eval()(input_ids=ids).logits
-        torch.testing.assert_close(merged.eval()(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(base.eval()(input_ids=ids).logits, expected, rtol=1e-3, atol=1e-3)
 
 
 BAD_TRAINING = {
@@ -419,39 +456,32 @@ BAD_TRAINING = {
     ),
     "long texts": (["--seq_len", "300"], r"--seq_len 300: the model reads at most 256 tokens"),
     "no steps": (["--max_steps", "0"], r"--max_steps 0: must be above 0"),
+    "no parts": (["--grad_accumulation", "0"], r"--grad_accumulation 0: must be above 0"),
+    "repeats": (["--no_repeat_ngram_size", "-1"], r"--no_repeat_ngram_size -1: must be at least 0"),
+    "nothing to go on from": (["--resume", ""], r"--resume: there is no .*training_state.pt to go on from"),
     "output is a file": (["--output_dir", "run_training.py"], r"File exists: 'run_training\.py'"),
 }
-BAD_INFERENCE = {
-    "nothing to do": ([], r'give either --prompt "name : \.\.\. \| food : \.\.\." or --input_file FILE'),
-    "malformed prompt": (["--prompt", "a pub"], r"--prompt: 'a pub' is no `slot : value`"),
-    "malformed file": (["--input_file", "{bad}/train.txt"], r"train\.txt, line 2: 'a pub' is no `slot : value`"),
-    "missing adapter": (["--prompt", PROMPT, "--adapter", "none"], r"--adapter none: no such file; run_training\.py"),
-    "other model": (
-        ["--prompt", PROMPT, "--model", "{wide}"],
-        r"does not fit GPT2LMHeadModel; nothing was loaded:\n  .*lora_A",
-    ),
-    "no adapter": (["--prompt", PROMPT, "--adapter", "{model}/model.safetensors"], r"has no loralib configuration"),
-}
-BAD = [("run_training.py", *case) for case in BAD_TRAINING.values()]
-BAD += [("run_inference.py", *case) for case in BAD_INFERENCE.values()]
 
 
-@pytest.mark.parametrize("name, arguments, message", BAD, ids=[*BAD_TRAINING, *BAD_INFERENCE])
-def test_user_errors_are_one_message_and_status_2(request, tmp_path, run, gpt2, name, arguments, message):
-    (tmp_path / "train.txt").write_text(f"{PROMPT}||Quince is a pub .\na pub\n", encoding="utf-8")
-    folders = {"bad": tmp_path, "model": gpt2, "wide": request.getfixturevalue("wide_gpt2")}
-    defaults = {"--model": gpt2}
-    if name == "run_training.py":
-        defaults["--output_dir"] = tmp_path / "output"
-    else:
-        defaults["--adapter"] = run[0] / "adapter.safetensors"
-    defaults.update(zip(arguments[::2], (value.format(**folders) for value in arguments[1::2]), strict=True))
-    status, stdout, stderr = script(name, *(part for item in defaults.items() for part in item))
-    assert status == 2, stderr
-    assert re.match(r"error: ", own_lines(stderr)), stderr
-    assert re.search(message, stderr)
-    assert "Traceback" not in stderr
+@pytest.mark.parametrize("arguments, message", BAD_TRAINING.values(), ids=BAD_TRAINING)
+def test_user_errors_are_one_message_and_status_2(tmp_path, gpt2, arguments, message, monkeypatch, capsys):
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.txt").write_text(f"{PROMPT}||Quince is a pub .\na pub\n", encoding="utf-8")
+    options = {"--model": gpt2, "--output_dir": str(tmp_path / "output")}
+    options.update(zip(arguments[::2], (value.format(bad=tmp_path) for value in arguments[1::2]), strict=True))
+    monkeypatch.chdir(NLG)
+    monkeypatch.setattr(sys, "argv", ["run_training.py", *(part for item in options.items() for part in item if part)])
+    with pytest.raises(SystemExit) as end:
+        cli.run(run_training.main)
+    stderr = capsys.readouterr().err
+    assert end.value.code == 2, stderr
+    assert re.match(r"error: ", stderr) and re.search(message, stderr), stderr
     assert not any((tmp_path / "output").glob("*"))
+
+
+def test_a_user_error_of_the_script(tmp_path):
+    status, _, stderr = script("run_training.py", "--output_dir", tmp_path, "--lora_dim", 0)
+    assert (status, own_lines(stderr)) == (2, "error: r=0: the rank to inject must be at least 1\n")
 
 
 def test_ctrl_c_in_training_writes_nothing(gpt2, tmp_path):
@@ -472,16 +502,15 @@ def test_ctrl_c_in_training_writes_nothing(gpt2, tmp_path):
     assert earlier.read_bytes() == b"earlier"
 
 
-@pytest.mark.parametrize("module", [run_training, run_inference], ids=lambda module: module.__name__)
-def test_every_knob_is_an_option_with_a_reason(module, capsys):
+def test_every_knob_is_an_option_with_a_reason(capsys):
     with pytest.raises(SystemExit) as end:
-        cli.parse_knobs(module.Knobs, module.__doc__, ["--help"])
+        cli.parse_knobs(run_training.Knobs, run_training.__doc__, ["--help"])
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for field in dataclasses.fields(module.Knobs):
+    for field in dataclasses.fields(run_training.Knobs):
         assert f"--{field.name}" in text
         assert " ".join(field.metadata["help"].split()) in text
-    assert cli.parse_knobs(module.Knobs, "", []) == module.Knobs()
+    assert cli.parse_knobs(run_training.Knobs, "", []) == run_training.Knobs()
 
 
 def test_options_reach_the_knobs_with_their_types():
@@ -489,7 +518,6 @@ def test_options_reach_the_knobs_with_their_types():
     assert cli.parse_knobs(run_training.Knobs, "", arguments) == run_training.Knobs(
         lr=0.5, max_steps=7, lora_alpha=3.0, target_modules="a,b"
     )
-    assert cli.parse_knobs(run_inference.Knobs, "", ["--merge"]).merge is True
 
 
 def test_bugs_keep_their_traceback():

@@ -145,8 +145,9 @@ def train(model, task, samples, valid_samples, knobs, state_path, identity):
     device = next(model.parameters()).device
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(model, knobs)
-    # Half precision loses small gradients, which a factor keeps in its range.
-    scaler = torch.amp.GradScaler(device.type, enabled=knobs.precision == "fp16")
+    # Half precision loses small gradients, which a factor keeps in its range. It adapts; where it was too large, a step
+    # is left out, and torch's own first value is so for the first few.
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=knobs.precision == "fp16")
     lengths = [len(sample["input_ids"]) for sample in samples]
     epoch_steps = math.ceil(len(samples) / knobs.batch_size)
     steps = min(knobs.num_epochs * epoch_steps, knobs.max_steps or math.inf)
@@ -164,7 +165,7 @@ def train(model, task, samples, valid_samples, knobs, state_path, identity):
         scaler.load_state_dict(state["scaler"])
         _set_random_state(device, state["random"][distributed.rank()])
     if knobs.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _set_checkpointing(model, True)
     seconds, batches, first_step = [], [], step
     with tqdm(total=steps, initial=step, desc="training", unit="step", disable=not distributed.is_main()) as bar:
         while step < steps and not _out_of_patience(history, best, knobs.patience):
@@ -216,7 +217,7 @@ def train(model, task, samples, valid_samples, knobs, state_path, identity):
                 if distributed.is_main():
                     write_atomically(state_path, partial(torch.save, state))
     if knobs.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
+        _set_checkpointing(model, False)
     if best["step"] < step:
         print(f"the best validation was at step {best['step']}; that is what is kept")
         _put(trainable, best["trainable"])
@@ -274,6 +275,16 @@ def mean_loss(model, task, samples, knobs):
                 total += task.loss_sum(model, to_device(task.collate(part), device), 0.0)
     distributed.add_up(total)
     return total.item() / task.count(samples)
+
+
+def _set_checkpointing(model, on):
+    # Newer versions of transformers call it activation checkpointing, and warn of the older name.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:  # the reentrant kind finds no gradient where the input of a frozen embedding comes in
+        options = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
+        getattr(model, f"{kind}_checkpointing_enable")(**options)
+    else:
+        getattr(model, f"{kind}_checkpointing_disable")()
 
 
 def _out_of_patience(history, best, patience):
