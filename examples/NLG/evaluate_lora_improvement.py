@@ -5,10 +5,10 @@
     python evaluate_lora_improvement.py --adapted_model output/model
     python evaluate_lora_improvement.py --base_texts base.jsonl --adapted_texts adapted.jsonl --data_dir output/e2e
 
-The first takes the adapter of the default run of run_training.py and about half a minute on 2 CPU cores; the second a
-model that run_training.py --adapt full trained; the third texts that are there already, one for each meaning, and then
-no model is loaded. Written to --output_dir: base_texts.jsonl and adapted_texts.jsonl, unless they were given, and
-improvement.json, the record.
+The first takes the adapter of the default run of run_training.py and writes two texts for each of 80 meanings; the
+second a model that run_training.py --adapt full trained; the third texts that are there already, one for each meaning,
+and then no model is loaded. Written to --output_dir: base_texts.jsonl and adapted_texts.jsonl, unless they were given,
+and improvement.json, the record.
 
 The intervals hold 95 % of the scores over resamples of the test meanings. That of the difference is of resamples drawn
 for both models at once; where it leaves out 0, another test set of the same kind would hardly turn the order. The wins

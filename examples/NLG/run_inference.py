@@ -10,12 +10,12 @@
 Takes a few seconds to start. The first prints, after the default run of run_training.py:
 
     name : Tamarind Yard | Type : pub | food : Thai | area : old town -> Tamarind Yard is a Thai pub in the old town .
-    12 tokens in 0.3 s, 43 tokens/s
 
-The second, which is also what happens without any of the three on a terminal, asks for meanings until an empty line. A
-file holds meanings or E2E lines (whose references are ignored), or is CSV; every distinct meaning gets one text, and
-the output file has lines {"meaning": ..., "text": ...}. The fourth writes all texts twice, with the adapters apart and
-merged, and stops if they differ. The last takes a model that run_training.py --adapt full trained.
+and how many tokens a second that was. The second, which is also what happens without any of the three on a terminal,
+asks for meanings until an empty line. A file holds meanings or E2E lines (whose references are ignored), or is CSV;
+every distinct meaning gets one text, and the output file has lines {"meaning": ..., "text": ...}. The fourth writes all
+texts twice, with the adapters apart and merged, and stops if they differ. The last takes a model that run_training.py
+--adapt full trained.
 
 An adapter is a file of run_training.py, a folder of PEFT, or a .bin or .pt file of upstream's loralib, which needs
 --lora_alpha, too.
