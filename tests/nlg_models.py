@@ -20,7 +20,7 @@ NLG = ROOT / "examples" / "NLG"
 DATA = NLG / "data"
 sys.path[:0] = [str(NLG), str(NLG.parent)]
 
-from common import causal_lm  # noqa: E402 (after the folder that holds it)
+from common import causal_lm, metrics  # noqa: E402 (after the folder that holds it)
 
 END = "<|endoftext|>"
 PROMPT = "name : Quince | Type : pub | area : old town"
@@ -90,6 +90,16 @@ def llama(tmp_path_factory, tokenizer):
 
 def load(folder):
     return causal_lm.load_causal_lm(str(folder), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def no_java(tmp_path_factory):
+    """The scores without METEOR, whose program takes seconds to start, and what needs its tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path_factory.mktemp("no java")))
+        metrics._measured.cache_clear()
+        yield
+    metrics._measured.cache_clear()
 
 
 def start(script, *arguments):

@@ -39,6 +39,7 @@ from nlg_models import (
 )
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.usefixtures("no_java")
 REAL_DATA = ROOT.parent / "shared" / "data" / "e2e"
 needs_real_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"the official E2E files are not in {REAL_DATA}")
 
@@ -271,7 +272,7 @@ WRITTEN = ["adapter.safetensors", "results.json", "test_texts.jsonl"]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, gpt2):
+def run(tmp_path_factory, gpt2, no_java):
     """The output folder and the printed text of a short run of run_training.py."""
     folder = tmp_path_factory.mktemp("run") / "new" / "output"
     status, stdout, stderr = script("run_training.py", "--model", gpt2, "--output_dir", folder, *SHORT)
@@ -297,6 +298,7 @@ def test_training_script_prints_what_was_asked_for(run):
         line = re.search(rf"^{name} +([\d.]+) +([\d.]+)", stdout, re.M)
         assert line.groups() == tuple(f"{factor * record[when][key]:.2f}" for when in ("before", "after")), name
     assert re.search(r"^slot values, % +[\d.]+ +[\d.]+ +100.00$", stdout, re.M)
+    assert "\nMETEOR\n" in stdout and "\nnot measured: METEOR needs Java" in stdout
     assert re.search(r"checkpoint   [\d.]+ KiB, [\d.]+% of the model's [\d.]+ MiB", stdout)
     assert re.search(r"seconds      \d+ training, \d+ in all", stdout)
     assert all(len(re.findall(f"^{word} ", stdout, re.M)) == 3 for word in ("meaning", "before", "after", "reference"))

@@ -253,15 +253,6 @@ def test_every_knob_is_an_option_with_a_reason(module, call):
 # evaluate_lora_improvement.py
 
 
-@pytest.fixture(scope="module")
-def no_java(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", str(tmp_path_factory.mktemp("no java")))
-        metrics._measured.cache_clear()
-        yield
-    metrics._measured.cache_clear()
-
-
 BRIEF = {**SHORT, "max_eval_samples": 6, "resamples": 40}
 
 

@@ -213,6 +213,12 @@ def train_model(**overrides):
     valid_pairs = [(meaning, reference) for meaning, references in valid.items() for reference in references]
     valid_samples = encode_pairs(valid_pairs, tokenizer, knobs.seq_len, "validation")
 
+    state_path = output_dir / "training_state.pt"
+    identity = {name: value for name, value in asdict(knobs).items() if name not in FREE_TO_CHANGE}
+    identity.update(data=[fingerprints[split]["sha256"] for split in ("train", "valid")])
+    identity.update(processes=distributed.processes())
+    state = training.read_state(state_path, identity) if knobs.resume else None
+
     record = {
         "task": "e2e",
         "adapt": knobs.adapt,
@@ -231,11 +237,7 @@ def train_model(**overrides):
             record["before"], texts_before = evaluate(model, tokenizer, test, knobs)
     if knobs.adapt != "none":
         training_started = time.perf_counter()
-        state_path = output_dir / "training_state.pt"
-        identity = {name: value for name, value in asdict(knobs).items() if name not in FREE_TO_CHANGE}
-        identity.update(data=[fingerprints[split]["sha256"] for split in ("train", "valid")])
-        identity.update(processes=distributed.processes())
-        outcome = training.train(model, TASK, train_samples, valid_samples, knobs, state_path, identity)
+        outcome = training.train(model, TASK, train_samples, valid_samples, knobs, state_path, identity, state)
         record["seconds"]["train"] = time.perf_counter() - training_started
         record["seconds"]["step"] = outcome.step_seconds
         record["bytes"]["optimizer"] = outcome.optimizer_bytes
@@ -265,7 +267,7 @@ def train_model(**overrides):
         results.write_json(output_dir / "results.json", record)
         if knobs.record:
             results.write_json(results.RESULTS / f"{knobs.record}.json", record)
-        (output_dir / "training_state.pt").unlink(missing_ok=True)  # everything it is for has been written
+        state_path.unlink(missing_ok=True)  # everything it is for has been written
         report(record, output_dir)
     distributed.stop()
     return record
@@ -295,7 +297,7 @@ def report(record, output_dir):
     for key, (name, factor) in SCORES.items():
         values = [record[who].get(key) for who in columns]
         cells = ["" if value is None else f"{factor * value:.2f}" for value in values]
-        print(f"{name:<16}" + "".join(f"{cell:>12}" for cell in cells).rstrip())
+        print((f"{name:<16}" + "".join(f"{cell:>12}" for cell in cells)).rstrip())
     for reason in record[columns[-2]]["not_measured"].values():
         print(reason)
     sizes, seconds = record["bytes"], record["seconds"]

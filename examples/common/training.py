@@ -131,7 +131,23 @@ def make_optimizer(model, knobs):
     return torch.optim.AdamW(trainable, lr=knobs.lr, betas=BETAS, eps=EPS, weight_decay=knobs.weight_decay)
 
 
-def train(model, task, samples, valid_samples, knobs, state_path, identity):
+def read_state(path, identity):
+    """What --resume goes on with; a UserError if there is nothing, or of another run."""
+    if not path.is_file():
+        raise UserError(f"--resume: there is no {path} to go on from; it is written at each validation")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of whatever kind: torch lets through what its parts raise on damaged bytes
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--resume: {path} cannot be read ({reason}); start anew without --resume") from error
+    differing = [name for name, value in identity.items() if state["identity"].get(name) != value]
+    if differing:
+        was = ", ".join(f"{name} {state['identity'].get(name)!r}, now {identity[name]!r}" for name in differing)
+        raise UserError(f"--resume: {path} is of another run: {was}; start anew without --resume, or repeat its knobs")
+    return state
+
+
+def train(model, task, samples, valid_samples, knobs, state_path, identity, state=None):
     """Train the parameters of `model` that require gradients, leave it at its best validation, return an `Outcome`.
 
     Args:
@@ -141,6 +157,7 @@ def train(model, task, samples, valid_samples, knobs, state_path, identity):
         knobs: a `Knobs`.
         state_path: file for all that --resume needs, written at each validation.
         identity: dict of what a resumed run must have in common with the one that it goes on with.
+        state: to go on with, of `read_state`.
     """
     device = next(model.parameters()).device
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -155,8 +172,7 @@ def train(model, task, samples, valid_samples, knobs, state_path, identity):
     torch.manual_seed(knobs.seed + distributed.rank())  # dropout differs between processes
     # What a resumed run goes on with, beside the tensors: the losses are those since the last entry of their list.
     step, history, curve, epoch_losses, curve_losses, best = 0, [], [], [], [], None
-    if knobs.resume:
-        state = _read_state(state_path, identity)
+    if state is not None:
         step, history, curve, curve_losses, best = (
             state[name] for name in ("step", "history", "curve", "curve_losses", "best")
         )
@@ -309,18 +325,3 @@ def _set_random_state(device, states):
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
-
-
-def _read_state(path, identity):
-    if not path.is_file():
-        raise UserError(f"--resume: there is no {path} to go on from; it is written at each validation")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of whatever kind: torch lets through what its parts raise on damaged bytes
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"--resume: {path} cannot be read ({reason}); start anew without --resume") from error
-    differing = [name for name, value in identity.items() if state["identity"].get(name) != value]
-    if differing:
-        was = ", ".join(f"{name} {state['identity'].get(name)!r}, now {identity[name]!r}" for name in differing)
-        raise UserError(f"--resume: {path} is of another run: {was}; start anew without --resume, or repeat its knobs")
-    return state
