@@ -15,7 +15,6 @@ for both models at once; where it leaves out 0, another test set of the same kin
 are shares of the meanings, each scored alone.
 """
 
-import json
 import os
 import sys
 import time
@@ -177,9 +176,7 @@ def measure_improvement(**overrides):
     record["environment"] = results.environment(training.choose_device(knobs.device))
     if not given:
         for system in SYSTEMS:
-            pairs = zip(meanings, texts[system], strict=True)
-            lines = [json.dumps({"meaning": m, "text": text}, ensure_ascii=False) + "\n" for m, text in pairs]
-            results.write_atomically(output_dir / f"{system}_texts.jsonl", "".join(lines))
+            results.write_texts(output_dir / f"{system}_texts.jsonl", meanings, texts[system])
     results.write_json(output_dir / "improvement.json", record)
     if knobs.record:
         results.write_json(results.RESULTS / f"{knobs.record}.json", record)

@@ -21,7 +21,6 @@ An adapter is a file of run_training.py, a folder of PEFT, or a .bin or .pt file
 --lora_alpha, too.
 """
 
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -170,14 +169,12 @@ def main():
     meanings = load_data(knobs)
     model, tokenizer = build_model(knobs, device)
     generated = (compare_speed if knobs.compare_speed else causal_lm.generate)(model, tokenizer, meanings, knobs)
-    pairs = list(zip(meanings, generated.texts, strict=True))
     if knobs.output_file is not None:
-        records = [json.dumps({"meaning": m, "text": text}, ensure_ascii=False) + "\n" for m, text in pairs]
         with as_user_error(OSError):
-            results.write_atomically(knobs.output_file, "".join(records))
-        print(f"written {len(pairs)} texts to {knobs.output_file}")
+            results.write_texts(knobs.output_file, meanings, generated.texts)
+        print(f"written {len(meanings)} texts to {knobs.output_file}")
     else:
-        for meaning, text in pairs:
+        for meaning, text in zip(meanings, generated.texts, strict=True):
             print(f"{meaning} -> {text}")
     if not knobs.compare_speed:
         print(speed(generated))

@@ -21,7 +21,6 @@ and results.json, the record of the run. A run that was killed goes on with --re
 validation (training_state.pt), to the bit on a CPU.
 """
 
-import json
 import math
 import os
 import random
@@ -232,7 +231,7 @@ def train_model(**overrides):
         "seconds": {},
     }
     texts_before = texts = None
-    if not knobs.skip_base:
+    if not knobs.skip_base or knobs.adapt == "none":
         with lora.disable_adapters(model):  # the base alone
             record["before"], texts_before = evaluate(model, tokenizer, test, knobs)
     if knobs.adapt != "none":
@@ -252,9 +251,7 @@ def train_model(**overrides):
     record["seconds"]["total"] = time.perf_counter() - started
     record["environment"] = results.environment(device)
     if distributed.is_main():
-        written = [(meaning, text) for meaning, text in zip(test, texts or texts_before or [], strict=False)]
-        lines = [json.dumps({"meaning": meaning, "text": text}, ensure_ascii=False) + "\n" for meaning, text in written]
-        results.write_atomically(output_dir / "test_texts.jsonl", "".join(lines))
+        results.write_texts(output_dir / "test_texts.jsonl", test, texts or texts_before)
         record["samples"] = [
             {
                 "meaning": meaning,

@@ -61,7 +61,8 @@ def load_causal_lm(name, device):
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {name}: its tokenizer has no end-of-text token, which ends a sentence here")
     # The model's own configuration may ask for sampling, penalties or other ends; without it results are repeatable.
-    # Padding is masked, so that a tokenizer without padding token needs none.
+    # Padding is masked, so that a tokenizer without padding token needs none, and transformers need not look for it.
+    model.config.pad_token_id = None
     end = tokenizer.eos_token_id
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=end, pad_token_id=end)
     return model.float().to(device), tokenizer

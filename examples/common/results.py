@@ -45,6 +45,13 @@ def write_json(path, results):
     write_atomically(path, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def write_texts(path, meanings, texts):
+    """JSONL with one {"meaning", "text"} to a line."""
+    pairs = zip(meanings, texts, strict=True)
+    lines = [json.dumps({"meaning": meaning, "text": text}, ensure_ascii=False) + "\n" for meaning, text in pairs]
+    write_atomically(path, "".join(lines))
+
+
 def environment(device):
     """Where a run took place: versions, commit, device."""
     return {

@@ -6,38 +6,48 @@ rewrites what stands between the marks `<!-- figures -->` and `<!-- end of figur
 """
 
 import json
-from pathlib import Path
 
-from common.results import REPOSITORY, write_atomically
+from common.results import REPOSITORY, RESULTS, write_atomically
 
-RUNS = {"nlg_embedded.json": "the default run", "nlg_smollm2_e2e.json": "SmolLM2-135M on the real E2E set"}
+# Result file without .json, and the title of its column.
+RUNS = {
+    "nlg_embedded": "the default run",
+    "nlg_smollm2_lora": "SmolLM2-135M on E2E, LoRA",
+    "nlg_smollm2_full": "the same, all parameters",
+}
+# Rows of scores: key, title, factor, digits.
+SCORES = [
+    ("bleu", "BLEU", 1, 1),
+    ("nist", "NIST", 1, 2),
+    ("meteor", "METEOR", 1, 1),
+    ("rouge_l", "ROUGE-L", 1, 1),
+    ("cider", "CIDEr", 1, 2),
+    ("slot_share", "slot values mentioned, %", 100, 1),
+    ("slot_error_rate", "slot errors, %", 100, 1),
+]
 BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
 
 
-def figures(folder=REPOSITORY / "examples" / "results"):
-    """A Markdown table with a column for each run."""
-    runs = [json.loads((Path(folder) / name).read_text(encoding="utf-8")) for name in RUNS]
+def figures(folder=RESULTS):
+    """A Markdown table with a column for each run; a score is `before -> after` where the base was scored, too."""
+    runs = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in RUNS]
     rows = {
-        "": list(RUNS.values()),
+        "": RUNS.values(),
         "---": ["---:"] * len(runs),
         "parameters": [f"{run['parameters']['total']:,}" for run in runs],
-        "trained with LoRA": [_trained(run["parameters"]) for run in runs],
-        "optimizer steps, of texts": [
-            f"{run['history'][-1]['step']:,} of {run['configuration']['batch_size']}" for run in runs
-        ],
+        "trained": [_trained(run["parameters"]) for run in runs],
+        "optimizer steps, of texts": [f"{run['history'][-1]['step']:,} of {_batch(run)}" for run in runs],
         "meanings scored": [f"{run['counts']['test_meanings']:,}" for run in runs],
-        "BLEU before, after": [f"{run['before']['bleu']:.1f}, **{run['after']['bleu']:.1f}**" for run in runs],
-        "slot values mentioned before, after": [
-            f"{run['before']['slot_share']:.1%}, **{run['after']['slot_share']:.1%}**" for run in runs
-        ],
-        "the same in the references": [f"{run['references']['slot_share']:.1%}" for run in runs],
-        "adapter file, bytes": [f"{run['bytes']['adapter']:,}" for run in runs],
+        **{title: [_score(run, key, factor, digits) for run in runs] for key, title, factor, digits in SCORES},
+        "slot errors of the references, %": [f"{100 * run['references']['slot_error_rate']:.1f}" for run in runs],
+        "what is saved, bytes": [f"{run['bytes']['checkpoint']:,}" for run in runs],
+        "state of the optimizer, bytes": [f"{run['bytes']['optimizer']:,}" for run in runs],
         "the model in float32, bytes": [f"{run['bytes']['model']:,}" for run in runs],
         "seconds in all, of them training": [
             f"{run['seconds']['total']:.0f}, {run['seconds']['train']:.0f}" for run in runs
         ],
         "device, threads": [f"{run['environment']['device']}, {run['environment']['threads']}" for run in runs],
-        "result file": [f"[{name}](examples/results/{name})" for name in RUNS],
+        "result file": [f"[{name}.json](examples/results/{name}.json)" for name in RUNS],
     }
     return "".join(f"| {' | '.join([name, *cells])} |\n" for name, cells in rows.items())
 
@@ -50,6 +60,17 @@ def with_figures(text):
 
 def _trained(parameters):
     return f"{parameters['trainable']:,} ({parameters['trainable'] / parameters['total']:.2%})"
+
+
+def _batch(run):
+    return run["configuration"]["batch_size"]
+
+
+def _score(run, key, factor, digits):
+    scores = [run[when][key] for when in ("before", "after") if when in run]
+    if scores[-1] is None:
+        return "not measured"
+    return " -> ".join(f"{factor * score:.{digits}f}" for score in scores)
 
 
 if __name__ == "__main__":
