@@ -36,7 +36,9 @@ def figures(folder=RESULTS):
         "---": ["---:"] * len(runs),
         "parameters": [f"{run['parameters']['total']:,}" for run in runs],
         "trained": [_trained(run["parameters"]) for run in runs],
-        "optimizer steps, of texts": [f"{run['history'][-1]['step']:,} of {_batch(run)}" for run in runs],
+        "optimizer steps, of texts": [
+            f"{run['history'][-1]['step']:,} of {run['configuration']['batch_size']}" for run in runs
+        ],
         "meanings scored": [f"{run['counts']['test_meanings']:,}" for run in runs],
         **{title: [_score(run, key, factor, digits) for run in runs] for key, title, factor, digits in SCORES},
         "slot errors of the references, %": [f"{100 * run['references']['slot_error_rate']:.1f}" for run in runs],
@@ -60,10 +62,6 @@ def with_figures(text):
 
 def _trained(parameters):
     return f"{parameters['trainable']:,} ({parameters['trainable'] / parameters['total']:.2%})"
-
-
-def _batch(run):
-    return run["configuration"]["batch_size"]
 
 
 def _score(run, key, factor, digits):
