@@ -224,11 +224,20 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("at", [4, 6, 11], ids=["in an epoch", "at its end", "later"])
-def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(gpt2, samples, tmp_path, monkeypatch, at, precision):
-    """Weights, losses and curve, with dropout, a validation that is not the last one, and steps after it lost."""
-    options = {"eval_every": 4, "precision": precision}
+RUINOUS = {"eval_every": 1, "lr": 0.5, "warmup_steps": 0, "patience": 3}
+RESUMED = {  # the knobs, and after how many steps the run is killed
+    "in an epoch": ({"eval_every": 4}, 5),
+    "at its end": ({"eval_every": 4}, 6),
+    "later": ({"eval_every": 4}, 11),
+    "bf16": ({"eval_every": 4, "precision": "bf16"}, 11),
+    "an earlier best": (RUINOUS, 5),
+}
+
+
+@pytest.mark.parametrize("options, at", RESUMED.values(), ids=RESUMED)
+def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(gpt2, samples, tmp_path, monkeypatch, options, at):
+    """Weights, losses and curve, with dropout, steps lost after the last validation, and a point of the curve begun."""
+    monkeypatch.setattr(training, "CURVE_POINTS", 6)  # every third step
 
     def run(folder, **changes):
         folder.mkdir(exist_ok=True)
@@ -253,7 +262,10 @@ def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(gpt2, samples, tmp_p
     resumed, again = run(tmp_path / "killed", resume=True)
     assert equal(again, weights)
     assert (resumed.history, resumed.curve, resumed.best_step) == (whole.history, whole.curve, whole.best_step)
-    assert resumed.first_step == at // 4 * 4 > whole.first_step == 0
+    every = options["eval_every"]
+    assert resumed.first_step == at // every * every > whole.first_step == 0
+    if options is RUINOUS:
+        assert whole.best_step < at < len(whole.history) < 18
 
 
 def test_dropout_makes_the_test_above_sharp(gpt2, samples, tmp_path):
