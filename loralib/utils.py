@@ -158,6 +158,7 @@ def unload(model: nn.Module) -> nn.Module:
     """Drop every adapter and put plain layers back, the base bit for bit as it was; return the model.
 
     Heads and biases that were trained in place, as `mark_only_lora_as_trainable` has them, stay as they are.
+    What was frozen stays frozen: `model.requires_grad_(True)` makes everything trainable again.
 
     >>> import loralib as lora
     >>> lora.unload(nn.Sequential(lora.Linear(8, 8, r=2)))
