@@ -60,7 +60,7 @@ def test_named_paths_and_links_exist():
 def test_results_are_of_committed_code_and_show_no_machine_paths(path):
     record = json.loads(path.read_text(encoding="utf-8"))
     assert re.fullmatch(r"[0-9a-f]{40}", record["environment"]["commit"])
-    assert not [value for value in record.get("configuration", {}).values() if str(value).startswith("/")]
+    assert not [value for value in record["configuration"].values() if str(value).startswith("/")]
 
 
 def test_script_docstrings_quote_the_default_run():

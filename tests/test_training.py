@@ -268,6 +268,19 @@ def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(gpt2, samples, tmp_p
         assert whole.best_step < at < len(whole.history) < 18
 
 
+def test_a_run_killed_after_its_last_step_has_none_left(model, gpt2, samples, tmp_path):
+    """While its texts are scored, say; what comes back can be written as JSON."""
+    whole = train(model, samples, tmp_path)
+    other, _ = load(gpt2)
+    other.requires_grad_(False)
+    for layer in other.transformer.h:
+        layer.mlp.c_fc.weight.requires_grad_(True)
+    resumed = train(other, samples, tmp_path, resume=True)
+    assert equal(trained(other), trained(model))
+    assert (resumed.first_step, resumed.step_seconds) == (18, None)
+    assert json.loads(json.dumps(resumed, allow_nan=False))[0] == whole.history
+
+
 def test_dropout_makes_the_test_above_sharp(gpt2, samples, tmp_path):
     """Other random numbers, other weights."""
     weights = []

@@ -74,7 +74,7 @@ class Outcome(NamedTuple):
     curve: list  # mean training losses of successive stretches of steps, [last step, loss]
     best_step: int
     first_step: int  # 0, or where a resumed run went on
-    step_seconds: float  # median
+    step_seconds: float | None  # median; None if the resumed run had no step left
     optimizer_bytes: int
 
 
@@ -239,7 +239,9 @@ def train(model, task, samples, valid_samples, knobs, state_path, identity, stat
         _put(trainable, best["trainable"])
     tensors = [value for state in optimizer.state.values() for value in state.values()]
     optimizer_bytes = sum(tensor.nbytes for tensor in tensors)
-    return Outcome(history, curve, best["step"], first_step, statistics.median(seconds or [math.nan]), optimizer_bytes)
+    return Outcome(
+        history, curve, best["step"], first_step, statistics.median(seconds) if seconds else None, optimizer_bytes
+    )
 
 
 def optimizer_step(model, task, batch, optimizer, scaler, knobs):
