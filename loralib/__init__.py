@@ -15,7 +15,7 @@ ParameterCount(trainable=104, total=444)
 """
 
 from loralib.adapters import active_adapter, delete_adapter, list_adapters, set_adapter
-from loralib.checkpoint import load_lora, save_lora
+from loralib.checkpoint import load_lora, read_metadata, save_lora
 from loralib.inject import inject_lora
 from loralib.layers import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoRALayer, MergedLinear
 from loralib.utils import (
@@ -50,6 +50,7 @@ __all__ = [
     "mark_only_lora_as_trainable",
     "merge_and_unload",
     "merge_lora_weights",
+    "read_metadata",
     "save_lora",
     "set_adapter",
     "unload",

@@ -22,13 +22,15 @@ from loralib.adapters import (
     slot_of,
 )
 from loralib.architectures import group_spec, unwrapped
-from loralib.formats import Adapter, read_native, read_upstream, write_native
+from loralib.formats import Adapter, check_metadata, read_native, read_upstream, write_native
 from loralib.inject import BIAS_MODES, check_bias_mode, own_names, plan_layers, put_adapter
 from loralib.layers import LoRALayer, MergedLinear
 from loralib.peft_format import CONFIG, read_peft, write_peft
 from loralib.utils import lora_state_dict, match_modules_to_save
 
-__all__ = ["load_lora", "save_lora"]
+__all__ = ["load_lora", "read_metadata", "save_lora"]
+
+UPSTREAM_SUFFIXES = (".bin", ".pt", ".pth")
 
 
 def save_lora(
@@ -38,6 +40,7 @@ def save_lora(
     modules_to_save: Sequence[str] | str | None = None,
     format: str = "loralib",
     single_rank: bool = False,
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """Write the active adapter of `model` and its configuration to one safetensors file, or to a folder for PEFT.
 
@@ -59,6 +62,8 @@ def save_lora(
         format: "loralib", or "peft" for a folder that `peft.PeftModel.from_pretrained` reads.
         single_rank: for PEFT, write one rank and one alpha for all layers, as some serving engines need it: smaller
             ranks are padded with zeros, differing scales multiplied into B.
+        metadata: texts that `read_metadata` gives back, such as the task that the adapter is for; in loralib's own file
+            only.
 
     Raises:
         ValueError: the model has no adapter, the arguments are wrong as in `mark_only_lora_as_trainable`, or PEFT has
@@ -69,6 +74,9 @@ def save_lora(
         raise ValueError(f"format={format!r}: must be 'loralib' or 'peft'")
     if single_rank and format != "peft":
         raise ValueError("single_rank=True is for format='peft'; loralib's own file keeps the rank of each layer")
+    check_metadata({} if metadata is None else metadata)
+    if metadata and format != "loralib":
+        raise ValueError(f"metadata={metadata!r}: PEFT's folder has no place for it")
     path = Path(path)
     if format == "loralib" and path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file, or format='peft'")
@@ -79,6 +87,7 @@ def save_lora(
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapters to save; call lora.inject_lora(model, ...) first")
     adapter = _collect(model, layers, bias, modules_to_save)
+    adapter.metadata = metadata or {}
     if format == "peft":
         write_peft(path, adapter, model, base_modules(model), layers, single_rank)
     else:
@@ -92,6 +101,7 @@ def load_lora(
     lora_alpha: float | None = None,
     enable_lora: Sequence[bool] = (True, False, True),
     merge_weights: bool = True,
+    heads: bool = True,
 ) -> list[str]:
     """Load an adapter into `model`, make it the active one and return the names of its LoRA layers.
 
@@ -109,6 +119,8 @@ def load_lora(
         enable_lora: for upstream's files, which do not carry it: the groups of a fused projection that are adapted,
             where the shapes leave it open and the model has no such layer yet.
         merge_weights: whether `eval()` merges layers made here.
+        heads: whether to load the modules that the file saves whole, too. False leaves those of the model as they are:
+            the adapter of one task then begins the training of another.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -121,11 +133,13 @@ def load_lora(
     check_adapter_name(name)
     present = _lora_layers(model, name) if name in list_adapters(model) else {}
     adapter = _read(path, modules, present, lora_alpha, enable_lora)
+    if not heads:
+        _leave_out_heads(adapter)
     if present:
         layers, problems = present, _differences(present, adapter.layers)
     else:
         layers, problems = _plan(modules, adapter.layers, merge_weights)
-    own, misfits = _fit(modules, layers, adapter, name)
+    own, misfits = _fit(modules, layers, adapter, name if heads else None)
     problems += misfits
     if problems:
         what = f"{path} does not fit {type(model).__name__}; nothing was loaded"
@@ -140,6 +154,32 @@ def load_lora(
         layer.scaling = adapter.layers[layer_name]["scaling"]
     model.load_state_dict(adapter.tensors, strict=False)
     return list(layers)
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """Return the texts that `save_lora` was given as `metadata`; other kinds of adapter files have none.
+
+    >>> import tempfile, loralib as lora
+    >>> model = nn.Sequential(nn.Linear(8, 8))
+    >>> names = lora.inject_lora(model, r=2, target_modules=["0"])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lora.save_lora(model, folder + "/adapter.safetensors", metadata={"task": "sst2"})
+    ...     lora.read_metadata(folder + "/adapter.safetensors")
+    {'task': 'sst2'}
+
+    Args:
+        path: a file of `save_lora`, or any that `load_lora` takes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is a safetensors file, but not of `save_lora`.
+    """
+    path = Path(path)
+    if path.is_dir() or (path.suffix in UPSTREAM_SUFFIXES and path.is_file()):
+        return {}
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such adapter file")
+    return read_native(path).metadata
 
 
 def _collect(
@@ -180,7 +220,7 @@ def _read(
     enable_lora: Sequence[bool],
 ) -> Adapter:
     groups = {name: _groups(layer) for name, layer in present.items()}
-    if path.suffix in (".bin", ".pt", ".pth") and path.is_file():
+    if path.suffix in UPSTREAM_SUFFIXES and path.is_file():
         return read_upstream(path, modules, lora_alpha, enable_lora, groups)
     if lora_alpha is not None:
         raise ValueError(f"lora_alpha={lora_alpha}: {path} carries its own; it is for upstream's .bin and .pt files")
@@ -191,6 +231,12 @@ def _read(
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such adapter file")
     return read_native(path)
+
+
+def _leave_out_heads(adapter: Adapter) -> None:
+    inside = tuple(f"{name}." for name in adapter.modules_to_save)
+    adapter.tensors = {name: tensor for name, tensor in adapter.tensors.items() if not name.startswith(inside)}
+    adapter.modules_to_save = []
 
 
 def _differences(present: dict[str, LoRALayer], specs: dict[str, dict]) -> list[str]:
@@ -219,9 +265,12 @@ def _plan(
 
 
 def _fit(
-    modules: dict[str, nn.Module], layers: dict[str, LoRALayer], adapter: Adapter, adapter_name: str
+    modules: dict[str, nn.Module], layers: dict[str, LoRALayer], adapter: Adapter, whole_adapter: str | None
 ) -> tuple[dict[str, frozenset[str]], list[str]]:
-    """What would be the adapter's own in the model, and everything that speaks against it."""
+    """What would be the adapter's own in the model, and everything that speaks against it.
+
+    `whole_adapter` is the name of the adapter that the file must hold all of, if it must.
+    """
     if adapter.bias not in BIAS_MODES:
         return {}, [f"bias={adapter.bias!r}: must be one of {', '.join(map(repr, BIAS_MODES))}"]
     problems = [
@@ -238,10 +287,10 @@ def _fit(
     # What the model's adapter has beyond the file would silently stay as it is.
     for path, module in modules.items():
         slot = slot_of(module)
-        if slot and adapter_name in slot.parts:
+        if slot and whole_adapter in slot.parts:
             problems += [
                 f"{path}.{key}: the model's adapter has it, the file does not"
-                for key in sorted(slot.parts[adapter_name].own - LORA_NAMES - own.get(path, frozenset()))
+                for key in sorted(slot.parts[whole_adapter].own - LORA_NAMES - own.get(path, frozenset()))
             ]
     tensors = adapter.tensors
     problems += [f"{name}: missing in the file" for name in sorted(wanted.keys() - tensors.keys())]

@@ -38,6 +38,7 @@ class Adapter:
         bias: the bias mode.
         modules_to_save: full names of the modules saved whole.
         base_model: name of the base model, if known.
+        metadata: what the user wants to have with it.
     """
 
     tensors: dict[str, Tensor]
@@ -45,6 +46,7 @@ class Adapter:
     bias: str = "none"
     modules_to_save: list[str] = field(default_factory=list)
     base_model: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -78,6 +80,7 @@ def write_native(path: Path, adapter: Adapter) -> None:
         "bias": adapter.bias,
         "modules_to_save": adapter.modules_to_save,
         "layers": adapter.layers,
+        "metadata": adapter.metadata,
     }
     write_atomically(path, to_bytes(adapter.tensors, {METADATA_KEY: json.dumps(config)}))
 
@@ -115,9 +118,23 @@ def read_native(path: Path) -> Adapter:
             raise ValueError("modules_to_save must be a list")
         if not all(isinstance(name, str) for name in (config["bias"], *config["modules_to_save"])):
             raise ValueError("bias and modules_to_save must be names")
+        check_metadata(config.setdefault("metadata", {}))  # added later, and optional
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has a malformed loralib configuration: {error!r}") from error
-    return Adapter(tensors, config["layers"], config["bias"], config["modules_to_save"], config.get("base_model"))
+    return Adapter(
+        tensors,
+        config["layers"],
+        config["bias"],
+        config["modules_to_save"],
+        config.get("base_model"),
+        config["metadata"],
+    )
+
+
+def check_metadata(metadata: dict[str, str]) -> None:
+    """Raise ValueError unless `metadata` is a dict of texts."""
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for pair in metadata.items() for text in pair):
+        raise ValueError(f"metadata={metadata!r}: must be a dict of texts, such as {{'task': 'sst2'}}")
 
 
 def read_torch(path: Path) -> dict[str, Tensor]:

@@ -362,3 +362,84 @@ def test_copies_are_independent_of_the_file(file):
     second = copy.deepcopy(first)
     nn.init.zeros_(first.body[0].lora_A)
     assert second.body[0].lora_A.abs().sum() > 0
+
+
+# What a file says of itself, and starting one task from another
+
+
+def test_metadata_comes_back_and_changes_nothing_else(tmp_path, file):
+    with_text = tmp_path / "b.safetensors"
+    lora.save_lora(adapted(), with_text, metadata={"task": "sst2", "note": "naïve"})
+    assert lora.read_metadata(with_text) == {"task": "sst2", "note": "naïve"}
+    assert lora.read_metadata(file) == {}
+    one, other = base(), base()
+    assert lora.load_lora(one, with_text) == lora.load_lora(other, file)
+    assert torch.equal(one(X), other(X))
+    lora.save_lora(adapted(), tmp_path / "peft", format="peft")
+    torch.save(lora.lora_state_dict(adapted()), tmp_path / "upstream.bin")
+    assert lora.read_metadata(tmp_path / "peft") == lora.read_metadata(tmp_path / "upstream.bin") == {}
+
+
+def test_a_file_from_before_metadata_loads(file):
+    rewritten(file, lambda config: config.pop("metadata") and None)
+    assert lora.read_metadata(file) == {}
+    assert lora.load_lora(base(), file) == TARGETS
+
+
+@pytest.mark.parametrize("metadata", [{"task": 3}, {3: "task"}, ["task"], "task"])
+def test_metadata_that_are_no_texts_are_refused(tmp_path, file, metadata):
+    with pytest.raises(ValueError, match="must be a dict of texts, such as {'task': 'sst2'}"):
+        lora.save_lora(adapted(), tmp_path / "b.safetensors", metadata=metadata)
+    assert not (tmp_path / "b.safetensors").exists()
+    if metadata != {3: "task"}:  # which JSON cannot say
+        rewritten(file, lambda config: config.update(metadata=metadata))
+        with pytest.raises(ValueError, match="malformed loralib configuration.*must be a dict of texts"):
+            lora.read_metadata(file)
+
+
+def test_metadata_of_no_file_and_for_peft_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="PEFT's folder has no place for it"):
+        lora.save_lora(adapted(), tmp_path / "peft", format="peft", metadata={"task": "sst2"})
+    with pytest.raises(FileNotFoundError, match="no such adapter file"):
+        lora.read_metadata(tmp_path / "none.bin")
+    save_file({"a": X}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="has no loralib configuration"):
+        lora.read_metadata(tmp_path / "a.safetensors")
+
+
+def test_an_adapter_without_its_head_starts_another_task(tmp_path):
+    """The adapters are the file's, the head of another shape stays the model's and trains on."""
+    path = tmp_path / "three_labels.safetensors"
+    first = adapted(modules_to_save=["head"])
+    lora.save_lora(first, path)
+
+    def two_labels(**options):
+        model = base()
+        model.head = nn.Linear(8, 2)
+        lora.inject_lora(model, r=2, lora_alpha=1, target_modules=TARGETS, **options)
+        return model
+
+    second = two_labels(modules_to_save=["head"])
+    head = {name: tensor.clone() for name, tensor in second.head.state_dict().items()}
+    before = snapshot(second)
+    with pytest.raises(ValueError, match=r"head.weight: \(3, 8\) in the file, \(2, 8\) in the model"):
+        lora.load_lora(second, path)
+    assert_same(snapshot(second), before)
+    assert lora.load_lora(second, path, heads=False) == TARGETS
+    assert all(torch.equal(tensor, head[name]) for name, tensor in second.head.state_dict().items())
+    assert all(parameter.requires_grad for parameter in second.head.parameters())
+    adapters = {name: tensor for name, tensor in lora.lora_state_dict(first).items() if "lora_" in name}
+    now = lora.lora_state_dict(second, modules_to_save=["head"])
+    assert len(adapters) == 6 and all(torch.equal(now[name], tensor) for name, tensor in adapters.items())
+    assert {m.scaling for m in second.modules() if isinstance(m, lora.LoRALayer)} == {3.0}
+    lora.save_lora(second, path)  # the head is the adapter's still
+    assert {"head.weight", "head.bias"} <= load_file(path).keys()
+
+
+def test_an_adapter_without_its_head_in_a_model_without_adapters(tmp_path):
+    path = tmp_path / "a.safetensors"
+    lora.save_lora(adapted(modules_to_save=["head"]), path)
+    model = base()
+    head = model.head.weight
+    assert lora.load_lora(model, path, heads=False) == TARGETS
+    assert model.head.weight is head and not head.requires_grad

@@ -292,7 +292,7 @@ def test_training_script_prints_what_was_asked_for(run):
     assert f"parameters   {base + trainable:,} in total, {trainable:,} trainable ({percent:.2f} %)" in stdout
     assert "validating on 3 of 60 meanings" in stdout
     assert "testing on 3 of 80 meanings" in stdout
-    assert re.search(r"step 3: train loss \d+\.\d+, validation loss \d+\.\d+", stdout)
+    assert re.search(r"step 3: train loss \d+\.\d+, valid loss \d+\.\d+", stdout)
     record = read(folder)
     for name, key, factor in (("BLEU", "bleu", 1), ("slot values, %", "slot_share", 100), ("NIST", "nist", 1)):
         line = re.search(rf"^{name} +([\d.]+) +([\d.]+)", stdout, re.M)

@@ -54,8 +54,10 @@ HERE = Path(__file__).resolve().parent
 METHODS = {"base": "none", "lora": "lora", "full": "full"}
 TRAINED = ("lora", "full")
 TITLES = {"base": "base", "lora": "LoRA", "full": "full"}
-# The knobs of run_training.py in which two runs of a comparison differ, and those that only say where results go.
+# The knobs of run_training.py in which two runs of a comparison differ, those that only LoRA's reads, and those that
+# say where results go.
 METHOD_KNOBS = {"adapt", "lr", "skip_base"}
+LORA_KNOBS = {"lora_dim", "lora_alpha", "lora_dropout", "target_modules"}
 PLACE_KNOBS = {"output_dir", "record"}
 # What is not offered: a resumed run has the times of a part, and with patience two runs end at different steps.
 DECIDED_HERE = METHOD_KNOBS | PLACE_KNOBS | {"resume", "patience"}
@@ -168,10 +170,8 @@ def read_run(run_knobs):
         facts(record)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no record of run_training.py ({error!r}); run without --reuse") from error
-    configuration = {name: results.portable(value) for name, value in dataclasses.asdict(run_knobs).items()}
-    files = run_training.find_files(run_knobs)
-    data = {split: {"file": file.name, "sha256": results.sha256(file)} for split, file in files.items()}
-    differing = differences(was, identity(configuration, data))
+    data = results.fingerprints(run_training.find_files(run_knobs))
+    differing = differences(was, identity(results.configuration(run_knobs), data))
     if differing:
         raise UserError(
             f"{path} holds another run than the one asked for: {differing}; run without --reuse, or repeat its knobs"
@@ -181,7 +181,8 @@ def read_run(run_knobs):
 
 def identity(configuration, data):
     """The knobs and the files that make a run, under the names that messages use."""
-    knobs = {f"--{name}": value for name, value in configuration.items() if name not in PLACE_KNOBS}
+    unread = PLACE_KNOBS if configuration.get("adapt") == "lora" else PLACE_KNOBS | LORA_KNOBS
+    knobs = {f"--{name}": value for name, value in configuration.items() if name not in unread}
     return {**knobs, **{f"{split} file": entry for split, entry in data.items()}}
 
 
@@ -362,8 +363,7 @@ def compare(**overrides):
     if not knobs.accounting_only:
         with as_user_error(OSError):  # before the work rather than after it
             Path(knobs.output_dir).mkdir(parents=True, exist_ok=True)
-        configuration = dataclasses.asdict(knobs)
-        comparison["configuration"] = {name: results.portable(value) for name, value in configuration.items()}
+        comparison["configuration"] = results.configuration(knobs)
         runs = make_runs(knobs)
         seconds = time_in_turn(knobs)
         comparison["quality"] = compare_quality(runs)

@@ -18,7 +18,7 @@ are shares of the meanings, each scored alone.
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 # Read when torch loads: how long its threads spin while they wait. By default so long that beside another busy process
@@ -159,8 +159,8 @@ def measure_improvement(**overrides):
     wins = metrics.wins(values["base"], values["adapted"])
     record = {
         "task": "e2e improvement",
-        "configuration": {name: results.portable(value) for name, value in asdict(knobs).items()},
-        "data": {"test": {"file": test_path.name, "sha256": results.sha256(test_path)}},
+        "configuration": results.configuration(knobs),
+        "data": results.fingerprints({"test": test_path}),
         "inputs_sha256": {name: fingerprint(getattr(knobs, name)) for name in inputs},
         "counts": {"test_meanings": len(test), "test_references": sum(map(len, references))},
         "references": score_references(test),

@@ -26,7 +26,7 @@ import os
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 # Read when torch loads: how long its threads spin while they wait. By default so long that beside another busy process
@@ -37,7 +37,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
-from common import causal_lm, distributed, e2e, metrics, results, training
+from common import causal_lm, distributed, e2e, metrics, pretrained, results, training
 from common.cli import UserError, as_user_error, fill_in, knob, parse_knobs, require_positive, run
 
 import loralib as lora
@@ -195,10 +195,8 @@ def train_model(**overrides):
         output_dir.mkdir(parents=True, exist_ok=True)
     device = distributed.start(training.choose_device(knobs.device))
     train, valid, test = load_data(knobs)
-    files = find_files(knobs)
-    fingerprints = {split: {"file": path.name, "sha256": results.sha256(path)} for split, path in files.items()}
     model, tokenizer = causal_lm.load_causal_lm(knobs.model, device)
-    window = causal_lm.context_window(model)
+    window = pretrained.context_window(model)
     if knobs.seq_len > window:
         raise UserError(f"--seq_len {knobs.seq_len}: the model reads at most {window} tokens; use that or less")
     adapt_model(model, knobs)
@@ -212,41 +210,25 @@ def train_model(**overrides):
     valid_pairs = [(meaning, reference) for meaning, references in valid.items() for reference in references]
     valid_samples = encode_pairs(valid_pairs, tokenizer, knobs.seq_len, "validation")
 
-    state_path = output_dir / "training_state.pt"
-    identity = {name: value for name, value in asdict(knobs).items() if name not in FREE_TO_CHANGE}
-    identity.update(data=[fingerprints[split]["sha256"] for split in ("train", "valid")])
-    identity.update(processes=distributed.processes())
-    state = training.read_state(state_path, identity) if knobs.resume else None
-
-    record = {
-        "task": "e2e",
-        "adapt": knobs.adapt,
-        "configuration": {name: results.portable(value) for name, value in asdict(knobs).items()},
-        "data": fingerprints,
-        "processes": distributed.processes(),
-        "counts": {"train_texts": len(train_samples), "valid_texts": len(valid_samples), "test_meanings": len(test)},
-        "parameters": parameters._asdict(),
-        "bytes": {"model": sum(p.numel() * p.element_size() for p in model.parameters())},
-        "references": score_references(test),
-        "seconds": {},
+    record = results.begin("e2e", knobs, find_files(knobs), parameters, model)
+    record["counts"] = {
+        "train_texts": len(train_samples),
+        "valid_texts": len(valid_samples),
+        "test_meanings": len(test),
     }
+    record["references"] = score_references(test)
+    state_path = output_dir / "training_state.pt"
+    identity = training.identity(knobs, FREE_TO_CHANGE, record, ("train", "valid"))
+    state = training.read_state(state_path, identity) if knobs.resume else None
     texts_before = texts = None
     if not knobs.skip_base or knobs.adapt == "none":
         with lora.disable_adapters(model):  # the base alone
             record["before"], texts_before = evaluate(model, tokenizer, test, knobs)
     if knobs.adapt != "none":
-        training_started = time.perf_counter()
         outcome = training.train(model, TASK, train_samples, valid_samples, knobs, state_path, identity, state)
-        record["seconds"]["train"] = time.perf_counter() - training_started
-        record["seconds"]["step"] = outcome.step_seconds
-        record["bytes"]["optimizer"] = outcome.optimizer_bytes
-        record.update(history=outcome.history, curve=outcome.curve)
-        record.update(best_step=outcome.best_step, first_step=outcome.first_step)
-        record["peak_memory_bytes"] = results.peak_memory_bytes(device)
+        results.add_training(record, outcome, device)
         if distributed.is_main():  # saved before the test, which cannot harm it then
-            saved = save_model(model, tokenizer, knobs)
-            record["bytes"]["checkpoint"] = sum(path.stat().st_size for path in saved)
-            record["checkpoint_sha256"] = {path.name: results.sha256(path) for path in saved}
+            results.add_checkpoint(record, save_model(model, tokenizer, knobs))
         record["after"], texts = evaluate(model, tokenizer, test, knobs)  # evaluation mode merges the adapters
     record["seconds"]["total"] = time.perf_counter() - started
     record["environment"] = results.environment(device)
@@ -261,9 +243,7 @@ def train_model(**overrides):
             }
             for i, meaning in list(enumerate(test))[:: max(1, len(test) // 3)][:3]
         ]
-        results.write_json(output_dir / "results.json", record)
-        if knobs.record:
-            results.write_json(results.RESULTS / f"{knobs.record}.json", record)
+        results.write_record(record, output_dir, knobs.record)
         state_path.unlink(missing_ok=True)  # everything it is for has been written
         report(record, output_dir)
     distributed.stop()

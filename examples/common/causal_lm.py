@@ -1,19 +1,16 @@
 """Causal language models of Hugging Face: loading, encoding of context and completion, losses, generation."""
 
-import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-import huggingface_hub
 import torch
 import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-from common import distributed, training
+from common import distributed, pretrained, training
 from common.cli import UserError, knob, require_positive
 
 NO_LABEL = -100
@@ -46,18 +43,10 @@ def check_decoding(knobs):
 
 def load_causal_lm(name, device):
     """(model in float32 on the device, tokenizer) of a folder or a hub name, for greedy or beam decoding only."""
-    local = Path(name).is_dir()
-    if not local:
-        _require_on_hub(name)
-    transformers.utils.logging.disable_progress_bar()  # of the weights' loading; downloads keep theirs
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-        model, report = AutoModelForCausalLM.from_pretrained(name, local_files_only=local, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {name}: cannot be loaded as a causal language model: {error}") from error
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise UserError(f"--model {name}: no causal language model, its weights lack {missing} and would be random")
+    model, tokenizer, missing = pretrained.load(AutoModelForCausalLM, name, "causal language model")
+    if missing:
+        names = ", ".join(missing[:3])
+        raise UserError(f"--model {name}: no causal language model, its weights lack {names} and would be random")
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {name}: its tokenizer has no end-of-text token, which ends a sentence here")
     # The model's own configuration may ask for sampling, penalties or other ends; without it results are repeatable.
@@ -65,12 +54,7 @@ def load_causal_lm(name, device):
     model.config.pad_token_id = None
     end = tokenizer.eos_token_id
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=end, pad_token_id=end)
-    return model.float().to(device), tokenizer
-
-
-def context_window(model):
-    """The most tokens the model can read; infinite where its positions have no end."""
-    return getattr(model.config, "max_position_embeddings", math.inf)
+    return model.to(device), tokenizer
 
 
 def encode_context(tokenizer, context):
@@ -126,9 +110,11 @@ def generate(model, tokenizer, contexts, knobs):
     model.eval()
     device = next(model.parameters()).device
     prompts = [encode_context(tokenizer, context) for context in contexts]
-    room = context_window(model) - max(map(len, prompts))
+    room = pretrained.context_window(model) - max(map(len, prompts))
     if room < 1:
-        raise UserError(f"a context of {max(map(len, prompts))} tokens fills the model's {context_window(model)}")
+        raise UserError(
+            f"a context of {max(map(len, prompts))} tokens fills the model's {pretrained.context_window(model)}"
+        )
     order = distributed.share(sorted(range(len(prompts)), key=lambda index: len(prompts[index])))  # little padding
     rows, started = {}, time.perf_counter()
     bar = tqdm(total=len(order), desc="generating", unit="text", disable=not distributed.is_main())
@@ -164,24 +150,3 @@ def _decode(tokenizer, tokens):
     # No clean-up: it would take away the spaces before punctuation, which E2E texts have.
     text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return " ".join(text.strip().split("\n\n")[0].split())
-
-
-def _require_on_hub(name):
-    what = "neither a folder nor a model that can be had from the Hugging Face hub"
-    do = (
-        "Give a folder with config.json, tokenizer and weights, or a hub name such as gpt2 (with network, or one "
-        "downloaded before); examples/embedded/make_model.py writes the model of the default run anew"
-    )
-    try:
-        huggingface_hub.hf_hub_download(name, "config.json", local_files_only=True)
-        return  # downloaded before
-    except huggingface_hub.errors.HFValidationError:
-        raise UserError(f"--model {name}: no such folder, and no hub name either. {do}") from None
-    except OSError:
-        pass
-    try:
-        # One request first: from_pretrained tries each file for half a minute when there is no network.
-        huggingface_hub.model_info(name, timeout=10)
-    except Exception as error:  # no common base: the hub's own errors, or those of the http client it uses
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"--model {name}: {what} ({reason}). {do}") from error

@@ -62,7 +62,10 @@ def parse_knobs(knobs_class, description, arguments=None, presets=None):
 
 
 def fill_in(knobs_class, given, presets=None):
-    """An instance of the dataclass: what was given, else what the preset named in it says, else the defaults."""
+    """An instance of the dataclass: what was given, else what the preset named in it says, else the defaults.
+
+    `presets` is {name: {knob: value}}, or a function that gives that for the knobs given.
+    """
     known = {field.name: field for field in dataclasses.fields(knobs_class)}
     for name, value in given.items():
         if name not in known:
@@ -71,6 +74,8 @@ def fill_in(knobs_class, given, presets=None):
         choices = known[name].metadata["choices"]
         if choices and value not in choices:
             raise UserError(f"--{name} {value}: must be one of {', '.join(choices)}")
+    if callable(presets):  # where they depend on another knob
+        presets = presets(given)
     preset = presets[given.get("preset", known["preset"].default)] if presets else {}
     return knobs_class(**{**preset, **given})
 

@@ -7,10 +7,13 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from common import distributed
 
 try:
     import resource
@@ -50,6 +53,55 @@ def write_texts(path, meanings, texts):
     pairs = zip(meanings, texts, strict=True)
     lines = [json.dumps({"meaning": meaning, "text": text}, ensure_ascii=False) + "\n" for meaning, text in pairs]
     write_atomically(path, "".join(lines))
+
+
+def begin(task, knobs, files, parameters, model):
+    """The record of a training so far: what is known before the first step.
+
+    `files` is {split: path}, `parameters` what lora.count_parameters gives.
+    """
+    return {
+        "task": task,
+        "adapt": knobs.adapt,
+        "configuration": configuration(knobs),
+        "data": fingerprints(files),
+        "processes": distributed.processes(),
+        "parameters": parameters._asdict(),
+        "bytes": {"model": sum(p.numel() * p.element_size() for p in model.parameters())},
+        "seconds": {},
+    }
+
+
+def add_training(record, outcome, device):
+    """Put what a `training.Outcome` says into the record of a run."""
+    record["seconds"].update(train=outcome.seconds, step=outcome.step_seconds)
+    record["bytes"]["optimizer"] = outcome.optimizer_bytes
+    record.update(history=outcome.history, curve=outcome.curve)
+    record.update(best_step=outcome.best_step, first_step=outcome.first_step)
+    record["peak_memory_bytes"] = peak_memory_bytes(device)
+
+
+def add_checkpoint(record, files):
+    """Put the size and the fingerprints of what was saved into the record of a run."""
+    record["bytes"]["checkpoint"] = sum(path.stat().st_size for path in files)
+    record["checkpoint_sha256"] = {path.name: sha256(path) for path in files}
+
+
+def write_record(record, output_dir, name):
+    """Write the record to output_dir and, under a name if there is one, to examples/results/."""
+    write_json(output_dir / "results.json", record)
+    if name:
+        write_json(RESULTS / f"{name}.json", record)
+
+
+def configuration(knobs):
+    """The knobs as a result file shows them."""
+    return {name: portable(value) for name, value in asdict(knobs).items()}
+
+
+def fingerprints(files):
+    """{name: file name and SHA-256} of {name: path}."""
+    return {name: {"file": path.name, "sha256": sha256(path)} for name, path in files.items()}
 
 
 def environment(device):

@@ -1,8 +1,8 @@
 """The training loop: batches, device, schedule, evaluation, resumption. It knows nothing about the task.
 
-A task is three functions: how samples become the arguments of the model (`collate`), the sum of the losses of a batch
-(`loss_sum`), and how many losses that sum has (`count`). Every optimizer step follows the mean over all labels of its
-batch, into however many parts and processes the batch is cut.
+A task is a few functions: how samples become the arguments of the model (`collate`), the sum of the losses of a batch
+(`loss_sum`), how many losses that sum has (`count`), and what a validation measures (`validate`). Every optimizer step
+follows the mean over all labels of its batch, into however many parts and processes the batch is cut.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -49,7 +49,9 @@ class Knobs(ComputeKnobs):
     batch_size: int = knob(8, "texts in an optimizer step, over all processes")
     grad_accumulation: int = knob(1, "parts that a batch is cut into, one after the other: less memory, same result")
     lr: float | None = knob(None, "peak learning rate; by default the preset's for the way of adapting")
-    warmup_steps: int = knob(30, "steps up to the peak; the adapters start from zero and Adam without statistics")
+    warmup_steps: float = knob(
+        30, "steps up to the peak, or below 1 a share of all; the adapters start from zero and Adam without statistics"
+    )
     weight_decay: float = knob(0.01, "of AdamW; the paper's")
     label_smoothing: float = knob(0.0, "share of the target that is spread over all classes; the paper takes 0.1")
     gradient_checkpointing: bool = knob(False, "compute activations again in the backward pass: less memory, slower")
@@ -59,22 +61,31 @@ class Knobs(ComputeKnobs):
     seed: int = knob(110, "of the adapters, the order of the texts and dropout; 110 is the paper authors'")
 
 
+def validate_by_loss(model, task, samples, knobs):
+    """The validation of a task whose aim is its loss."""
+    loss = mean_loss(model, task, samples, knobs)
+    return -loss, {"valid_loss": loss}
+
+
 class Task(NamedTuple):
     """What the loop has to know about the samples."""
 
     collate: Callable  # list of samples -> arguments of the model
     loss_sum: Callable  # (model, batch, label_smoothing) -> sum of the losses
     count: Callable  # list of samples -> how many losses they have
+    # (model, task, samples, knobs) -> what the best validation has most of, and {name: figure} for the history
+    validate: Callable = validate_by_loss
 
 
 class Outcome(NamedTuple):
     """What a training leaves beside the trained model, which is that of the best validation."""
 
-    history: list  # {epoch, step, train_loss, valid_loss} of each validation
+    history: list  # {epoch, step, train_loss, and what the task's validation measures} of each validation
     curve: list  # mean training losses of successive stretches of steps, [last step, loss]
     best_step: int
     first_step: int  # 0, or where a resumed run went on
     step_seconds: float | None  # median; None if the resumed run had no step left
+    seconds: float  # in all, with the validations
     optimizer_bytes: int
 
 
@@ -111,6 +122,8 @@ def make_batches(lengths, batch_size, seed):
 
 def learning_rate(step, steps, peak, warmup_steps):
     """The learning rate of a step counted from 0: linear up to the peak, then linear down towards 0."""
+    if warmup_steps < 1:
+        warmup_steps = round(warmup_steps * steps)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     return peak * (steps - step) / (steps - warmup_steps)
@@ -129,6 +142,18 @@ def to_device(batch, device):
 def make_optimizer(model, knobs):
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(trainable, lr=knobs.lr, betas=BETAS, eps=EPS, weight_decay=knobs.weight_decay)
+
+
+def identity(knobs, free, record, splits):
+    """What a resumed run must have in common with the one that it goes on with: the knobs but for `free`, and the data.
+
+    `record` is that of `results.begin`, `splits` says which of its data the training sees.
+    """
+    return {
+        **{name: value for name, value in asdict(knobs).items() if name not in free},
+        "data": [record["data"][split]["sha256"] for split in splits],
+        "processes": record["processes"],
+    }
 
 
 def read_state(path, identity):
@@ -159,7 +184,7 @@ def train(model, task, samples, valid_samples, knobs, state_path, identity, stat
         identity: dict of what a resumed run must have in common with the one that it goes on with.
         state: to go on with, of `read_state`.
     """
-    device = next(model.parameters()).device
+    begun, device = time.perf_counter(), next(model.parameters()).device
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(model, knobs)
     # Half precision loses small gradients, which a factor keeps in its range. It adapts; where it was too large, a step
@@ -212,12 +237,13 @@ def train(model, task, samples, valid_samples, knobs, state_path, identity, stat
             due = step % knobs.eval_every == 0 if knobs.eval_every else position + 1 == epoch_steps
             if due or step == steps:
                 entry = {"epoch": epoch + 1, "step": step, "train_loss": statistics.fmean(epoch_losses)}
-                entry["valid_loss"] = mean_loss(model, task, valid_samples, knobs)
-                tqdm.write("step {step}: train loss {train_loss:.4f}, validation loss {valid_loss:.4f}".format(**entry))
+                quality, figures = task.validate(model, task, valid_samples, knobs)
+                entry.update(figures)
+                tqdm.write(f"step {step}: {_in_words(entry)}")
                 history.append(entry)
                 epoch_losses = []
-                if best is None or entry["valid_loss"] < best["valid_loss"]:
-                    best = {"step": step, "valid_loss": entry["valid_loss"], "trainable": _copy(trainable)}
+                if best is None or quality > best["quality"]:
+                    best = {"step": step, "quality": quality, "trainable": _copy(trainable)}
                 state = {
                     "identity": identity,
                     "step": step,
@@ -239,9 +265,8 @@ def train(model, task, samples, valid_samples, knobs, state_path, identity, stat
         _put(trainable, best["trainable"])
     tensors = [value for state in optimizer.state.values() for value in state.values()]
     optimizer_bytes = sum(tensor.nbytes for tensor in tensors)
-    return Outcome(
-        history, curve, best["step"], first_step, statistics.median(seconds) if seconds else None, optimizer_bytes
-    )
+    median = statistics.median(seconds) if seconds else None
+    return Outcome(history, curve, best["step"], first_step, median, time.perf_counter() - begun, optimizer_bytes)
 
 
 def optimizer_step(model, task, batch, optimizer, scaler, knobs):
@@ -303,6 +328,14 @@ def _set_checkpointing(model, on):
         getattr(model, f"{kind}_checkpointing_enable")(**options)
     else:
         getattr(model, f"{kind}_checkpointing_disable")()
+
+
+def _in_words(entry):
+    figures = {name: value for name, value in entry.items() if name not in ("epoch", "step")}
+    return ", ".join(
+        f"{name.replace('_', ' ')} " + ("not defined" if value is None else f"{value:.4f}")
+        for name, value in figures.items()
+    )
 
 
 def _out_of_patience(history, best, patience):

@@ -1,0 +1,57 @@
+"""Models of Hugging Face, from a folder or the hub, whatever they are for."""
+
+import math
+from pathlib import Path
+
+import huggingface_hub
+import transformers
+from transformers import AutoTokenizer
+
+from common.cli import UserError
+
+
+def load(auto_class, name, kind, **options):
+    """(model in float32, tokenizer, sorted names of the tensors that its weights lack) of a folder or a hub name.
+
+    `kind` is what the model is to be, in words, for messages; `options` go to `from_pretrained`.
+    """
+    local = Path(name).is_dir()
+    if not local:
+        _require_on_hub(name)
+    transformers.utils.logging.disable_progress_bar()  # of the weights' loading; downloads keep theirs
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        model, report = auto_class.from_pretrained(name, local_files_only=local, output_loading_info=True, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"--model {name}: cannot be loaded as a {kind}: {error}") from error
+    return model.float(), tokenizer, sorted(report["missing_keys"])
+
+
+def context_window(model):
+    """The most tokens the model can read; infinite where its positions have no end."""
+    for name, module in model.named_modules():
+        # RoBERTa's positions begin after that of the padding.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return getattr(model.config, "max_position_embeddings", math.inf)
+
+
+def _require_on_hub(name):
+    what = "neither a folder nor a model that can be had from the Hugging Face hub"
+    do = (
+        "Give a folder with config.json, tokenizer and weights, or a hub name such as gpt2 (with network, or one "
+        "downloaded before); the scripts of examples/embedded write the models of the default runs anew"
+    )
+    try:
+        huggingface_hub.hf_hub_download(name, "config.json", local_files_only=True)
+        return  # downloaded before
+    except huggingface_hub.errors.HFValidationError:
+        raise UserError(f"--model {name}: no such folder, and no hub name either. {do}") from None
+    except OSError:
+        pass
+    try:
+        # One request first: from_pretrained tries each file for half a minute when there is no network.
+        huggingface_hub.model_info(name, timeout=10)
+    except Exception as error:  # no common base: the hub's own errors, or those of the http client it uses
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"--model {name}: {what} ({reason}). {do}") from error

@@ -1,0 +1,125 @@
+"""Classifiers and regressions over one or two texts: loading, encoding, losses, predictions."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification
+
+from common import distributed, glue_scores, pretrained, training
+from common.cli import UserError
+
+
+def load(name, task, device, seed):
+    """(model, tokenizer, names of its new parts) of a folder or a hub name, for the labels of a `glue.GlueTask`.
+
+    The new parts are the head and whatever else the weights lack; their values come from the seed, and they have to be
+    trained, however the rest is adapted.
+    """
+    labels = task.labels or ("score",)
+    torch.manual_seed(seed)
+    model, tokenizer, missing = pretrained.load(
+        AutoModelForSequenceClassification,
+        name,
+        f"classifier for {task.name}",
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+        problem_type="single_label_classification" if task.labels else "regression",
+    )
+    heads = [part for part in model.named_children() if part[0] != model.base_model_prefix]
+    new = [name for name, head in heads if next(head.parameters(), None) is not None]
+    # Encoders that were pretrained without a pooler get one here, between the encoder and the head.
+    new += sorted({key.rpartition(".")[0] for key in missing if ".pooler." in key})
+    random = [key for key in missing if not key.startswith(tuple(f"{part}." for part in new))]
+    if random:
+        raise UserError(f"--model {name}: its weights lack {', '.join(random[:3])}, which would be random")
+    trained_on = getattr(model.config, "finetuning_task", None)
+    if trained_on not in (None, task.name):
+        raise UserError(
+            f"--model {name} was trained on {trained_on}, and this is {task.name}; give the base model, or --task "
+            f"{trained_on}"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id  # decoders look for the last token before it
+    model.config.finetuning_task = task.name
+    return model.to(device), tokenizer, new
+
+
+def encode(tokenizer, texts, seq_len):
+    """The tokens of one or two texts, the longer one cut where they are too many together, and whether one was."""
+    if len(texts) == 2 and tokenizer.sep_token_id is None:
+        texts = ("\n".join(texts),)  # of a decoder: without a separator the two would run into each other
+    encoding = tokenizer(*texts, truncation=True, max_length=seq_len)
+    return {**encoding, "cut": bool(encoding.encodings[0].overflowing)}
+
+
+def collate(samples, tokenizer):
+    """The tensors of a list of encoded samples, padded on the right, and their labels if they have some."""
+    width = max(len(sample["input_ids"]) for sample in samples)
+    fillers = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
+    batch = {
+        name: torch.tensor([sample[name] + [filler] * (width - len(sample[name])) for sample in samples])
+        for name, filler in fillers.items()
+        if name in samples[0]
+    }
+    if "label" in samples[0]:
+        batch["labels"] = torch.tensor([sample["label"] for sample in samples])
+    return batch
+
+
+def logits(model, batch):
+    """`(samples, labels)` logits, or `(samples,)` predictions of a regression, in float32."""
+    output = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits.float()
+    return output[:, 0] if model.config.problem_type == "regression" else output
+
+
+def loss_sum(model, batch, label_smoothing):
+    return _loss_sum(logits(model, batch), batch["labels"], label_smoothing)
+
+
+def _loss_sum(output, labels, label_smoothing):
+    if output.dim() == 1:
+        return F.mse_loss(output, labels.float(), reduction="sum")
+    return F.cross_entropy(output, labels, label_smoothing=label_smoothing, reduction="sum")
+
+
+@torch.inference_mode()
+def predict(model, samples, knobs, tokenizer, progress=False):
+    """The logits of every sample, in order, on the CPU; several processes share the work, and each gets all."""
+    device = next(model.parameters()).device
+    model.eval()
+    order = distributed.share(sorted(range(len(samples)), key=lambda index: len(samples[index]["input_ids"])))
+    rows = {}
+    with tqdm(total=len(order), desc="predicting", unit="text", disable=not progress) as bar:
+        for start in range(0, len(order), knobs.eval_batch_size):
+            chosen = order[start : start + knobs.eval_batch_size]
+            batch = training.to_device(collate([samples[index] for index in chosen], tokenizer), device)
+            with training.autocast(device, knobs.precision):
+                output = logits(model, batch).cpu()
+            rows.update(zip(chosen, output, strict=True))
+            bar.update(len(chosen))
+    rows = {index: row for part in distributed.collect(rows) for index, row in part.items()}
+    return torch.stack([rows[index] for index in range(len(samples))])
+
+
+def decide(output):
+    """The predictions that scores take: label ids, or the numbers of a regression."""
+    return output.tolist() if output.dim() == 1 else output.argmax(-1).tolist()
+
+
+def training_task(task, tokenizer):
+    """The `training.Task` of a `glue.GlueTask`: the best validation has most of its first metric, then least loss."""
+
+    def validate(model, _, samples, knobs):
+        output = predict(model, samples, knobs, tokenizer)
+        labels = [sample["label"] for sample in samples]
+        loss = _loss_sum(output, torch.tensor(labels), 0.0).item() / len(samples)
+        scores = glue_scores.score(decide(output), labels, task)
+        chosen = {metric: scores[metric] for metric in task.metrics}
+        first = chosen[task.metrics[0]]
+        return (-2.0 if first is None else first, -loss), {"valid_loss": loss, **chosen}
+
+    return training.Task(partial(collate, tokenizer=tokenizer), loss_sum, len, validate)
