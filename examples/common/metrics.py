@@ -21,6 +21,7 @@ from common import e2e_scorer, results
 from common.cli import UserError, run
 from common.e2e import slots
 from common.e2e_scorer import PTB_METRICS, Statistics
+from common.intervals import differences, intervals
 
 METRICS = ("bleu", "nist", "meteor", "rouge_l", "cider", "slot_error_rate", "slot_share")
 LOWER_IS_BETTER = ("slot_error_rate",)
@@ -105,18 +106,12 @@ def bootstrap(texts_by_system, references, meanings, resamples=1000, seed=110):
             name: None if name in not_measured else statistics[name].score(drawn @ statistics[name].rows)
             for name in METRICS
         }
-    differences = {
-        f"{second} - {first}": {
-            name: None if values[first][name] is None else _interval(values[second][name] - values[first][name])
-            for name in METRICS
-        }
-        for first, second in itertools.combinations(values, 2)
+    return {
+        "resamples": resamples,
+        "seed": seed,
+        "systems": intervals(values),
+        "differences": intervals(differences(values)),
     }
-    systems = {
-        system: {name: None if value is None else _interval(value) for name, value in scores.items()}
-        for system, scores in values.items()
-    }
-    return {"resamples": resamples, "seed": seed, "systems": systems, "differences": differences}
 
 
 def bleu(texts, references):
@@ -257,10 +252,6 @@ def _measured(texts, references, meanings):
 
 def _corpus(statistics):
     return statistics.score(statistics.rows.sum(axis=0, keepdims=True))[0]
-
-
-def _interval(values):
-    return np.quantile(values, [0.025, 0.975]).tolist()
 
 
 def _slot_statistics(texts, meanings):
