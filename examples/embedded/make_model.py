@@ -12,12 +12,11 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import random
-import shutil
 import time
 from pathlib import Path
 
+import pretraining
 import tokenizers
 import torch
 import transformers
@@ -99,28 +98,15 @@ def pretrain(tokenizer, windows, seed):
         attn_implementation="eager",  # the fastest here at this size; it is not saved
     )
     model = transformers.GPT2LMHeadModel(config).train()
-    # Muon learns to copy from the context in fewer steps than AdamW, but is meant for hidden matrices only.
-    hidden = [weight for weight in model.transformer.h.parameters() if weight.ndim == 2]
-    others = [weight for weight in model.parameters() if all(weight is not other for other in hidden)]
-    optimizers = [
-        torch.optim.Muon(hidden, lr=LR, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=LR, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    steps, losses = len(windows) // BATCH, []
-    bar = tqdm(windows.split(BATCH), desc="pretraining", unit="step")
-    for step, batch in enumerate(bar):
-        warm, done = min(1.0, (step + 1) / WARMUP), step / steps
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = LR * warm * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
-        with torch.autocast("cpu", torch.bfloat16):  # nearly twice as fast as float32 here
-            loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+    losses = pretraining.fit(
+        model,
+        model.transformer.h,
+        windows.split(BATCH),
+        lambda model, batch: model(input_ids=batch, labels=batch).loss,
+        LR,
+        WARMUP,
+        WEIGHT_DECAY,
+    )
     return model, losses
 
 
@@ -131,37 +117,15 @@ def make_model(output_dir, steps=STEPS, seed=SEED):
     tokenizer = train_tokenizer(random.Random(seed))
     windows, text_sha256 = token_windows(tokenizer, random.Random(seed), steps * BATCH)
     model, losses = pretrain(tokenizer, windows, seed)
-    seconds = time.perf_counter() - started
-
-    # Written beside the target first, then moved: a run that is interrupted leaves the old folder whole.
-    output_dir, partial = Path(output_dir), Path(f"{output_dir}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    tokenizer.save_pretrained(partial)
-    model.half().save_pretrained(partial)
-    perplexity = heldout_perplexity(model.float(), tokenizer, seed)  # of the rounded weights: those that ship
-    last = losses[-50:]
-    report = {
+    facts = {
         "seed": seed,
-        "steps": steps,
         "tokens": windows.numel(),
-        "parameters": model.num_parameters(),
-        "seconds": round(seconds, 1),
-        "first_loss": losses[0],
-        "final_loss": sum(last) / len(last),
-        "heldout_perplexity": perplexity,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "tokenizers": tokenizers.__version__,
-        "threads": THREADS,
+        "seconds": round(time.perf_counter() - started, 1),
         "text_sha256": text_sha256,
-        "weights_sha256": hashlib.sha256((partial / "model.safetensors").read_bytes()).hexdigest(),
     }
-    (partial / "pretraining.json").write_text(json.dumps(report, indent=2) + "\n")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for file in sorted(partial.iterdir()):
-        os.replace(file, output_dir / file.name)
-    partial.rmdir()
-    return report
+    return pretraining.save(
+        output_dir, model, tokenizer, losses, lambda saved: heldout_perplexity(saved, tokenizer, seed), facts
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,161 @@
+"""Train the tokenizer and pretrain the encoder that ship in examples/NLU/model.
+
+    python examples/embedded/make_encoder.py
+    python examples/embedded/make_encoder.py --output_dir somewhere --steps 20    # a quick look
+
+Takes about 10 minutes on 2 cores, without network, and gives the same bits again on the same machine with
+the same versions of torch and transformers. The encoder is an ordinary RobertaForMaskedLM in float16,
+pretrained by masked language modelling on the unlabelled text of glue_grammar.py.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import make_glue_data
+import pretraining
+import tokenizers
+import torch
+import transformers
+from glue_grammar import page
+from tqdm import tqdm
+
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+VOCABULARY = 1536  # nearly every word of the grammar is one token
+WIDTH, LAYERS, HEADS, POSITIONS = 160, 4, 4, 128
+BATCH = 64  # pages to a step
+STEPS = 3000
+LR, WARMUP, WEIGHT_DECAY = 4e-3, 100, 0.1
+CHOSEN = 0.25  # of the words, more than RoBERTa's 15 %: the pages are short, and each is seen once
+MASKED, REPLACED = 0.7, 0.2  # of the chosen; many are replaced, so that a word is checked against the other text
+SEED = 5
+THREADS = 1  # fixed: the order of a sum depends on the number of threads
+TOKENIZER_PAGES = 20_000
+HELDOUT_BATCHES = 16
+HELDOUT_SEED = 1_000_003  # added to the seed of the training text
+
+
+def dev_texts():
+    """Every text of the shipped dev files: none of them may be met in the pretraining."""
+    made = make_glue_data.make_rows().items()
+    return frozenset(text for (_, file), rows in made if file != "train" for row in rows for text in row.texts)
+
+
+def train_tokenizer(rng):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((text for _ in range(TOKENIZER_PAGES) for text in page(rng)), trainer)
+    learnt = json.loads(tokenizer.to_str())["model"]
+    return transformers.RobertaTokenizer(
+        vocab=learnt["vocab"],
+        merges=[tuple(merge) for merge in learnt["merges"]],
+        add_prefix_space=True,  # a word is the same token at the start of a text as inside it
+        model_max_length=POSITIONS,
+    )
+
+
+def token_batches(tokenizer, rng, batches, held_out):
+    """Padded batches of pages of about the same length, in random order; and the SHA-256 of the text."""
+    made, digest = [], hashlib.sha256()
+    with tqdm(total=batches, desc="text", unit="batch", disable=batches < 1000) as progress:
+        while len(made) < batches:
+            count = min(50, batches - len(made))
+            pages = [page(rng, held_out) for _ in range(count * BATCH)]
+            digest.update("\0".join(text for texts in pages for text in texts).encode())
+            rows = [tokenizer(*texts, truncation=True)["input_ids"] for texts in pages]
+            rows.sort(key=len)
+            group = [
+                tokenizer.pad({"input_ids": rows[i : i + BATCH]}, return_tensors="pt")["input_ids"]
+                for i in range(0, len(rows), BATCH)
+            ]
+            rng.shuffle(group)
+            made += group
+            progress.update(count)
+    return made, digest.hexdigest()
+
+
+class WordMasking:
+    """Hides whole words of a batch, and asks for them: the loss of masked language modelling."""
+
+    def __init__(self, tokenizer, seed):
+        self.mask, self.special = tokenizer.mask_token_id, torch.tensor(tokenizer.all_special_ids)
+        self.pad = tokenizer.pad_token_id
+        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        self.starts = torch.tensor([token.startswith("Ġ") or not token.isalnum() for token in tokens])
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, model, ids):
+        words = self.starts[ids].cumsum(1) - 1
+        chosen, way = (torch.rand(ids.shape, generator=self.generator).gather(1, words) for _ in range(2))
+        chosen = (chosen < CHOSEN) & ~torch.isin(ids, self.special)
+        others = ids[~torch.isin(ids, self.special)]  # a replacement is as likely as its word is frequent
+        other = others[torch.randint(len(others), ids.shape, generator=self.generator)]
+        hidden = ids.masked_fill(chosen & (way < MASKED), self.mask)
+        hidden = torch.where(chosen & (way >= MASKED) & (way < MASKED + REPLACED), other, hidden)
+        states = model.roberta(hidden, attention_mask=(ids != self.pad).long()).last_hidden_state
+        return torch.nn.functional.cross_entropy(model.lm_head(states[chosen]).float(), ids[chosen])
+
+
+def heldout_perplexity(model, tokenizer, seed):
+    """Perplexity of hidden words under a float32 model, on text that the pretraining with this seed did not see."""
+    batches, _ = token_batches(tokenizer, random.Random(seed + HELDOUT_SEED), HELDOUT_BATCHES, frozenset())
+    loss_of = WordMasking(tokenizer, seed + HELDOUT_SEED)
+    model.eval()
+    with torch.no_grad():
+        return math.exp(sum(loss_of(model, batch).item() for batch in batches) / len(batches))
+
+
+def make_encoder(output_dir, steps=STEPS, seed=SEED):
+    torch.set_num_threads(THREADS)
+    torch.use_deterministic_algorithms(True)
+    started = time.perf_counter()
+    tokenizer = train_tokenizer(random.Random(seed))
+    batches, text_sha256 = token_batches(tokenizer, random.Random(seed), steps, dev_texts())
+    torch.manual_seed(seed)
+    config = transformers.RobertaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=POSITIONS + tokenizer.pad_token_id + 1,  # RoBERTa counts from behind the padding
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=4 * WIDTH,
+        type_vocab_size=1,
+        hidden_dropout_prob=0.0,  # every page is seen once, so there is nothing to overfit
+        attention_probs_dropout_prob=0.0,
+        layer_norm_eps=1e-5,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="eager",  # the fastest here at this size; it is not saved
+    )
+    model = transformers.RobertaForMaskedLM(config).train()
+    loss_of = WordMasking(tokenizer, seed)
+    losses = pretraining.fit(model, model.roberta.encoder, batches, loss_of, LR, WARMUP, WEIGHT_DECAY)
+    facts = {
+        "seed": seed,
+        "tokens": sum((batch != tokenizer.pad_token_id).sum().item() for batch in batches),
+        "seconds": round(time.perf_counter() - started, 1),
+        "text_sha256": text_sha256,
+    }
+    return pretraining.save(
+        output_dir, model, tokenizer, losses, lambda saved: heldout_perplexity(saved, tokenizer, seed), facts
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output_dir", default=Path(__file__).parents[1] / "NLU" / "model")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the pretraining (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=SEED, help="of text and weights (default: %(default)s)")
+    args = parser.parse_args()
+    print(json.dumps(make_encoder(args.output_dir, args.steps, args.seed), indent=2))
