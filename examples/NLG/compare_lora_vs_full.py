@@ -24,10 +24,8 @@ query and value, the first of which is
 
 import dataclasses
 import itertools
-import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -44,7 +42,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
 import run_training
-from common import causal_lm, results, training
+from common import causal_lm, results, runs, training
 from common.cli import UserError, as_user_error, fill_in, knob, parse_knobs, require_positive, run
 
 import loralib as lora
@@ -54,13 +52,8 @@ HERE = Path(__file__).resolve().parent
 METHODS = {"base": "none", "lora": "lora", "full": "full"}
 TRAINED = ("lora", "full")
 TITLES = {"base": "base", "lora": "LoRA", "full": "full"}
-# The knobs of run_training.py in which two runs of a comparison differ, those that only LoRA's reads, and those that
-# say where results go.
-METHOD_KNOBS = {"adapt", "lr", "skip_base"}
-LORA_KNOBS = {"lora_dim", "lora_alpha", "lora_dropout", "target_modules"}
-PLACE_KNOBS = {"output_dir", "record"}
 # What is not offered: a resumed run has the times of a part, and with patience two runs end at different steps.
-DECIDED_HERE = METHOD_KNOBS | PLACE_KNOBS | {"resume", "patience"}
+DECIDED_HERE = runs.METHOD_KNOBS | runs.PLACE_KNOBS | {"resume", "patience"}
 # Pairs of steps before those that count: the first ones allocate memory.
 WARM_UP = 3
 QUALITY = {**run_training.SCORES, "sacrebleu": ("BLEU, cased", 1)}
@@ -108,7 +101,7 @@ def check(knobs):
 
 
 def knobs_of_run(knobs, method):
-    """The knobs of run_training.py for one of the methods: in all but METHOD_KNOBS the same for each."""
+    """The knobs of run_training.py for one of the methods: in all but runs.METHOD_KNOBS the same for each."""
     passed_on = {field.name: getattr(knobs, field.name) for field in dataclasses.fields(PassedOn)}
     rates = {"lora": knobs.lr_lora, "full": knobs.lr_full}
     return run_training.Knobs(
@@ -126,101 +119,8 @@ def knobs_of_run(knobs, method):
 def make_runs(knobs):
     """{method: record} of the three runs, made now or, with --reuse, before."""
     wanted = {method: knobs_of_run(knobs, method) for method in METHODS}
-    there = [method for method in METHODS if knobs.reuse and result_file(wanted[method]).is_file()]
-    runs = {method: read_run(wanted[method]) for method in there}
-    require_alike(runs)
-    for method, run_knobs in wanted.items():
-        path = result_file(run_knobs)
-        if method in runs:
-            print(f"{TITLES[method]}: taken from {path}")
-        else:
-            print(f"{TITLES[method]}: running run_training.py --adapt {run_knobs.adapt}", flush=True)
-            status = subprocess.run(command(run_knobs)).returncode
-            if status:
-                raise UserError(
-                    f"run_training.py --adapt {run_knobs.adapt} ended with status {status}, for the reason above; runs "
-                    "that ended well are kept for --reuse"
-                )
-            runs[method] = read_run(run_knobs)
-    require_alike(runs)
-    return {method: runs[method] for method in METHODS}
-
-
-def command(run_knobs):
-    """The command line that makes a run."""
-    options = []
-    for name, value in dataclasses.asdict(run_knobs).items():
-        if value is True:
-            options.append(f"--{name}")
-        elif value is not False and value is not None:
-            options.append(f"--{name}={value}")
-    return [sys.executable, str(HERE / "run_training.py"), *options]
-
-
-def result_file(run_knobs):
-    return Path(run_knobs.output_dir) / "results.json"
-
-
-def read_run(run_knobs):
-    """The record of a run; a UserError if it is not the run that these knobs and the data of now make."""
-    path = result_file(run_knobs)
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        was = identity(record["configuration"], record["data"])
-        facts(record)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no record of run_training.py ({error!r}); run without --reuse") from error
-    data = results.fingerprints(run_training.find_files(run_knobs))
-    differing = differences(was, identity(results.configuration(run_knobs), data))
-    if differing:
-        raise UserError(
-            f"{path} holds another run than the one asked for: {differing}; run without --reuse, or repeat its knobs"
-        )
-    return record
-
-
-def identity(configuration, data):
-    """The knobs and the files that make a run, under the names that messages use."""
-    unread = PLACE_KNOBS if configuration.get("adapt") == "lora" else PLACE_KNOBS | LORA_KNOBS
-    knobs = {f"--{name}": value for name, value in configuration.items() if name not in unread}
-    return {**knobs, **{f"{split} file": entry for split, entry in data.items()}}
-
-
-def facts(record):
-    """Everything in which the runs of a comparison must agree."""
-    parameters, environment = record["parameters"], record["environment"]
-    added = parameters["trainable"] if record["adapt"] == "lora" else 0
-    configuration = {name: value for name, value in record["configuration"].items() if name not in METHOD_KNOBS}
-    agreed = {
-        **identity(configuration, record["data"]),
-        **record["counts"],
-        "base parameters": parameters["total"] - added,
-        "processes": record["processes"],
-        **{name: environment[name] for name in ("device", "threads", "platform", "python")},
-        **environment["versions"],
-    }
-    if record["adapt"] != "none":
-        agreed["steps"] = record["history"][-1]["step"]
-    return agreed
-
-
-def require_alike(runs):
-    """Raise a UserError if two runs differ in more than the method."""
-    for one, other in itertools.combinations(runs, 2):
-        first, second = facts(runs[one]), facts(runs[other])
-        common = first.keys() & second.keys()  # the base has no steps
-        differing = differences(*({name: side[name] for name in common} for side in (first, second)))
-        if differing:
-            raise UserError(
-                f"the runs {one} and {other} differ in more than the method: {differing}; run without --reuse, which "
-                "makes them alike"
-            )
-
-
-def differences(one, other):
-    """The names under which two dicts differ, with both values, as a text that is empty if there are none."""
-    names = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
-    return ", ".join(f"{name} {one.get(name)!r} against {other.get(name)!r}" for name in names)
+    files = run_training.find_files(wanted["base"])
+    return runs.make_all(HERE / "run_training.py", wanted, files, knobs.reuse)
 
 
 # What they reach and cost
@@ -359,24 +259,24 @@ def compare(**overrides):
     """Compare with the preset but for `overrides`, print and write the comparison, and return it."""
     knobs = fill_in(Knobs, overrides, run_training.PRESETS)
     check(knobs)
-    comparison, runs = {"task": "e2e, lora against full"}, {}
+    comparison, records = {"task": "e2e, lora against full"}, {}
     if not knobs.accounting_only:
         with as_user_error(OSError):  # before the work rather than after it
             Path(knobs.output_dir).mkdir(parents=True, exist_ok=True)
         comparison["configuration"] = results.configuration(knobs)
-        runs = make_runs(knobs)
+        records = make_runs(knobs)
         seconds = time_in_turn(knobs)
-        comparison["quality"] = compare_quality(runs)
-        comparison["not_measured"] = runs["lora"]["after"]["not_measured"]
-        comparison["costs"] = compare_costs(runs)
+        comparison["quality"] = compare_quality(records)
+        comparison["not_measured"] = records["lora"]["after"]["not_measured"]
+        comparison["costs"] = compare_costs(records)
         comparison["steps_in_turn"] = seconds and compare_steps(seconds)
-        comparison["runs"] = {method: summary(record) for method, record in runs.items()}
+        comparison["runs"] = {method: summary(record) for method, record in records.items()}
     comparison["accounting"] = account_gpt2()
     comparison["environment"] = results.environment(training.choose_device(knobs.device))
-    if runs:
+    if records:
         results.write_json(Path(knobs.output_dir) / "comparison.json", comparison)
     if knobs.record:
-        for method, record in runs.items():
+        for method, record in records.items():
             results.write_json(results.RESULTS / f"{knobs.record}_{method}.json", record)
         results.write_json(results.RESULTS / f"{knobs.record}.json", comparison)
     report(comparison)

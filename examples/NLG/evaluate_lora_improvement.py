@@ -135,13 +135,6 @@ def choose_samples(texts, test, values):
     ]
 
 
-def fingerprint(name):
-    """{file name: SHA-256} of a file, or of the weights in a folder."""
-    path = Path(name)
-    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
-    return {file.name: results.sha256(file) for file in files}
-
-
 def measure_improvement(**overrides):
     """Score both with the preset but for `overrides`, print and write the results, and return them."""
     knobs = fill_in(Knobs, overrides, PRESETS)
@@ -161,7 +154,7 @@ def measure_improvement(**overrides):
         "task": "e2e improvement",
         "configuration": results.configuration(knobs),
         "data": results.fingerprints({"test": test_path}),
-        "inputs_sha256": {name: fingerprint(getattr(knobs, name)) for name in inputs},
+        "inputs_sha256": {name: results.weights_fingerprint(getattr(knobs, name)) for name in inputs},
         "counts": {"test_meanings": len(test), "test_references": sum(map(len, references))},
         "references": score_references(test),
         **scores,

@@ -32,7 +32,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
 from common import causal_lm, e2e, results, training
-from common.cli import UserError, as_user_error, knob, parse_knobs, run
+from common.cli import UserError, as_user_error, given, knob, make_place_for, parse_knobs, refuse_together, run
 
 import loralib as lora
 
@@ -58,11 +58,6 @@ class Knobs(causal_lm.DecodingKnobs):
     compare_speed: bool = knob(False, "write the texts with the adapters apart and merged: how fast, and the same?")
 
 
-def given(knobs, *names):
-    """Those of the knobs that are set, which by default are None or off."""
-    return [name for name in names if getattr(knobs, name) is not None and getattr(knobs, name) is not False]
-
-
 def check(knobs):
     """Choose between prompt, file and terminal; raise a UserError for knobs that are out of range or do not agree."""
     causal_lm.check_decoding(knobs)
@@ -77,15 +72,9 @@ def check(knobs):
         "--compare_speed": (knobs.compare_speed, ("merge",)),
         f"--adapter {NO_ADAPTER}": (knobs.adapter == NO_ADAPTER, ("lora_alpha", "merge", "compare_speed")),
     }
-    for option, (there, others) in excluded.items():
-        for other in given(knobs, *others):
-            if there:
-                raise UserError(f"{option} does not go with --{other}; leave one of them out")
+    refuse_together(knobs, excluded)
     if knobs.output_file is not None:
-        if Path(knobs.output_file).is_dir():
-            raise UserError(f"--output_file {knobs.output_file}: a folder; give the name of a file")
-        with as_user_error(OSError):  # before the work rather than after it
-            Path(knobs.output_file).parent.mkdir(parents=True, exist_ok=True)
+        make_place_for(knobs.output_file, "--output_file")
 
 
 def load_data(knobs):

@@ -136,11 +136,11 @@ def some(examples, most, split, knobs):
     return random.Random(knobs.seed).sample(examples, most)
 
 
-def adapt_model(model, new_parts, knobs):
+def adapt_model(model, heads, knobs):
     """Choose what trains, which is all that LoRA, full fine-tuning and the head alone differ in."""
     model.requires_grad_(knobs.adapt == "full")
     if knobs.adapt == "head":
-        for name in new_parts:
+        for name in heads:
             model.get_submodule(name).requires_grad_(True)
     if knobs.adapt == "lora":
         targets = knobs.target_modules
@@ -148,14 +148,14 @@ def adapt_model(model, new_parts, knobs):
             targets = targets.split(",")
         torch.manual_seed(knobs.seed)
         with as_user_error(OSError, TypeError, ValueError):
-            # Everything is frozen from here on but the adapters and the new parts, which are saved with them.
+            # Everything is frozen from here on but the adapters and the head, which is saved with them.
             lora.inject_lora(
                 model,
                 r=knobs.lora_dim,
                 lora_alpha=knobs.lora_alpha,
                 lora_dropout=knobs.lora_dropout,
                 target_modules=targets,
-                modules_to_save=new_parts,
+                modules_to_save=heads,
             )
             if knobs.init_adapter is not None:
                 lora.load_lora(model, knobs.init_adapter, heads=False)
@@ -187,7 +187,6 @@ def describe(examples, samples, task):
     lengths = [len(sample["input_ids"]) for sample in samples]
     classes = Counter(task.labels[label] for label in labels) if task.labels else None
     return {
-        "lines": len(examples),
         "classes": classes and {name: classes[name] for name in task.labels},
         "mean_label": None if task.labels else statistics.fmean(labels),
         "tokens": {"median": statistics.median(lengths), "most": max(lengths)},
@@ -220,15 +219,16 @@ def train_model(task, **overrides):
         output_dir.mkdir(parents=True, exist_ok=True)
     device = distributed.start(training.choose_device(knobs.device))
     splits = load_data(task, knobs)
-    model, tokenizer, new_parts = classification.load(knobs.model, task, device, knobs.seed)
+    model, tokenizer, heads, _ = classification.load(knobs.model, task, device, knobs.seed)
     window = pretrained.context_window(model)
     if knobs.seq_len > window:
         raise UserError(f"--seq_len {knobs.seq_len}: the model reads at most {window} tokens; use that or less")
-    adapt_model(model, new_parts, knobs)
+    adapt_model(model, heads, knobs)
 
     samples = {split: encode_examples(examples, tokenizer, knobs.seq_len) for split, examples in splits.items()}
     parameters = lora.count_parameters(model)
     record = results.begin(f"glue {task.name}", knobs, glue.find_files(knobs.data_dir, task), parameters, model)
+    record["counts"] = {f"{split} lines": len(examples) for split, examples in splits.items()}
     record["splits"] = {split: describe(splits[split], samples[split], task) for split in splits}
     report_data(record)
     dev_splits = [split for split in splits if split != "train"]
@@ -282,7 +282,7 @@ def prediction_lines(split, examples, predictions, probabilities):
 def report_data(record):
     """Print what there is to learn from, and what trains."""
     for split, facts in record["splits"].items():
-        lines, tokens = facts["lines"], facts["tokens"]
+        lines, tokens = record["counts"][f"{split} lines"], facts["tokens"]
         if facts["classes"]:
             kinds = ", ".join(f"{name} {count / lines:.1%}" for name, count in facts["classes"].items())
         else:

@@ -7,6 +7,7 @@ import difflib
 import sys
 import types
 import typing
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -86,3 +87,25 @@ def require_positive(knobs, *names):
         value = getattr(knobs, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name} {value}: must be above 0")
+
+
+def given(knobs, *names):
+    """Those of the knobs that are set, which by default are None or off."""
+    return [name for name in names if getattr(knobs, name) is not None and getattr(knobs, name) is not False]
+
+
+def refuse_together(knobs, excluded):
+    """Raise a UserError for knobs that do not go with another: {option: (whether it is there, names of knobs)}."""
+    for option, (there, others) in excluded.items():
+        for other in given(knobs, *others):
+            if there:
+                raise UserError(f"{option} does not go with --{other}; leave one of them out")
+
+
+def make_place_for(path, option):
+    """The folder of a file to be written, made before the work rather than after it."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{option} {path}: a folder; give the name of a file")
+    with as_user_error(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)

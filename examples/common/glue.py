@@ -18,6 +18,7 @@ from typing import NamedTuple
 from common.cli import UserError, as_user_error
 
 ARCHIVES = "https://dl.fbaipublicfiles.com/glue/data"
+STANDARD_INPUT = "-"
 # Pairs on whose label the annotators of MNLI did not agree.
 NO_GOLD_LABEL = "-"
 
@@ -122,7 +123,7 @@ def read_examples(path, task):
 
 
 def read_texts(path, task):
-    """The texts of each row of a file in its order, labels or not.
+    """The texts of each row of a file, or of the standard input ("-"), in its order, labels or not.
 
     The first line tells which of three forms the file has. If a text column of any GLUE task stands in it, it names
     the columns, and those of the task must be there, as in the official test.tsv. Otherwise, if it has as many columns
@@ -200,12 +201,14 @@ def _label(text, where, task):
 
 
 def _lines(path):
-    """Each line of a file and its place ("file, line 3")."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; check --data_dir and the name")
-    with as_user_error(OSError):
-        content = path.read_bytes()
+    """Each line of a file, or of the standard input ("-"), and its place ("file, line 3")."""
+    if str(path) == STANDARD_INPUT:
+        path, content = "standard input", sys.stdin.buffer.read()
+    else:
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file; check --data_dir and the name")
+        with as_user_error(OSError):
+            content = Path(path).read_bytes()
     # Split as bytes: str.splitlines would also split at characters that may stand inside a text.
     lines = content.removeprefix(codecs.BOM_UTF8).removesuffix(b"\n").split(b"\n")
     if lines == [b""]:

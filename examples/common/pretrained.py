@@ -19,6 +19,7 @@ def load(auto_class, name, kind, **options):
     if not local:
         _require_on_hub(name)
     transformers.utils.logging.disable_progress_bar()  # of the weights' loading; downloads keep theirs
+    transformers.utils.logging.set_verbosity_error()  # what the weights lack is for the caller to judge
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
         model, report = auto_class.from_pretrained(name, local_files_only=local, output_loading_info=True, **options)

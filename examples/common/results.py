@@ -65,6 +65,7 @@ def begin(task, knobs, files, parameters, model):
         "adapt": knobs.adapt,
         "configuration": configuration(knobs),
         "data": fingerprints(files),
+        "base": weights_fingerprint(knobs.model),
         "processes": distributed.processes(),
         "parameters": parameters._asdict(),
         "bytes": {"model": sum(p.numel() * p.element_size() for p in model.parameters())},
@@ -102,6 +103,15 @@ def configuration(knobs):
 def fingerprints(files):
     """{name: file name and SHA-256} of {name: path}."""
     return {name: {"file": path.name, "sha256": sha256(path)} for name, path in files.items()}
+
+
+def weights_fingerprint(name):
+    """{file name: SHA-256} of an adapter file or of the weights in a folder; None for a model of the hub."""
+    path = Path(name)
+    if not path.exists():
+        return None
+    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
+    return {file.name: sha256(file) for file in files}
 
 
 def environment(device):

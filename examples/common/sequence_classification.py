@@ -1,6 +1,8 @@
 """Classifiers and regressions over one or two texts: loading, encoding, losses, predictions."""
 
+import copy
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,30 +13,28 @@ from common import distributed, glue_scores, pretrained, training
 from common.cli import UserError
 
 
-def load(name, task, device, seed):
-    """(model, tokenizer, names of its new parts) of a folder or a hub name, for the labels of a `glue.GlueTask`.
+class Loaded(NamedTuple):
+    model: torch.nn.Module  # in float32 on its device
+    tokenizer: Any
+    heads: list[str]  # the modules that are trained however the rest is adapted
+    random: list[str]  # the tensors among them that the weights lack
 
-    The new parts are the head and whatever else the weights lack; their values come from the seed, and they have to be
-    trained, however the rest is adapted.
+
+def load(name, task, device, seed=0):
+    """A `Loaded` of a folder or a hub name, with a head for the labels of a `glue.GlueTask`.
+
+    What the weights lack gets random values from the seed; that is the head, or nothing.
     """
-    labels = task.labels or ("score",)
     torch.manual_seed(seed)
-    model, tokenizer, missing = pretrained.load(
-        AutoModelForSequenceClassification,
-        name,
-        f"classifier for {task.name}",
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={label: index for index, label in enumerate(labels)},
-        problem_type="single_label_classification" if task.labels else "regression",
-    )
-    heads = [part for part in model.named_children() if part[0] != model.base_model_prefix]
-    new = [name for name, head in heads if next(head.parameters(), None) is not None]
+    purpose = f"classifier for {task.name}"
+    model, tokenizer, missing = pretrained.load(AutoModelForSequenceClassification, name, purpose, **_outputs(task))
+    others = [part for part in model.named_children() if part[0] != model.base_model_prefix]
+    heads = [part for part, module in others if next(module.parameters(), None) is not None]
     # Encoders that were pretrained without a pooler get one here, between the encoder and the head.
-    new += sorted({key.rpartition(".")[0] for key in missing if ".pooler." in key})
-    random = [key for key in missing if not key.startswith(tuple(f"{part}." for part in new))]
-    if random:
-        raise UserError(f"--model {name}: its weights lack {', '.join(random[:3])}, which would be random")
+    heads += sorted({key.rpartition(".")[0] for key in missing if ".pooler." in key})
+    lost = [key for key in missing if not key.startswith(tuple(f"{part}." for part in heads))]
+    if lost:
+        raise UserError(f"--model {name}: its weights lack {', '.join(lost[:3])}, which would be random")
     trained_on = getattr(model.config, "finetuning_task", None)
     if trained_on not in (None, task.name):
         raise UserError(
@@ -45,7 +45,31 @@ def load(name, task, device, seed):
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id  # decoders look for the last token before it
     model.config.finetuning_task = task.name
-    return model.to(device), tokenizer, new
+    return Loaded(model.to(device), tokenizer, heads, missing)
+
+
+def around_the_same_encoder(model, task):
+    """Another model with the encoder of this one, not a copy of it, and an empty head for another task."""
+    config = copy.deepcopy(model.config)
+    config.update({**_outputs(task), "finetuning_task": task.name})
+    with torch.device("meta"):  # shapes without numbers
+        other = type(model)(config)
+    setattr(other, model.base_model_prefix, model.base_model)
+    for name, part in other.named_children():
+        if name != model.base_model_prefix:
+            part.to_empty(device=model.device)
+    return other
+
+
+def _outputs(task):
+    """The entries of a configuration that say what the outputs are."""
+    labels = task.labels or ("score",)
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+        "problem_type": "single_label_classification" if task.labels else "regression",
+    }
 
 
 def encode(tokenizer, texts, seq_len):

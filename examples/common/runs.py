@@ -1,0 +1,125 @@
+"""Runs of a training script that are to be compared: made one after the other, or taken where they were made before.
+
+Each run is a process of its own, since the peak of memory is that of a process. Two are compared only if they differ in
+the method alone.
+"""
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from common import results
+from common.cli import UserError
+
+# The knobs in which the runs of a comparison differ, those that only the runs with adapters read, and those that say
+# where results go.
+METHOD_KNOBS = {"adapt", "lr", "skip_base"}
+LORA_KNOBS = {"lora_dim", "lora_alpha", "lora_dropout", "target_modules", "init_adapter"}
+PLACE_KNOBS = {"output_dir", "record"}
+
+
+def make_all(script, wanted, files, reuse):
+    """{name: record} of the runs that {name: knobs} asks for; all of one data, {split: path}, and alike.
+
+    With `reuse` those that have been made are taken, if they are what would be made now.
+    """
+    there = [name for name in wanted if reuse and result_file(wanted[name]).is_file()]
+    records = {name: read_run(script, wanted[name], files) for name in there}
+    require_alike(records)
+    for name, knobs in wanted.items():
+        if name in records:
+            print(f"{name}: taken from {result_file(knobs)}")
+        else:
+            records[name] = make_run(script, name, knobs, files)
+    require_alike(records)
+    return {name: records[name] for name in wanted}
+
+
+def make_run(script, name, knobs, files):
+    """The record of a run that is made now."""
+    print(f"{name}: running {script.name} --adapt {knobs.adapt}", flush=True)
+    status = subprocess.run(command(script, knobs)).returncode
+    if status:
+        raise UserError(
+            f"{script.name} --adapt {knobs.adapt} ended with status {status}, for the reason above; runs that ended "
+            "well are kept for --reuse"
+        )
+    return read_run(script, knobs, files)
+
+
+def command(script, knobs):
+    """The command line that makes a run."""
+    options = []
+    for name, value in dataclasses.asdict(knobs).items():
+        if value is True:
+            options.append(f"--{name}")
+        elif value is not False and value is not None:
+            options.append(f"--{name}={value}")
+    return [sys.executable, str(script), *options]
+
+
+def result_file(knobs):
+    return Path(knobs.output_dir) / "results.json"
+
+
+def read_run(script, knobs, files):
+    """The record of a run; a UserError if it is not the run that these knobs and the data of now make."""
+    path = result_file(knobs)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        was = identity(record["configuration"], record["data"])
+        facts(record)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no record of {script.name} ({error!r}); run without --reuse") from error
+    differing = differences(was, identity(results.configuration(knobs), results.fingerprints(files)))
+    if differing:
+        raise UserError(
+            f"{path} holds another run than the one asked for: {differing}; run without --reuse, or repeat its knobs"
+        )
+    return record
+
+
+def identity(configuration, data):
+    """The knobs and the files that make a run, under the names that messages use."""
+    unread = PLACE_KNOBS if configuration.get("adapt") == "lora" else PLACE_KNOBS | LORA_KNOBS
+    knobs = {f"--{name}": value for name, value in configuration.items() if name not in unread}
+    return {**knobs, **{f"{split} file": entry for split, entry in data.items()}}
+
+
+def facts(record):
+    """Everything in which the runs of a comparison must agree."""
+    environment = record["environment"]
+    configuration = {name: value for name, value in record["configuration"].items() if name not in METHOD_KNOBS}
+    agreed = {
+        **identity(configuration, record["data"]),
+        **record["counts"],
+        "weights of the base": record.get("base"),
+        "processes": record["processes"],
+        **{name: environment[name] for name in ("device", "threads", "platform", "python")},
+        **environment["versions"],
+    }
+    if "history" in record:
+        agreed["steps"] = record["history"][-1]["step"]
+    return agreed
+
+
+def require_alike(records):
+    """Raise a UserError if two runs differ in more than the method."""
+    for one, other in itertools.combinations(records, 2):
+        first, second = facts(records[one]), facts(records[other])
+        common = first.keys() & second.keys()  # the base has no steps
+        differing = differences(*({name: side[name] for name in common} for side in (first, second)))
+        if differing:
+            raise UserError(
+                f"the runs {one} and {other} differ in more than the method: {differing}; run without --reuse, which "
+                "makes them alike"
+            )
+
+
+def differences(one, other):
+    """The names under which two dicts differ, with both values, as a text that is empty if there are none."""
+    names = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+    return ", ".join(f"{name} {one.get(name)!r} against {other.get(name)!r}" for name in names)
