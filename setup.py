@@ -7,7 +7,7 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 # sacrebleu and pycocoevalcap (100 MB, with its Java programs) are the official scores of E2E, matplotlib draws charts.
-EXAMPLES = ["transformers>=4.46", "numpy", "tqdm", "scikit-learn", "scipy", "matplotlib>=3.8"]
+EXAMPLES = ["transformers>=4.46", "numpy", "tqdm", "scikit-learn", "scipy>=1.14", "matplotlib>=3.8"]
 EXAMPLES += ["sacrebleu>=2.4", "pycocoevalcap>=1.2"]
 # peft and torchao are what the exchange with PEFT and quantised weights are tested against.
 TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "peft>=0.21", "torchao>=0.18"]
