@@ -10,7 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import hypothesis
 import pytest
 import torch
-from nlg_models import gpt2, llama, no_java, tokenizer, wide_gpt2  # noqa: F401 (fixtures)
+from nlg_models import call, gpt2, llama, no_java, tokenizer, wide_gpt2  # noqa: F401 (fixtures)
+from nlu_models import bert, bert_without_pooler, deberta, decoder, distilbert, roberta  # noqa: F401
 
 pytest.register_assert_rewrite("reference")
 hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None, print_blob=False)

@@ -1,4 +1,4 @@
-"""Tiny causal language models for the tests of the NLG example, and its scripts as subprocesses.
+"""Tiny causal language models for the tests of the NLG example, and scripts run in this process or another.
 
 The models are real, made from configurations with random weights, and have a tokenizer trained on the shipped data.
 conftest.py makes the fixtures known to every test.
@@ -20,7 +20,7 @@ NLG = ROOT / "examples" / "NLG"
 DATA = NLG / "data"
 sys.path[:0] = [str(NLG), str(NLG.parent)]
 
-from common import causal_lm, metrics  # noqa: E402 (after the folder that holds it)
+from common import causal_lm, cli, metrics  # noqa: E402 (after the folder that holds it)
 
 END = "<|endoftext|>"
 PROMPT = "name : Quince | Type : pub | area : old town"
@@ -102,17 +102,33 @@ def no_java(tmp_path_factory):
     metrics._measured.cache_clear()
 
 
-def start(script, *arguments):
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a script within this process as its command line would: (exit status, stdout, stderr)."""
+
+    def called(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.run(module.main)
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return called
+
+
+def start(script, *arguments, folder=NLG):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, script, *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=NLG, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
-    )
+    pipes = {"text": True, "encoding": "utf-8", "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
 
-def script(name, *arguments):
+def script(name, *arguments, folder=NLG):
     """(exit status, stdout, stderr) of a script run from its own folder."""
-    with start(name, *arguments) as process:
+    with start(name, *arguments, folder=folder) as process:
         stdout, stderr = process.communicate()
     return process.returncode, stdout, stderr
 

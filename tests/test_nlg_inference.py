@@ -63,23 +63,6 @@ def generate(model, tokenizer, meanings, **changes):
     return causal_lm.generate(model, tokenizer, meanings, causal_lm.DecodingKnobs(**{**SHORT, **changes})).texts
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs a script within this process as its command line would: (exit status, stdout, stderr)."""
-
-    def called(module, *arguments):
-        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.run(module.main)
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return called
-
-
 # run_inference.py
 
 
