@@ -1,7 +1,9 @@
 """Classifiers and regressions over one or two texts: loading, encoding, losses, predictions."""
 
 import copy
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,12 @@ def load(name, task, device, seed=0):
 
     What the weights lack gets random values from the seed; that is the head, or nothing.
     """
+    trained_on = _trained_on(name)
+    if trained_on not in (None, task.name):  # before the weights, whose head may have another shape
+        raise UserError(
+            f"--model {name} was trained on {trained_on}, and this is {task.name}; give the base model, or --task "
+            f"{trained_on}"
+        )
     torch.manual_seed(seed)
     purpose = f"classifier for {task.name}"
     model, tokenizer, missing = pretrained.load(AutoModelForSequenceClassification, name, purpose, **_outputs(task))
@@ -35,17 +43,19 @@ def load(name, task, device, seed=0):
     lost = [key for key in missing if not key.startswith(tuple(f"{part}." for part in heads))]
     if lost:
         raise UserError(f"--model {name}: its weights lack {', '.join(lost[:3])}, which would be random")
-    trained_on = getattr(model.config, "finetuning_task", None)
-    if trained_on not in (None, task.name):
-        raise UserError(
-            f"--model {name} was trained on {trained_on}, and this is {task.name}; give the base model, or --task "
-            f"{trained_on}"
-        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id  # decoders look for the last token before it
     model.config.finetuning_task = task.name
     return Loaded(model.to(device), tokenizer, heads, missing)
+
+
+def _trained_on(name):
+    """The task that a folder of ours says; None for others, and for one that cannot be read, which loading it tells."""
+    try:
+        return json.loads((Path(name) / "config.json").read_text(encoding="utf-8")).get("finetuning_task")
+    except (OSError, ValueError):
+        return None
 
 
 def around_the_same_encoder(model, task):
@@ -77,6 +87,9 @@ def encode(tokenizer, texts, seq_len):
     if len(texts) == 2 and tokenizer.sep_token_id is None:
         texts = ("\n".join(texts),)  # of a decoder: without a separator the two would run into each other
     encoding = tokenizer(*texts, truncation=True, max_length=seq_len)
+    if len(encoding["input_ids"]) > seq_len:  # the tokenizer cuts nothing then
+        marks = tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
+        raise UserError(f"--seq_len {seq_len}: the marks around the texts alone are {marks} tokens; use more")
     return {**encoding, "cut": bool(encoding.encodings[0].overflowing)}
 
 
@@ -139,6 +152,11 @@ def training_task(task, tokenizer):
 
     def validate(model, _, samples, knobs):
         output = predict(model, samples, knobs, tokenizer)
+        if not output.isfinite().all():
+            raise UserError(
+                "the outputs on the dev set are not finite; nothing was saved of this validation. Try a lower --lr or "
+                "more --warmup_steps"
+            )
         labels = [sample["label"] for sample in samples]
         loss = _loss_sum(output, torch.tensor(labels), 0.0).item() / len(samples)
         scores = glue_scores.score(decide(output), labels, task)
