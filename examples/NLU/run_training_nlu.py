@@ -49,6 +49,7 @@ from common import sequence_classification as classification
 from common.cli import UserError, as_user_error, fill_in, knob, parse_knobs, require_positive, run
 
 import loralib as lora
+from loralib.checkpoint import UPSTREAM_SUFFIXES
 
 HERE = Path(__file__).resolve().parent
 # Batch size, learning rate and epochs of the authors' RoBERTa-base runs (table 9 of the paper, and their code).
@@ -158,7 +159,15 @@ def adapt_model(model, heads, knobs):
                 modules_to_save=heads,
             )
             if knobs.init_adapter is not None:
-                lora.load_lora(model, knobs.init_adapter, heads=False)
+                # Upstream's files do not say their lora_alpha.
+                alpha = knobs.lora_alpha if Path(knobs.init_adapter).suffix in UPSTREAM_SUFFIXES else None
+                lora.load_lora(model, knobs.init_adapter, lora_alpha=alpha, heads=False)
+                for layer in model.modules():
+                    if isinstance(layer, lora.LoRALayer) and layer.lora_alpha != knobs.lora_alpha:
+                        raise UserError(
+                            f"--lora_alpha {knobs.lora_alpha:g}: {knobs.init_adapter} was trained with "
+                            f"{layer.lora_alpha:g}; give --lora_alpha {layer.lora_alpha:g}"
+                        )
 
 
 def save_model(model, tokenizer, knobs):
@@ -228,6 +237,8 @@ def train_model(task, **overrides):
     samples = {split: encode_examples(examples, tokenizer, knobs.seq_len) for split, examples in splits.items()}
     parameters = lora.count_parameters(model)
     record = results.begin(f"glue {task.name}", knobs, glue.find_files(knobs.data_dir, task), parameters, model)
+    if knobs.init_adapter is not None:
+        record["init_adapter"] = results.weights_fingerprint(knobs.init_adapter)
     record["counts"] = {f"{split} lines": len(examples) for split, examples in splits.items()}
     record["splits"] = {split: describe(splits[split], samples[split], task) for split in splits}
     report_data(record)
