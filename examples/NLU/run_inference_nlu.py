@@ -101,7 +101,8 @@ def check(knobs):
             )
         knobs.task = knobs.task or trained_on
     task = glue.task_of(knobs.task)
-    if knobs.text is not None and (knobs.text_pair is not None) != (len(task.texts) == 2):
+    given = (knobs.text is not None, knobs.text_pair is not None)
+    if any(given) and given != (True, len(task.texts) == 2):
         wanted = "--text and --text_pair" if len(task.texts) == 2 else "--text alone"
         raise UserError(f"--task {task.name} takes {wanted}: {' and '.join(task.texts)}")
     if knobs.output_file is not None:
