@@ -94,16 +94,14 @@ def knobs_of_run(knobs, system, rate, seed):
 
 def make_runs(knobs, rates, files):
     """{system: {learning rate: [record of each seed]}}."""
-    records = {system: {rate: [] for rate in rates[system]} for system in SYSTEMS}
-    for seed in range(knobs.seeds):
-        wanted = {
-            (system, rate): knobs_of_run(knobs, system, rate, seed) for system in SYSTEMS for rate in rates[system]
-        }
-        names = {key: f"{key[0]}, lr {key[1]:g}, seed {seed}" for key in wanted}
-        made = runs.make_all(SCRIPT, {names[key]: run_knobs for key, run_knobs in wanted.items()}, files, knobs.reuse)
-        for system, rate in wanted:
-            records[system][rate].append(made[names[system, rate]])
-    return records
+    seeds = range(knobs.seeds)
+    keys = [(system, rate, seed) for seed in seeds for system in SYSTEMS for rate in rates[system]]
+    names = {key: "{}, lr {:g}, seed {}".format(*key) for key in keys}
+    made = runs.make_all(SCRIPT, {names[key]: knobs_of_run(knobs, *key) for key in keys}, files, knobs.reuse)
+    return {
+        system: {rate: [made[names[system, rate, seed]] for seed in seeds] for rate in rates[system]}
+        for system in SYSTEMS
+    }
 
 
 def spread(values):
@@ -289,7 +287,8 @@ def plot(comparison, path):
         points = [
             (tried["lr"], 100 * value) for tried in found["tried"] for value in tried["values"] if value is not None
         ]
-        scores.plot(*zip(*points, strict=True), "o", label=SYSTEMS[system], alpha=0.7)
+        rates, values = ([point[axis] for point in points] for axis in (0, 1))
+        scores.plot(rates, values, "o", label=SYSTEMS[system], alpha=0.7)
     baseline = comparison["majority"][comparison["metric"]]
     if baseline is not None:
         scores.axhline(100 * baseline, color="gray", linestyle=":", label="majority")

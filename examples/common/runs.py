@@ -15,8 +15,8 @@ from common import results
 from common.cli import UserError
 
 # The knobs in which the runs of a comparison differ, those that only the runs with adapters read, and those that say
-# where results go.
-METHOD_KNOBS = {"adapt", "lr", "skip_base"}
+# where results go. Each run is held against its own knobs when it is read.
+METHOD_KNOBS = {"adapt", "lr", "seed", "skip_base"}
 LORA_KNOBS = {"lora_dim", "lora_alpha", "lora_dropout", "target_modules", "init_adapter"}
 PLACE_KNOBS = {"output_dir", "record"}
 
@@ -29,6 +29,8 @@ def make_all(script, wanted, files, reuse):
     there = [name for name in wanted if reuse and result_file(wanted[name]).is_file()]
     records = {name: read_run(script, wanted[name], files) for name in there}
     require_alike(records)
+    for name in there[:1]:  # the others have the same
+        require_base_of_now(records[name], wanted[name])
     for name, knobs in wanted.items():
         if name in records:
             print(f"{name}: taken from {result_file(knobs)}")
@@ -117,6 +119,15 @@ def require_alike(records):
                 f"the runs {one} and {other} differ in more than the method: {differing}; run without --reuse, which "
                 "makes them alike"
             )
+
+
+def require_base_of_now(record, knobs):
+    """Raise a UserError if the base has other weights than when the run was made."""
+    was, now = record.get("base"), results.weights_fingerprint(knobs.model)
+    if was != now:
+        raise UserError(
+            f"{result_file(knobs)} holds a run of a base with other weights: {was} against {now}; run without --reuse"
+        )
 
 
 def differences(one, other):
