@@ -284,7 +284,8 @@ def test_the_record_says_where_its_numbers_come_from(improvement, adapted, tmp_p
     assert str(tmp_path_factory.getbasetemp()) not in json.dumps(record)
     assert record["data"] == {"test": {"file": "test.txt", "sha256": results.sha256(DATA / "test.txt")}}
     adapter = adapted[1]["native"]["adapter"]
-    assert record["inputs_sha256"] == {"adapter": {"adapter.safetensors": results.sha256(adapter)}}
+    assert record["inputs_sha256"]["adapter"] == {"adapter.safetensors": results.sha256(adapter)}
+    assert record["inputs_sha256"].keys() == {"model", "adapter"}
     assert record["references"]["slot_share"] == 1
     assert record["environment"]["versions"]["torch"] == torch.__version__
     assert record["seconds"]["total"] > 0
@@ -321,8 +322,8 @@ def test_other_forms_of_the_adapted_model_give_the_same_record(improvement, adap
         assert other[same] == record[same], same
     assert other["adapted"]["perplexity"] == pytest.approx(record["adapted"]["perplexity"], rel=1e-5)
     files = {"peft": "adapter_model.safetensors", "upstream": "upstream.bin", "whole": "model.safetensors"}
-    ((_, hashes),) = other["inputs_sha256"].items()
-    assert list(hashes) == [files[form]]
+    adapted = other["inputs_sha256"]["adapted_model" if form == "whole" else "adapter"]
+    assert list(adapted) == [files[form]]
 
 
 REFERENCES = {
@@ -389,7 +390,7 @@ def test_given_texts_are_scored_without_a_model(given_texts, monkeypatch, tmp_pa
     assert re.search(rf"^distinct 2 +{number} +{number} +{number}$", printed, re.MULTILINE)
     assert re.search("^METEOR +not measured$", printed, re.MULTILINE)
     assert "\nnot measured: METEOR needs Java 8 or newer" in printed
-    assert "\nnot measured: perplexity needs the models, not texts alone\n" in printed
+    assert "\nnot measured: perplexity needs the model, not texts alone\n" in printed
     assert f"\nbest gain: {record['samples'][0]['bleu_gain']:+.1f} BLEU\n  meaning    {meanings[3]}\n" in printed
     assert f"\nwritten to {tmp_path / 'output' / 'improvement.json'}\n" in printed
 
@@ -402,6 +403,27 @@ def test_the_written_texts_can_be_given_again(improvement, no_java, tmp_path):
     )
     for same in ("intervals", "wins", "samples"):
         assert again[same] == record[same], same
+
+
+@pytest.mark.parametrize("given", ["base", "adapted"])
+def test_one_system_may_be_given_as_texts(improvement, adapted, given, tmp_path):
+    folder, record = improvement
+    file = folder / f"{given}_texts.jsonl"
+    arguments = adapted[1]["native"] if given == "base" else {"model": adapted[1]["native"]["model"]}
+    again = evaluate_lora_improvement.measure_improvement(
+        **arguments, **BRIEF, **{f"{given}_texts": str(file)}, output_dir=str(tmp_path)
+    )
+    other = "adapted" if given == "base" else "base"
+    for same in ("intervals", "wins", "samples", other):
+        if same == other:  # but for the seconds
+            assert again[same]["perplexity"] == record[same]["perplexity"]
+        else:
+            assert again[same] == record[same], same
+    assert again[given]["perplexity"] is None
+    assert sorted(os.listdir(tmp_path)) == sorted([f"{other}_texts.jsonl", "improvement.json"])
+    inputs = again["inputs_sha256"]
+    assert inputs[f"{given}_texts"] == {file.name: results.sha256(file)}
+    assert inputs.keys() == {f"{given}_texts", "adapter" if given == "base" else "model"}
 
 
 def test_the_comparison_as_a_script(improvement, adapted, no_java, tmp_path):
@@ -491,9 +513,9 @@ BAD_INFERENCE = {
     "no beams": ({"prompt": PROMPT, "num_beams": "0"}, "--num_beams 0: must be above 0"),
 }
 BAD_IMPROVEMENT = {
-    "one file of texts": (
-        {"base_texts": "{bad}/texts"},
-        "--base_texts and --adapted_texts: only one is given; give both, or none",
+    "one file of texts, no adapter": (
+        {"base_texts": "{bad}/texts", "adapter": "nowhere"},
+        r"--adapter nowhere: no such file or folder",
     ),
     "missing texts": (
         {"base_texts": "nowhere.jsonl", "adapted_texts": "{bad}/texts"},
@@ -505,7 +527,7 @@ BAD_IMPROVEMENT = {
     ),
     "missing adapter": (
         {"adapter": "nowhere"},
-        r"--adapter nowhere: no such file or folder; run_training\.py writes .* --base_texts and --adapted_texts",
+        r"--adapter nowhere: no such file or folder; run_training\.py writes .*; or give --adapted_model",
     ),
     "upstream without alpha": ({"adapter": "{upstream}"}, r"upstream\.bin carries no lora_alpha"),
     "alpha of a whole model": (

@@ -6,9 +6,9 @@
     python evaluate_lora_improvement.py --base_texts base.jsonl --adapted_texts adapted.jsonl --data_dir output/e2e
 
 The first takes the adapter of the default run of run_training.py and writes two texts for each of 80 meanings; the
-second a model that run_training.py --adapt full trained; the third texts that are there already, one for each meaning,
-and then no model is loaded. Written to --output_dir: base_texts.jsonl and adapted_texts.jsonl, unless they were given,
-and improvement.json, the record.
+second a model that run_training.py --adapt full trained; the third texts that are there already, one for each meaning.
+One of the two systems may be given as texts, too, and the other as a model. Written to --output_dir: base_texts.jsonl
+and adapted_texts.jsonl, unless they were given, and improvement.json, the record.
 
 The intervals hold 95 % of the scores over resamples of the test meanings. That of the difference is of resamples drawn
 for both models at once; where it leaves out 0, another test set of the same kind would hardly turn the order. The wins
@@ -47,8 +47,8 @@ class Knobs(causal_lm.DecodingKnobs):
     )
     lora_alpha: float | None = knob(None, "as the adapter was trained with; for upstream's files, which do not say it")
     adapted_model: str | None = knob(None, "folder of the whole model after full fine-tuning, in place of an adapter")
-    base_texts: str | None = knob(None, "file of texts of the base; none are generated then, and no model is needed")
-    adapted_texts: str | None = knob(None, "the same of the adapted model; both are given, or none")
+    base_texts: str | None = knob(None, "file of texts of the base, which is not asked for any then")
+    adapted_texts: str | None = knob(None, "the same of the adapted model")
     data_dir: str = knob(str(HERE / "data"), "folder of the E2E test file, lines or CSV")
     test_file: str | None = knob(None, "file in data_dir to score on, if not called as the official one")
     max_eval_samples: int | None = knob(None, "score on so many meanings, drawn with the seed")
@@ -62,15 +62,13 @@ def check(knobs):
     """Raise a UserError for knobs that are out of range or do not agree."""
     causal_lm.check_decoding(knobs)
     require_positive(knobs, "max_eval_samples", "resamples")
-    if (knobs.base_texts is None) != (knobs.adapted_texts is None):
-        raise UserError("--base_texts and --adapted_texts: only one is given; give both, or none to generate both")
     if knobs.adapted_model is not None and knobs.lora_alpha is not None:
         raise UserError("--lora_alpha does not go with --adapted_model, which has no adapter; leave one of them out")
-    adapter_needed = knobs.base_texts is None and knobs.adapted_model is None
+    adapter_needed = knobs.adapted_texts is None and knobs.adapted_model is None
     if adapter_needed and not Path(knobs.adapter).exists():
         raise UserError(
             f"--adapter {knobs.adapter}: no such file or folder; run_training.py writes adapter.safetensors to its "
-            "--output_dir; or give --adapted_model, or --base_texts and --adapted_texts"
+            "--output_dir; or give --adapted_model or --adapted_texts"
         )
 
 
@@ -84,6 +82,8 @@ def load_data(knobs):
 def build_models(knobs, device):
     """(Base, adapted, tokenizer): with an adapter one and the same model, whose adapters the base does without."""
     base, tokenizer = causal_lm.load_causal_lm(knobs.model, device)
+    if knobs.adapted_texts is not None:
+        return base, None, tokenizer
     if knobs.adapted_model is None:
         with as_user_error(OSError, ValueError):
             lora.load_lora(base, knobs.adapter, lora_alpha=knobs.lora_alpha)
@@ -97,23 +97,24 @@ def build_models(knobs, device):
     return base, adapted, tokenizer
 
 
-def evaluate_models(knobs, test):
-    """({system: scores}, {system: texts}) of the base and the adapted model."""
+def evaluate_models(knobs, test, wanted):
+    """{system: (scores, texts)} of those wanted of the base and the adapted model."""
     base, adapted, tokenizer = build_models(knobs, training.choose_device(knobs.device))
-    with lora.disable_adapters(base):  # merged or not, the base alone
-        base_scores, base_texts = evaluate(base, tokenizer, test, knobs)
-    adapted_scores, adapted_texts = evaluate(adapted, tokenizer, test, knobs)
-    return {"base": base_scores, "adapted": adapted_scores}, {"base": base_texts, "adapted": adapted_texts}
+    found = {}
+    if "base" in wanted:
+        with lora.disable_adapters(base):  # merged or not, the base alone
+            found["base"] = evaluate(base, tokenizer, test, knobs)
+    if "adapted" in wanted:
+        found["adapted"] = evaluate(adapted, tokenizer, test, knobs)
+    return found
 
 
-def read_texts(knobs, test):
-    """The same of the files of texts, which leave the perplexity open."""
-    files = {"base": knobs.base_texts, "adapted": knobs.adapted_texts}
-    texts = {system: metrics.read_predictions(path, list(test)) for system, path in files.items()}
-    scores = {system: metrics.score(texts[system], list(test.values()), list(test)) for system in SYSTEMS}
-    for values in scores.values():
-        values["perplexity"] = None
-        values["not_measured"]["perplexity"] = "not measured: perplexity needs the models, not texts alone"
+def read_texts(path, test):
+    """The same of a file of texts, which leaves the perplexity open."""
+    texts = metrics.read_predictions(path, list(test))
+    scores = metrics.score(texts, list(test.values()), list(test))
+    scores["perplexity"] = None
+    scores["not_measured"]["perplexity"] = "not measured: perplexity needs the model, not texts alone"
     return scores, texts
 
 
@@ -144,9 +145,15 @@ def measure_improvement(**overrides):
     with as_user_error(OSError):  # before the work rather than after it
         output_dir.mkdir(parents=True, exist_ok=True)
     test, test_path = load_data(knobs)
-    given = knobs.base_texts is not None
-    scores, texts = read_texts(knobs, test) if given else evaluate_models(knobs, test)
-    inputs = ("base_texts", "adapted_texts") if given else ("adapted_model" if knobs.adapted_model else "adapter",)
+    files = {"base": knobs.base_texts, "adapted": knobs.adapted_texts}
+    found = {system: read_texts(path, test) for system, path in files.items() if path is not None}
+    written = [system for system in SYSTEMS if system not in found]
+    if written:
+        found |= evaluate_models(knobs, test, written)
+    scores, texts = ({system: found[system][part] for system in SYSTEMS} for part in (0, 1))
+    inputs = [f"{system}_texts" if path is not None else "model" for system, path in files.items()]
+    if "adapted" in written:
+        inputs[1] = "adapter" if knobs.adapted_model is None else "adapted_model"
     references, meanings = list(test.values()), list(test)
     values = {system: metrics.per_sentence(texts[system], references, meanings) for system in SYSTEMS}
     wins = metrics.wins(values["base"], values["adapted"])
@@ -167,9 +174,8 @@ def measure_improvement(**overrides):
     }
     record["seconds"] = {"total": time.perf_counter() - started}
     record["environment"] = results.environment(training.choose_device(knobs.device))
-    if not given:
-        for system in SYSTEMS:
-            results.write_texts(output_dir / f"{system}_texts.jsonl", meanings, texts[system])
+    for system in written:
+        results.write_texts(output_dir / f"{system}_texts.jsonl", meanings, texts[system])
     results.write_json(output_dir / "improvement.json", record)
     if knobs.record:
         results.write_json(results.RESULTS / f"{knobs.record}.json", record)
@@ -190,7 +196,7 @@ def report(record):
     rows = [["", "base", "adapted", "adapted - base", "wins: base", "adapted", "tie"]]
     for key, (name, factor) in SCORES.items():
         base, adapted = (record[system][key] for system in SYSTEMS)
-        if base is None:
+        if base is None or adapted is None:
             rows.append([name, "not measured"])
             continue
         bounds = [intervals["systems"][system].get(key) for system in SYSTEMS]
@@ -203,7 +209,8 @@ def report(record):
     for name, *cells in zip(*columns, strict=True):
         cells = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
         print("  ".join([f"{name:<{widths[0]}}", *cells]).rstrip())
-    for reason in record["base"]["not_measured"].values():
+    reasons = [*record["base"]["not_measured"].values(), *record["adapted"]["not_measured"].values()]
+    for reason in dict.fromkeys(reasons):
         print(reason)
 
 
