@@ -506,21 +506,28 @@ def test_an_initial_adapter_that_does_not_fit_is_refused(trained, roberta, tmp_p
 # Which checkpoint is kept
 
 
-def write_task(folder, task, labels):
-    """A data folder with a few lines of these labels, for training and validation alike."""
+def write_task(folder, task, labels, dev_labels=None):
+    """A data folder with a few lines of these labels, for training and, if not of others, for validation."""
     name, texts, label, codes = OFFICIAL[task]
     header, *_ = (GLUE / name / "train.tsv").read_text(encoding="utf-8-sig").splitlines()
-    lines = [] if task == "cola" else [header]
-    for index, value in enumerate(labels):
-        row = ["x"] * len(header.split("\t"))
-        for column in texts:
-            row[column] = f"text {index} of {column}"
-        row[label] = codes[value] if codes else str(value)
-        lines.append("\t".join(row))
     (folder / name).mkdir(parents=True)
-    for split in ("train", "dev"):
+    for split, found in (("train", labels), ("dev", dev_labels or labels)):
+        lines = [] if task == "cola" else [header]
+        for index, value in enumerate(found):
+            row = ["x"] * len(header.split("\t"))
+            for column in texts:
+                row[column] = f"text {index} of {column}"
+            row[label] = codes[value] if codes else str(value)
+            lines.append("\t".join(row))
         (folder / name / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(folder)
+
+
+def test_the_majority_does_not_look_at_the_dev_labels(roberta, tmp_path):
+    data = write_task(tmp_path / "data", "mrpc", [1, 0, 1, 1], [0, 0, 1, 0])
+    record = train("mrpc", roberta, tmp_path / "output", data_dir=data, max_steps=1)
+    majority = record["majority"]["dev"]
+    assert (majority["accuracy"], majority["recall"], majority["f1"]) == (0.25, 1, 0.4)  # precision is 1/4
 
 
 def sure(*labels, by=2.0):
