@@ -22,7 +22,7 @@ import run_training
 import safetensors
 import torch
 import transformers
-from common import causal_lm, cli, results, training
+from common import causal_lm, cli, files, results, training
 from nlg_models import (
     DATA,
     END,
@@ -258,10 +258,10 @@ def test_interrupted_writing_leaves_the_earlier_file(tmp_path, monkeypatch):
 
 
 def test_result_files_name_no_folder_of_this_machine(tmp_path):
-    assert results.portable(str(DATA)) == "examples/NLG/data"
-    assert results.portable(str(tmp_path)) == tmp_path.name
-    assert results.portable("gpt2") == "gpt2"
-    assert results.portable(4) == 4
+    assert files.portable(str(DATA)) == "examples/NLG/data"
+    assert files.portable(str(tmp_path)) == tmp_path.name
+    assert files.portable("gpt2") == "gpt2"
+    assert files.portable(4) == 4
 
 
 # The scripts

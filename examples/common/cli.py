@@ -58,6 +58,9 @@ def parse_knobs(knobs_class, description, arguments=None, presets=None):
             continue
         if field.default is not None:
             text += f" (default: {field.default})".replace("%", "%%")
+        if typing.get_origin(kind) is tuple:  # `tuple[str, str]`: two words, of one type
+            options["nargs"] = len(typing.get_args(kind))
+            kind = typing.get_args(kind)[0]
         parser.add_argument(f"--{field.name}", type=kind, choices=field.metadata["choices"], help=text, **options)
     return fill_in(knobs_class, vars(parser.parse_args(arguments)), presets)
 

@@ -22,6 +22,17 @@ STANDARD_INPUT = "-"
 # Pairs on whose label the annotators of MNLI did not agree.
 NO_GOLD_LABEL = "-"
 
+# The titles of glue_scores' metrics.
+METRICS = {
+    "accuracy": "Accuracy",
+    "f1": "F1",
+    "precision": "Precision",
+    "recall": "Recall",
+    "matthews": "Matthews",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+}
+
 
 class GlueTask(NamedTuple):
     name: str

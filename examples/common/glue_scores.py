@@ -12,17 +12,9 @@ import numpy as np
 from scipy import stats
 from sklearn.metrics import confusion_matrix
 
+from common.glue import METRICS
 from common.intervals import differences, intervals
 
-METRICS = {
-    "accuracy": "Accuracy",
-    "f1": "F1",
-    "precision": "Precision",
-    "recall": "Recall",
-    "matthews": "Matthews",
-    "pearson": "Pearson",
-    "spearman": "Spearman",
-}
 CORRELATIONS = ("pearson", "spearman")
 
 

@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import results
 from common.cli import UserError
+from common.files import configuration, fingerprints, weights_fingerprint
 
 # The knobs in which the runs of a comparison differ, those that only the runs with adapters read, and those that say
 # where results go. Each run is held against its own knobs when it is read.
@@ -76,7 +76,7 @@ def read_run(script, knobs, files):
         facts(record)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no record of {script.name} ({error!r}); run without --reuse") from error
-    differing = differences(was, identity(results.configuration(knobs), results.fingerprints(files)))
+    differing = differences(was, identity(configuration(knobs), fingerprints(files)))
     if differing:
         raise UserError(
             f"{path} holds another run than the one asked for: {differing}; run without --reuse, or repeat its knobs"
@@ -84,19 +84,19 @@ def read_run(script, knobs, files):
     return record
 
 
-def identity(configuration, data):
+def identity(settings, data):
     """The knobs and the files that make a run, under the names that messages use."""
-    unread = PLACE_KNOBS if configuration.get("adapt") == "lora" else PLACE_KNOBS | LORA_KNOBS
-    knobs = {f"--{name}": value for name, value in configuration.items() if name not in unread}
+    unread = PLACE_KNOBS if settings.get("adapt") == "lora" else PLACE_KNOBS | LORA_KNOBS
+    knobs = {f"--{name}": value for name, value in settings.items() if name not in unread}
     return {**knobs, **{f"{split} file": entry for split, entry in data.items()}}
 
 
-def facts(record):
-    """Everything in which the runs of a comparison must agree."""
+def facts(record, free=METHOD_KNOBS):
+    """Everything in which the runs of a comparison must agree; the knobs named in `free` are free to differ."""
     environment = record["environment"]
-    configuration = {name: value for name, value in record["configuration"].items() if name not in METHOD_KNOBS}
+    settings = {name: value for name, value in record["configuration"].items() if name not in free}
     agreed = {
-        **identity(configuration, record["data"]),
+        **identity(settings, record["data"]),
         **record["counts"],
         "weights of the base": record.get("base"),
         "processes": record["processes"],
@@ -123,7 +123,7 @@ def require_alike(records):
 
 def require_base_of_now(record, knobs):
     """Raise a UserError if the base has other weights than when the run was made."""
-    was, now = record.get("base"), results.weights_fingerprint(knobs.model)
+    was, now = record.get("base"), weights_fingerprint(knobs.model)
     if was != now:
         raise UserError(
             f"{result_file(knobs)} holds a run of a base with other weights: {was} against {now}; run without --reuse"

@@ -2,19 +2,14 @@
 
     cd examples && python -m common.tables
 
-rewrites what stands between the marks `<!-- figures -->` and `<!-- end of figures -->` in README.md.
+rewrites in README.md what stands between the marks `<!-- NAME -->` and `<!-- end of NAME -->` of each table.
 """
 
 import json
 
-from common.results import REPOSITORY, RESULTS, write_atomically
+from common import glue
+from common.files import REPOSITORY, RESULTS, write_atomically
 
-# Result file without .json, and the title of its column.
-RUNS = {
-    "nlg_embedded": "the default run",
-    "nlg_smollm2_lora": "SmolLM2-135M on E2E, LoRA",
-    "nlg_smollm2_full": "the same, all parameters",
-}
 # Rows of scores: key, title, factor, digits.
 SCORES = [
     ("bleu", "BLEU", 1, 1),
@@ -25,52 +20,161 @@ SCORES = [
     ("slot_share", "slot values mentioned, %", 100, 1),
     ("slot_error_rate", "slot errors, %", 100, 1),
 ]
-BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
+DEFAULT_RUN = "nlg_embedded"
+# What was scored on the real test meanings: title, result file without .json, which part of it.
+E2E = [
+    ("base", "nlg_smollm2_base", "before"),
+    ("LoRA, query and value, lr 1e-3", "nlg_smollm2_lora", "after"),
+    ("LoRA, all linear layers, lr 2e-3", "nlg_smollm2_targets", "adapted"),
+    ("all parameters, lr 1e-4", "nlg_smollm2_full", "after"),
+    ("all parameters, lr 3e-4", "nlg_smollm2_methods", "adapted"),
+]
+# The trainings behind them and those that the settings were chosen by.
+STUDY = [
+    "nlg_smollm2_lora",
+    "nlg_smollm2_qv_3e-3",
+    "nlg_smollm2_all_1e-3",
+    "nlg_smollm2_all_2e-3",
+    "nlg_smollm2_full",
+    "nlg_smollm2_full_3e-4",
+]
+MULTI_TASK = "nlu_multi_task"
 
 
-def figures(folder=RESULTS):
-    """A Markdown table with a column for each run; a score is `before -> after` where the base was scored, too."""
-    runs = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in RUNS]
-    rows = {
-        "": RUNS.values(),
-        "---": ["---:"] * len(runs),
-        "parameters": [f"{run['parameters']['total']:,}" for run in runs],
-        "trained": [_trained(run["parameters"]) for run in runs],
-        "optimizer steps, of texts": [
-            f"{run['history'][-1]['step']:,} of {run['configuration']['batch_size']}" for run in runs
-        ],
-        "meanings scored": [f"{run['counts']['test_meanings']:,}" for run in runs],
-        **{title: [_score(run, key, factor, digits) for run in runs] for key, title, factor, digits in SCORES},
-        "slot errors of the references, %": [f"{100 * run['references']['slot_error_rate']:.1f}" for run in runs],
-        "what is saved, bytes": [f"{run['bytes']['checkpoint']:,}" for run in runs],
-        "state of the optimizer, bytes": [f"{run['bytes']['optimizer']:,}" for run in runs],
-        "the model in float32, bytes": [f"{run['bytes']['model']:,}" for run in runs],
-        "seconds in all, of them training": [
-            f"{run['seconds']['total']:.0f}, {run['seconds']['train']:.0f}" for run in runs
-        ],
-        "device, threads": [f"{run['environment']['device']}, {run['environment']['threads']}" for run in runs],
-        "result file": [f"[{name}.json](examples/results/{name}.json)" for name in RUNS],
+def read(name, folder):
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def figures(folder):
+    """What the default run reached and cost; a score is of the base and of the adapted model."""
+    run = read(DEFAULT_RUN, folder)
+    sizes, seconds = run["bytes"], run["seconds"]
+    rows = {"": ["the default run"], "---": ["---:"]}
+    rows["parameters, of them trained"] = [f"{run['parameters']['total']:,}, {_trained(run['parameters'])}"]
+    rows["optimizer steps, of texts"] = [f"{run['history'][-1]['step']:,}, {run['configuration']['batch_size']}"]
+    rows["meanings scored"] = [f"{run['counts']['test_meanings']:,}"]
+    for key, title, factor, digits in SCORES:
+        rows[title] = [" -> ".join(_number(run[when][key], factor, digits) for when in ("before", "after"))]
+    rows["what is saved, bytes"] = [f"{sizes['checkpoint']:,}"]
+    rows["state of the optimizer, bytes"] = [f"{sizes['optimizer']:,}"]
+    rows["the model in float32, bytes"] = [f"{sizes['model']:,}"]
+    rows["seconds in all, of them training"] = [f"{seconds['total']:.0f}, {seconds['train']:.0f}"]
+    rows["device, threads"] = [f"{run['environment']['device']}, {run['environment']['threads']}"]
+    rows["result file"] = [_link(DEFAULT_RUN)]
+    return rows
+
+
+def e2e(folder):
+    """A row for each system that was scored on the real test meanings."""
+    rows = {"": [title for _, title, _, _ in SCORES] + ["result file"]}
+    rows["---"] = ["---:"] * len(rows[""])
+    for title, name, part in E2E:
+        record = read(name, folder)
+        rows[title] = [_number(record[part][key], factor, digits) for key, _, factor, digits in SCORES]
+        rows[title].append(_link(name))
+    references = record["references"]
+    rows["the references themselves"] = [_number(references.get(key), f, digits) for key, _, f, digits in SCORES] + [""]
+    return rows
+
+
+def study(folder):
+    """A row for each run: what it adapted, and its validation losses."""
+    runs = {name: read(name, folder) for name in STUDY}
+    steps = [entry["step"] for entry in next(iter(runs.values()))["history"]]
+    rows = {"": ["trained", "learning rate", *(f"loss at {step}" for step in steps), "result file"]}
+    rows["---"] = ["---:"] * len(rows[""])
+    for name, run in runs.items():
+        knobs = run["configuration"]
+        targets = {"all-linear": "all linear layers", None: "query and value"}[knobs["target_modules"]]
+        title = f"LoRA r={knobs['lora_dim']}, {targets}" if run["adapt"] == "lora" else "all parameters"
+        losses = {entry["step"]: entry["valid_loss"] for entry in run["history"]}
+        rows[title, name] = [
+            f"{run['parameters']['trainable']:,}",
+            f"{knobs['lr']:g}",
+            *(f"{losses[step]:.3f}" for step in steps),
+            _link(name),
+        ]
+    return rows
+
+
+def tasks(folder):
+    """A row for each GLUE task of the benchmark with many tasks."""
+    benchmark = read(MULTI_TASK, folder)
+    rows = {"": ["metric", "majority", "LoRA", "all parameters", "adapter, bytes", "model, bytes"]}
+    rows["---"] = ["---"] + ["---:"] * 5
+    for name, task in benchmark["tasks"].items():
+        rows[name] = [
+            glue.METRICS[task["metric"]],
+            *("-" if value is None else f"{100 * value:.1f}" for value in (task["majority"], task["lora"]["score"])),
+            f"{100 * task['full']['score']:.1f}",
+            *(f"{task[method]['bytes']:,}" for method in ("lora", "full")),
+        ]
+    return rows
+
+
+def serving(folder):
+    """What serving all tasks took, from one base and from a model each."""
+    benchmark = read(MULTI_TASK, folder)
+    one, each = (benchmark["served"][method] for method in ("lora", "full"))
+    sizes = benchmark["bytes"]
+    pairs = {
+        "files, bytes (with the base)": (sizes["lora"] + sizes["base"], sizes["full"], ","),
+        "tensors in memory, bytes": (one["tensor_bytes"], each["tensor_bytes"], ","),
+        "peak of the process, bytes": (one["peak_memory_bytes"]["process"], each["peak_memory_bytes"]["process"], ","),
+        "switch to another task, ms": (1e3 * one["seconds"]["switch"], 1e3 * each["seconds"]["switch"], ".3f"),
+        "texts a second, tasks in turns": (*(s["texts_per_second"]["in turns"] for s in (one, each)), ".0f"),
+        "texts a second, task after task": (*(s["texts_per_second"]["task after task"] for s in (one, each)), ".0f"),
     }
-    return "".join(f"| {' | '.join([name, *cells])} |\n" for name, cells in rows.items())
+    rows = {"": [f"one base, {len(benchmark['tasks'])} adapters", "a model each"], "---": ["---:", "---:"]}
+    return rows | {title: [f"{left:{form}}", f"{right:{form}}"] for title, (left, right, form) in pairs.items()}
 
 
-def with_figures(text):
-    """The text of README.md with the table in its place."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + figures() + END + rest.split(END)[1]
+TABLES = {"figures": figures, "e2e": e2e, "study": study, "tasks": tasks, "serving": serving}
+
+
+def with_tables(text, folder=RESULTS):
+    """The text of README.md with each table in its place."""
+    for name, make in TABLES.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+        before, rest = text.split(begin)
+        text = before + begin + markdown(_in_lists(make(folder))) + end + rest.split(end)[1]
+    return text
+
+
+def _in_lists(rows):
+    """Rows that are keyed by their first cell, or by a tuple that begins with it, as lists of cells."""
+    return [[name[0] if isinstance(name, tuple) else name, *cells] for name, cells in rows.items()]
+
+
+def markdown(rows):
+    """Lists of cells as lines of a Markdown table."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def aligned(rows):
+    """Lists of cells as lines for the terminal: the first column on the left, the others on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "".join(
+        "  ".join(
+            [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
+        ).rstrip()
+        + "\n"
+        for cells in rows
+    )
+
+
+def _link(name):
+    return f"[{name}.json](examples/results/{name}.json)"
 
 
 def _trained(parameters):
     return f"{parameters['trainable']:,} ({parameters['trainable'] / parameters['total']:.2%})"
 
 
-def _score(run, key, factor, digits):
-    scores = [run[when][key] for when in ("before", "after") if when in run]
-    if scores[-1] is None:
-        return "not measured"
-    return " -> ".join(f"{factor * score:.{digits}f}" for score in scores)
+def _number(value, factor, digits):
+    return "" if value is None else f"{factor * value:.{digits}f}"
 
 
 if __name__ == "__main__":
     readme = REPOSITORY / "README.md"
-    write_atomically(readme, with_figures(readme.read_text(encoding="utf-8")))
+    write_atomically(readme, with_tables(readme.read_text(encoding="utf-8")))

@@ -1,0 +1,241 @@
+"""LoRA against full fine-tuning as charts: quality, bytes, memory, time of a step, and the losses of both.
+
+    cd examples
+    python VISUAL_COMPARISON.py
+    python VISUAL_COMPARISON.py --output_dir charts
+    python VISUAL_COMPARISON.py --run
+
+Read from results/*.json, for each two runs that differ in the method alone, in a few seconds. Bars are printed here and
+drawn, as PNG and SVG, into output/ with the curves of the losses. Every bar has its result file beside it. --run
+measures what is missing on the models and the data that ship here.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from common import comparison, tables
+from common.cli import as_user_error, knob, parse_knobs, run
+from common.comparison import Gaps, dig
+from common.files import write_atomically
+
+HERE = Path(__file__).resolve().parent
+TITLES = {"majority": "majority guess", "lora": "LoRA", "full": "full fine-tuning"}
+COLOURS = {"majority": "#999999", "lora": "#1f77b4", "full": "#e07b00"}
+# Those of E2E that are of 100; the others are in QUALITY_COMPARISON.py.
+OF_100 = ("bleu", "meteor", "rouge_l", "slot_share")
+# File: [(title, where a run has it, unit, form, whether the axis is logarithmic)].
+COSTS = {
+    "bytes": [
+        ("what is saved, bytes", ("bytes", "checkpoint"), 1, ",.0f", True),
+        ("state of the optimizer, bytes", ("bytes", "optimizer"), 1, ",.0f", True),
+    ],
+    "memory": [
+        ("peak memory of the process, MiB", ("peak_memory_bytes", "process"), 2**20, ",.0f", False),
+        ("peak memory on the GPU, MiB", ("peak_memory_bytes", "cuda"), 2**20, ",.0f", False),
+    ],
+    "step_time": [("median optimizer step, ms", ("seconds", "step"), 1e-3, ",.1f", False)],
+}
+WIDTH = 50  # of the longest bar in the terminal
+
+
+@dataclass
+class Knobs(comparison.Knobs):
+    output_dir: str = knob(str(HERE / "output"), "folder for the charts")
+
+
+class Bar(NamedTuple):
+    method: str
+    value: float | None
+    text: str
+
+
+class Panel(NamedTuple):
+    title: str
+    bars: dict[str, list[Bar]]  # under the name of what they are of, with the files
+    logarithmic: bool = False
+    most: float | None = None  # the end of the scale; by default the longest bar of a name
+
+
+def quality_panels(records, pairs, gaps):
+    """A panel for each base and data, and for each pair on E2E."""
+    panels = {}
+    for pair in pairs:
+        lora = records[pair[0]]
+        kinds = comparison.score_kinds(lora)
+        glue = comparison.glue_task(lora)
+        title = comparison.base_and_data(lora) if glue else f"{comparison.group_of(lora)}\n{files(pair)}"
+        bars = panels.setdefault(f"{title}\n{'dev sets, ' if glue else ''}x 100", {})
+        for key in [next(iter(kinds))] if glue else OF_100:
+            kind, found = kinds[key], {}
+            if glue:
+                found["majority"] = comparison.scores(lora, "majority").get(key), pair[0]
+            found |= {
+                method: (comparison.scores(records[name]).get(key), name)
+                for method, name in zip(("lora", "full"), pair, strict=True)
+            }
+            label = f"{glue.folder}, {kind.title}\n{files(pair)}" if glue else kind.title
+            bars[label] = [
+                Bar(
+                    method,
+                    None if value is None else kind.factor * value,
+                    comparison.score_text(kind, {key: value}, key, gaps, name, records[name]),
+                )
+                for method, (value, name) in found.items()
+            ]
+    return [Panel(title, bars, most=100) for title, bars in panels.items()]
+
+
+def files(pair):
+    return f"{pair[0]}.json, {pair[1]}.json"
+
+
+def cost_panels(records, pairs, costs, gaps):
+    """A panel for each cost, once for what is synthetic and once for the rest, with the bars of each pair."""
+    panels = {}
+    for title, keys, unit, form, logarithmic in costs:
+        for pair in pairs:
+            lora = records[pair[0]]
+            if "cuda" in keys and lora["environment"]["device"] == "cpu":
+                continue
+            bars = []
+            for method, name in zip(("lora", "full"), pair, strict=True):
+                value = dig(records[name], *keys)
+                if value is None:
+                    bars.append(Bar(method, None, gaps.cell(comparison.remake(name, records[name]))))
+                else:
+                    bars.append(Bar(method, value / unit, f"{value / unit:{form}}"))
+            kind = comparison.SYNTHETIC_BASE if comparison.is_synthetic(lora) else "from outside"
+            panel = panels.setdefault((title, kind), Panel(f"{title}; data: {kind}", {}, logarithmic))
+            panel.bars[f"{comparison.group_of(lora)}\n{files(pair)}"] = bars
+    return list(panels.values())
+
+
+def print_panel(panel):
+    """The bars in the terminal, all from 0."""
+    print(f"\n{panel.title}")
+    for label, bars in panel.bars.items():
+        print("\n" + "\n".join(f"  {line}" for line in label.splitlines()))
+        most = panel.most or max((bar.value for bar in bars if bar.value is not None), default=0)
+        for bar in bars:
+            share = max(bar.value, 0) / most if bar.value is not None and most > 0 else 0
+            print(f"    {TITLES[bar.method]:<17} {bar.text:>12} {'#' * round(WIDTH * share)}".rstrip())
+
+
+def print_losses(records, pairs):
+    """The validation losses that both runs of a pair have."""
+    print("\nvalidation loss by step")
+    for pair in pairs:
+        losses = [{entry["step"]: entry["valid_loss"] for entry in records[name]["history"]} for name in pair]
+        rows = [["step", "LoRA", "full"]]
+        rows += [[f"{step:,}", *(f"{side[step]:.4f}" for side in losses)] for step in losses[0] if step in losses[1]]
+        print(f"\n  {comparison.group_of(records[pair[0]])}\n  {files(pair)}")
+        print("".join(f"    {line}\n" for line in tables.aligned(rows).splitlines()), end="")
+
+
+def draw_panels(panels, pyplot):
+    """A figure of horizontal bars, a panel below the other."""
+    heights = [sum(map(len, panel.bars.values())) + len(panel.bars) + 2.5 for panel in panels]
+    figure, axes = pyplot.subplots(
+        len(panels), figsize=(11, 0.32 * sum(heights)), squeeze=False, height_ratios=heights, layout="constrained"
+    )
+    for axis, panel in zip(axes[:, 0], panels, strict=True):
+        place, ticks, drawn = 0, [], {}
+        for bars in panel.bars.values():
+            ticks.append(place + (len(bars) - 1) / 2)
+            for bar in bars:
+                value = bar.value or 0
+                drawn[bar.method] = axis.barh(place, value, 0.9, color=COLOURS[bar.method])
+                axis.annotate(
+                    *(bar.text.split(" [")[0], (max(value, 0), place)),  # the terminal has the list of commands
+                    **{"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8},
+                )
+                place += 1
+            place += 1
+        axis.set_yticks(ticks, panel.bars, fontsize=7)
+        axis.invert_yaxis()
+        axis.set_title(panel.title, fontsize=9)
+        axis.margins(x=0.12)
+        if panel.most:
+            axis.set_xlim(right=1.08 * panel.most)
+        if panel.logarithmic:
+            axis.set_xscale("log")
+            axis.set_xlabel("logarithmic", fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(
+            drawn.values(), [TITLES[method] for method in drawn], fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)
+        )
+    return figure
+
+
+def draw_losses(records, pairs, pyplot):
+    """A figure of the training losses (lines) and the validation losses (points), a panel for each pair."""
+    columns = min(2, len(pairs))
+    lines = -(-len(pairs) // columns)
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(6.5 * columns, 4 * lines), squeeze=False, layout="constrained"
+    )
+    for axis, pair in zip(axes.flat, pairs, strict=False):
+        for method, name in zip(("lora", "full"), pair, strict=True):
+            record, colour = records[name], COLOURS[method]
+            axis.plot(
+                *zip(*record["curve"], strict=True), color=colour, linewidth=0.8, label=f"{TITLES[method]}, training"
+            )
+            steps, losses = zip(*((entry["step"], entry["valid_loss"]) for entry in record["history"]), strict=True)
+            axis.plot(steps, losses, "o", color=colour, markeredgecolor="black", label=f"{TITLES[method]}, validation")
+        smoothing = records[pair[0]]["configuration"]["label_smoothing"]
+        note = f"\ntraining with label smoothing {smoothing:g}, validation without" if smoothing else ""
+        axis.set_title(f"{comparison.group_of(records[pair[0]])}\n{files(pair)}{note}", fontsize=7)
+        axis.set(xlabel="optimizer step", ylabel="loss")
+        axis.legend(fontsize=7)
+    for axis in axes.flat[len(pairs) :]:
+        axis.set_visible(False)
+    return figure
+
+
+def write(figure, folder, name):
+    """The chart as PNG and SVG."""
+    for form in ("png", "svg"):
+        write_atomically(folder / f"{name}.{form}", lambda file, form=form: figure.savefig(file, format=form, dpi=120))
+
+
+def chart(records, folder):
+    """Print and draw everything; return the files."""
+    import matplotlib  # here, since --help needs none of it
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    gaps, pairs = Gaps(), comparison.pairs(records)
+    figures = {"quality": quality_panels(records, pairs, gaps)}
+    figures |= {name: cost_panels(records, pairs, costs, gaps) for name, costs in COSTS.items()}
+    names = []
+    for name, panels in figures.items():
+        for panel in panels:
+            print_panel(panel)
+        if panels:
+            figure = draw_panels(panels, pyplot)
+            write(figure, folder, name)
+            pyplot.close(figure)
+            names.append(name)
+    if pairs:
+        print_losses(records, pairs)
+        figure = draw_losses(records, pairs, pyplot)
+        write(figure, folder, "loss_curves")
+        pyplot.close(figure)
+        names.append("loss_curves")
+    comparison.show([*comparison.no_pairs(records, gaps), *gaps.block()])
+    return [f"{name}.{form}" for name in names for form in ("png", "svg")]
+
+
+def main():
+    knobs = parse_knobs(Knobs, __doc__)
+    records, folder = comparison.read(knobs), Path(knobs.output_dir)
+    with as_user_error(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    written = chart(records, folder)
+    print(f"\nwritten to {folder}: {', '.join(written) or 'nothing, since there is no pair of runs'}")
+
+
+if __name__ == "__main__":
+    run(main)
