@@ -44,7 +44,7 @@ PUBLISHED = {
             "published: LoRA r=8, query and value": (
                 [
                     *("87.5 +- .3", "95.1 +- .2", "89.7 +- .7", "63.4 +- 1.2"),
-                    *("93.3 +- .3", "90.8 +- .1", "86.6 +- .7", "91.5 +- .2", "0.3M and the heads"),
+                    *("93.3 +- .3", "90.8 +- .1", "86.6 +- .7", "91.5 +- .2", "0.3M"),
                 ],
                 f"{PAPER}, table 2",
             ),
@@ -198,7 +198,7 @@ def published():
     """The tables of what others measured."""
     return [
         (
-            f"Published by others, not measured here: {title}",
+            f"Published by others, not measured here (+- is their confidence interval): {title}",
             [
                 ["method", *metrics, "trained", "source"],
                 *([method, *cells, source] for method, (cells, source) in rows.items()),

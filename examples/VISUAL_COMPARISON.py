@@ -10,6 +10,7 @@ drawn, as PNG and SVG, into output/ with the curves of the losses. Every bar has
 measures what is missing on the models and the data that ship here.
 """
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -124,13 +125,12 @@ def print_panel(panel):
 
 def print_losses(records, pairs):
     """The validation losses that both runs of a pair have."""
-    print("\nvalidation loss by step")
     for pair in pairs:
         losses = [{entry["step"]: entry["valid_loss"] for entry in records[name]["history"]} for name in pair]
         rows = [["step", "LoRA", "full"]]
         rows += [[f"{step:,}", *(f"{side[step]:.4f}" for side in losses)] for step in losses[0] if step in losses[1]]
-        print(f"\n  {comparison.group_of(records[pair[0]])}\n  {files(pair)}")
-        print("".join(f"    {line}\n" for line in tables.aligned(rows).splitlines()), end="")
+        print(f"\nvalidation loss, {comparison.group_of(records[pair[0]])}\n{files(pair)}\n")
+        print(tables.aligned(rows), end="")
 
 
 def draw_panels(panels, pyplot):
@@ -193,47 +193,49 @@ def draw_losses(records, pairs, pyplot):
     return figure
 
 
-def write(figure, folder, name):
-    """The chart as PNG and SVG."""
-    for form in ("png", "svg"):
-        write_atomically(folder / f"{name}.{form}", lambda file, form=form: figure.savefig(file, format=form, dpi=120))
+def panels_of(records, pairs, gaps):
+    """{name of a chart: its panels}, without charts that would be empty."""
+    charts = {"quality": quality_panels(records, pairs, gaps)}
+    charts |= {name: cost_panels(records, pairs, costs, gaps) for name, costs in COSTS.items()}
+    return {name: panels for name, panels in charts.items() if panels}
 
 
-def chart(records, folder):
-    """Print and draw everything; return the files."""
-    import matplotlib  # here, since --help needs none of it
+def report(records, pairs, charts, gaps):
+    """Print everything."""
+    for panels in charts.values():
+        for panel in panels:
+            print_panel(panel)
+    print_losses(records, pairs)
+    comparison.show([*comparison.no_pairs(records, gaps), *gaps.block()])
+
+
+def draw(records, pairs, charts, folder):
+    """Draw everything; return the names of the charts."""
+    import matplotlib  # here, since what is printed needs none of it
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    gaps, pairs = Gaps(), comparison.pairs(records)
-    figures = {"quality": quality_panels(records, pairs, gaps)}
-    figures |= {name: cost_panels(records, pairs, costs, gaps) for name, costs in COSTS.items()}
-    names = []
-    for name, panels in figures.items():
-        for panel in panels:
-            print_panel(panel)
-        if panels:
-            figure = draw_panels(panels, pyplot)
-            write(figure, folder, name)
-            pyplot.close(figure)
-            names.append(name)
+    figures = {name: draw_panels(panels, pyplot) for name, panels in charts.items()}
     if pairs:
-        print_losses(records, pairs)
-        figure = draw_losses(records, pairs, pyplot)
-        write(figure, folder, "loss_curves")
+        figures["loss_curves"] = draw_losses(records, pairs, pyplot)
+    for name, figure in figures.items():
+        for form in ("png", "svg"):
+            save = functools.partial(figure.savefig, format=form, dpi=120)
+            write_atomically(folder / f"{name}.{form}", save)
         pyplot.close(figure)
-        names.append("loss_curves")
-    comparison.show([*comparison.no_pairs(records, gaps), *gaps.block()])
-    return [f"{name}.{form}" for name in names for form in ("png", "svg")]
+    return list(figures)
 
 
 def main():
     knobs = parse_knobs(Knobs, __doc__)
-    records, folder = comparison.read(knobs), Path(knobs.output_dir)
+    records, folder, gaps = comparison.read(knobs), Path(knobs.output_dir), Gaps()
     with as_user_error(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    written = chart(records, folder)
+    pairs = comparison.pairs(records)
+    charts = panels_of(records, pairs, gaps)
+    report(records, pairs, charts, gaps)
+    written = [f"{name}.png, {name}.svg" for name in draw(records, pairs, charts, folder)]
     print(f"\nwritten to {folder}: {', '.join(written) or 'nothing, since there is no pair of runs'}")
 
 

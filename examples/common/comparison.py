@@ -83,6 +83,8 @@ def read_folder(folder):
     for path in sorted(Path(folder).glob("*.json")):
         try:
             records[path.stem] = record = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(record, dict):
+                raise TypeError(f"a {type(record).__name__}, not an object")
             if is_run(record):
                 likeness(record)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -369,7 +371,9 @@ def remake(name, record, adapt=None):
         return shipped[0] if shipped else command(script_of(record), **{**settings, "record": name})
     left_out = {"lr", "skip_base"} | (runs.LORA_KNOBS if adapt != "lora" else set())
     settings = {key: value for key, value in settings.items() if key not in left_out}
-    return command(script_of(record), **{**settings, "adapt": adapt, "record": f"{name}_{adapt}"})
+    start = name.removesuffix("_lora").removesuffix("_full").removesuffix("_head")
+    record_name = f"{start}_{'base' if adapt == 'none' else adapt}"
+    return command(script_of(record), **{**settings, "adapt": adapt, "record": record_name})
 
 
 def trial_command(record):
@@ -417,8 +421,8 @@ def how_long(records, line):
     }
     if not known:
         return "how long it takes is not known: no result file has such a run"
-    times = [f"{name}.json {record['seconds']['total']:.0f} s" for name, record in known.items()]
-    return f"such runs took, one by one on {device_title(next(iter(known.values())))}: {', '.join(times)}"
+    times = [f"{name}.json {known[name]['seconds']['total']:.0f} s ({device_title(known[name])})" for name in known]
+    return f"single runs of it took: {', '.join(times)}"
 
 
 def steps_in_turn(records, pair):
@@ -432,7 +436,7 @@ def steps_in_turn(records, pair):
 def turns_command(records, pair):
     """The command that times the steps of both methods in turn, and makes the two runs anew."""
     lora, full = (records[name]["configuration"] for name in pair)
-    left_out = runs.METHOD_KNOBS - {"seed"} | runs.PLACE_KNOBS | {"resume", "patience"}
+    left_out = runs.METHOD_KNOBS | runs.PLACE_KNOBS | {"resume", "patience"}
     settings = {key: value for key, value in lora.items() if key not in left_out}
     rates = {"lr_lora": lora["lr"], "lr_full": full["lr"]}
     name = pair[0].removesuffix("_lora")

@@ -14,9 +14,9 @@ from pathlib import Path
 from common.cli import UserError
 from common.files import configuration, fingerprints, weights_fingerprint
 
-# The knobs in which the runs of a comparison differ, those that only the runs with adapters read, and those that say
-# where results go. Each run is held against its own knobs when it is read.
-METHOD_KNOBS = {"adapt", "lr", "seed", "skip_base"}
+# The knobs in which methods differ, those that only the runs with adapters read, and those that say where results go.
+# Each run is held against its own knobs when it is read.
+METHOD_KNOBS = {"adapt", "lr", "skip_base"}
 LORA_KNOBS = {"lora_dim", "lora_alpha", "lora_dropout", "target_modules", "init_adapter"}
 PLACE_KNOBS = {"output_dir", "record"}
 
@@ -91,8 +91,8 @@ def identity(settings, data):
     return {**knobs, **{f"{split} file": entry for split, entry in data.items()}}
 
 
-def facts(record, free=METHOD_KNOBS):
-    """Everything in which the runs of a comparison must agree; the knobs named in `free` are free to differ."""
+def facts(record, free=METHOD_KNOBS | {"seed"}):
+    """Everything in which the runs of a comparison must agree; the knobs in `free` may differ."""
     environment = record["environment"]
     settings = {name: value for name, value in record["configuration"].items() if name not in free}
     agreed = {
