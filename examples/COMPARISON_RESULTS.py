@@ -58,7 +58,7 @@ PUBLISHED = {
 
 
 NOTES = f"""A row is a run, or the mean of the seeds of one (+- the standard deviation), with the file that holds it; a
-table holds what shares task, base and data. {comparison.SYNTHETIC_BASE} are texts made by a grammar, and models
+table holds what shares task, base and data. {comparison.SYNTHETIC_BASE} marks texts made by a grammar, and models
 pretrained on such texts: they show nothing about real text, and no table holds them together with others. Scores of
 GLUE are of the dev set, x 100. Rows differ in settings, steps and device as they say; which runs differ in the method
 alone, and by how much, is what QUALITY_COMPARISON.py and LORA_vs_FULL_COMPARISON.py say."""

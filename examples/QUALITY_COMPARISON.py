@@ -29,8 +29,9 @@ def difference(kind, lora, full):
     """[LoRA - full, which of them is better], as cells."""
     if lora is None or full is None:
         return ["-", "-"]
-    gain = full - lora if kind.lower_is_better else lora - full
-    return [f"{kind.factor * (lora - full):+.{kind.digits}f}", "LoRA" if gain > 0 else "full" if gain else "equal"]
+    gain = kind.sign * (lora - full)
+    better = "LoRA" if gain > 0 else "full" if gain < 0 else "equal" if kind.sign else "-"
+    return [f"{kind.factor * (lora - full):+.{kind.digits}f}", better]
 
 
 def of_runs(records, pair, gaps):

@@ -123,14 +123,16 @@ def cells(blocks, *titles):
 
 
 def test_each_reads_the_shipped_results_without_torch_in_ten_seconds(tmp_path):
+    """Seconds of the processor, which other work on the machine does not lengthen."""
     check = (
-        "import runpy, sys; name = sys.argv.pop(1); sys.argv[0] = name; sys.path.insert(0, '.')\n"
+        "import runpy, sys, time; name = sys.argv.pop(1); sys.argv[0] = name; sys.path.insert(0, '.')\n"
         "runpy.run_path(name, run_name='__main__')\n"
-        "assert not {'torch', 'transformers', 'sklearn', 'scipy'} & set(sys.modules)"
+        "assert not {'torch', 'transformers', 'sklearn', 'scipy'} & set(sys.modules)\n"
+        "assert time.process_time() < 10"
     )
     for name, options in {**dict.fromkeys(SCRIPTS, []), "VISUAL_COMPARISON": ["--output_dir", str(tmp_path)]}.items():
         command = [sys.executable, "-W", "error", "-c", check, f"{name}.py", *options]
-        done = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "nlg_compare_full.json" in done.stdout, name
     charts = ["quality", "bytes", "memory", "step_time", "loss_curves"]
@@ -251,10 +253,13 @@ def test_what_is_asked_for_and_is_no_pair(script, names, message, call, folder):
 
 
 @pytest.mark.parametrize("script", [quality, costs], ids=lambda script: script.__name__)
-def test_a_pair_that_is_asked_for_stands_alone(script, call, folder):
+def test_a_pair_that_is_asked_for_stands_alone(script, call, folder, tmp_path):
     status, out, _ = call(script, "--results", folder, "--pair", "nlg_compare_full.json", "nlg_compare_lora")
     assert status == 0 and f"LoRA: {PAIR[0]}.json" in out and f"full: {PAIR[1]}.json" in out
     assert "smollm2" not in out and "nlu" not in out
+    for name in PAIR:
+        shutil.copy(folder / f"{name}.json", tmp_path / f"{name}_lr_0.1.json")
+    assert call(script, "--results", tmp_path, "--pair", *(f"{name}_lr_0.1" for name in PAIR))[0] == 0
 
 
 # What is synthetic
@@ -349,6 +354,7 @@ def test_differences_and_which_is_better(records):
     lora, full = (records[name]["after"] for name in PAIR)
     (bleu,), (errors,) = cells(blocks, "BLEU"), cells(blocks, "slot errors, % (less is better)")
     assert bleu[1:5] == [f"{lora['bleu']:.1f}", f"{full['bleu']:.1f}", f"{lora['bleu'] - full['bleu']:+.1f}", "full"]
+    assert cells(blocks, "distinct 1")[0][4] == "-"  # neither more nor less is better
     assert errors[3:5] == [f"{100 * (lora['slot_error_rate'] - full['slot_error_rate']):+.1f}", "full"]
     full["slot_error_rate"] = 2 * lora["slot_error_rate"]
     full["bleu"] = lora["bleu"]

@@ -39,7 +39,7 @@ class Score(NamedTuple):
     title: str
     factor: float = 1
     digits: int = 1
-    lower_is_better: bool = False
+    sign: int = 1  # -1 where less is better, 0 where neither is
 
     def text(self, value):
         return f"{self.factor * value:.{self.digits}f}"
@@ -50,13 +50,13 @@ class Score(NamedTuple):
 
 E2E = {
     **{
-        key: Score(title, factor, digits, lower_is_better=key == "slot_error_rate")
+        key: Score(title, factor, digits, -1 if key == "slot_error_rate" else 1)
         for key, title, factor, digits in tables.SCORES
     },
     "sacrebleu": Score("BLEU, cased"),
-    "distinct_1": Score("distinct 1", digits=3),
-    "distinct_2": Score("distinct 2", digits=3),
-    "perplexity": Score("perplexity", digits=3, lower_is_better=True),
+    "distinct_1": Score("distinct 1", digits=3, sign=0),
+    "distinct_2": Score("distinct 2", digits=3, sign=0),
+    "perplexity": Score("perplexity", digits=3, sign=-1),
 }
 WITH_INTERVALS = [key for key, *_ in tables.SCORES]  # those of metrics.bootstrap
 MAIN_E2E = {key: E2E[key] for key in ("bleu", "nist", "meteor", "rouge_l", "cider", "slot_error_rate")}
@@ -242,7 +242,7 @@ def pairs(records):
 
 def require_pair(records, names):
     """(LoRA, full) of two result files named in either order; a UserError says why they are no pair."""
-    names = [Path(name).stem for name in names]
+    names = [Path(name).name.removesuffix(".json") for name in names]
     found = runs_of(records)
     for name in names:
         if name not in found:
@@ -484,7 +484,7 @@ def mean_text(kind, score):
 
 
 def with_direction(kind):
-    return f"{kind.title} (less is better)" if kind.lower_is_better else kind.title
+    return f"{kind.title} (less is better)" if kind.sign < 0 else kind.title
 
 
 def no_pairs(records, gaps):
