@@ -555,14 +555,22 @@ def test_every_command_is_one_that_its_script_takes(records, tmp_path, capsys):
     put(records, "nlg_smollm2_full", "after/nist", None)
     put(records, TINY[1], "bytes/optimizer", None)
     del records["nlg_compare_full"], records["nlu_tiny"]
+    for name in ("nlg_smollm2_lora", "nlg_smollm2_full"):
+        put(records, name, "configuration/seed", 7)
+        put(records, name, "configuration/patience", 3)  # which the comparison does not offer
     lines = set()
     for text in reports(records, capsys).values():
         lines |= set(re.findall(r"^\[\d+\] (python examples/.*)$", text, re.MULTILINE))
     scripts = {line.split()[1] for line in lines}
     assert len(scripts) == 6, scripts
+    others = 0
     for line in lines:
         knobs = parsed(line)
         assert knobs.record and not knobs.record.startswith("/")
+        if "compare_lora_vs_full" in line and knobs.record != "nlg_compare":
+            assert (knobs.seed, knobs.lr_lora, knobs.lr_full, knobs.max_steps) == (7, 1e-3, 1e-4, 400)
+            others += 1
+    assert others == 1
     again = parsed(comparison.remake("nlg_smollm2_lora", records["nlg_smollm2_lora"]))
     was = records["nlg_smollm2_lora"]["configuration"]
     assert {**vars(again), "output_dir": None, "record": None} == {**was, "output_dir": None, "record": None}
@@ -618,7 +626,8 @@ def test_how_long_it_takes_may_be_unknown():
     assert comparison.how_long({}, line) == "how long it takes is not known: no result file has such a run"
 
 
-def test_run_writes_to_the_shipped_results_alone(tmp_path, call):
+def test_run_writes_to_the_shipped_results_alone(tmp_path, monkeypatch, call):
+    monkeypatch.setattr(comparison, "MEASUREMENTS", {})  # were it not refused, nothing long would begin
     status, out, err = call(quality, "--run", "--results", tmp_path)
     assert (status, out) == (2, "") and err == (
         f"error: --run writes to {files.RESULTS}, and --results is {tmp_path}; leave one of them out\n"
