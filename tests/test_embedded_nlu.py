@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from sklearn.linear_model import LogisticRegression
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL, DATA = EXAMPLES / "NLU" / "model", EXAMPLES / "NLU" / "data"
@@ -37,7 +38,7 @@ FORMATS = {
     "rte": ("RTE", "index sentence1 sentence2 label", [1, 2], -1, (0.5, 0.6)),
     "mrpc": ("MRPC", "\ufeffQuality|#1 ID|#2 ID|#1 String|#2 String", [3, 4], 0, (0.55, 0.65)),
     "cola": ("CoLA", None, [3], 1, (0.62, 0.72)),
-    "qqp": ("QQP", "id qid1 qid2 question1 question2 is_duplicate", [3, 4], -1, (0.55, 0.65)),
+    "qqp": ("QQP", "id qid1 qid2 question1 question2 is_duplicate", [3, 4], -1, (0.5, 0.65)),
     "stsb": ("STS-B", f"{STSB} sentence1 sentence2 score", [7, 8], -1, None),
 }
 LABELS = {
@@ -120,13 +121,13 @@ def test_no_text_of_dev_is_in_the_pretraining():
     shipped = {text for task in FORMATS for file in DEV[task] for texts in texts_of(task, file) for text in texts}
     assert held_out == {text.removesuffix(" ") for text in shipped}
     rng = random.Random(make_encoder.SEED)
-    met = {text for _ in range(20_000) for text in glue_grammar.page(rng, held_out)}
+    met = {text for _ in range(20_000) for text in glue_grammar.page(rng, held_out)[0]}
     assert held_out.isdisjoint(met)
 
 
 def test_a_page_that_is_held_out_is_drawn_again():
-    first = glue_grammar.page(random.Random(1))
-    assert glue_grammar.page(random.Random(1), frozenset(first[:1])) != first
+    texts, _ = glue_grammar.page(random.Random(1))
+    assert glue_grammar.page(random.Random(1), frozenset(texts[:1]))[0] != texts
 
 
 @pytest.mark.parametrize(("task", "file"), FILES)
@@ -284,18 +285,24 @@ def test_a_classifier_has_no_random_weights_but_its_head():
     assert all(name.startswith("lm_head.") for name in loading["unexpected_keys"])
 
 
-def test_the_encoder_copies_a_hidden_word_from_the_other_text(tokenizer):
-    model = AutoModelForMaskedLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    right = 0
-    values = glue_grammar.RELATIONS["owner"][0]
-    for value in values:
-        ids = tokenizer(f"The Golden Otter is run by {value}.", "The Golden Otter belongs to Ada.", return_tensors="pt")
-        ids = ids["input_ids"]
-        answer = tokenizer(value, add_special_tokens=False)["input_ids"]
-        place = (ids[0] == tokenizer("Ada", add_special_tokens=False)["input_ids"][0]).nonzero()[-1].item()
-        ids[0, place] = tokenizer.mask_token_id
-        right += model(input_ids=ids).logits[0, place].argmax().item() == answer[0]
-    assert right / len(values) > 0.8
+@pytest.mark.parametrize(("task", "least"), [("qnli", 0.9), ("sst2", 0.9), ("cola", 0.8), ("mnli", 0.55)])
+def test_a_linear_classifier_of_the_first_token_learns_a_task_from_the_pretraining_alone(tokenizer, task, least):
+    pretrained = AutoModel.from_pretrained(MODEL, dtype=torch.float32, add_pooling_layer=False).eval()
+    torch.manual_seed(0)
+    random_weights = type(pretrained)(pretrained.config, add_pooling_layer=False).eval()
+    scores = []
+    for model in (pretrained, random_weights):
+        states = []
+        for file in ("train", DEV[task][0]):
+            texts = zip(*texts_of(task, file)[:600], strict=True)
+            with torch.no_grad():
+                inputs = tokenizer(*map(list, texts), padding=True, return_tensors="pt")
+                states.append(model(**inputs).last_hidden_state[:, 0].numpy())
+        classifier = LogisticRegression(max_iter=2000).fit(states[0], labels_of(task, "train")[:600])
+        scores.append(classifier.score(states[1], labels_of(task, DEV[task][0])[:600]))
+    most_common = collections.Counter(labels_of(task, DEV[task][0])[:600]).most_common(1)[0][1] / len(states[1])
+    assert scores[0] > least > most_common + 0.1
+    assert scores[1] < most_common + 0.05
 
 
 @pytest.mark.parametrize("text", ['"The Kite" is pure comedy.', "naïve Ωmega 日本 \U0001f600", "the plot is dull . "])

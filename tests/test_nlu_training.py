@@ -628,7 +628,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(roberta, tmp_path,
             train("mrpc", roberta, tmp_path / "killed", **options)
     assert len(calls) == at and run_training_nlu.evaluate is evaluate
     torch.manual_seed(12345)  # another process begins with other random numbers
-    resumed = train("mrpc", roberta, tmp_path / "killed", **options, resume=True, eval_batch_size=7)
+    resumed = train("mrpc", roberta, tmp_path / "killed", **options, resume=True)
     assert resumed["first_step"] == at // 2 * 2 and whole["first_step"] == 0
     for key in ("history", "curve", "best_step"):
         assert resumed[key] == whole[key], key

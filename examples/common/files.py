@@ -63,7 +63,7 @@ def sha256(path):
 
 def portable(value):
     """A knob as a result file shows it: paths relative to the repository or, outside it, without their folders."""
-    if not isinstance(value, str) or not os.path.exists(value):
+    if not isinstance(value, str) or not (os.path.isabs(value) or os.path.exists(value)):
         return value  # no path, or a name on the hub
     path = Path(value).resolve()
     return path.relative_to(REPOSITORY).as_posix() if path.is_relative_to(REPOSITORY) else path.name

@@ -1,7 +1,7 @@
 """The grammar behind the GLUE-style data of the NLU example and the text on which its encoder is pretrained.
 
 Everything is synthetic. Five of the pair tasks and the similarity task speak of one thing: a subject and facts
-about it, each fact said in one of six ways and asked in one of four. `TASKS` makes labelled examples; `page`
+about it, each fact said in one of four ways and asked in one of four. `TASKS` makes labelled examples; `page`
 gives unlabelled text: the same facts told twice, questions with their answers, reviews, plain sentences.
 
 What is held out for "dev": names (no subject of dev is one of train), and wordings (which two ways of saying
@@ -13,139 +13,116 @@ from typing import NamedTuple
 import grammar
 from grammar import COLOUR, CREATURE, FIRST, HEAD, RULES, TAIL, polish, words
 
-TOWNS = [head + TAIL[(3 * i) % len(TAIL)] for i, head in enumerate(HEAD)]
-PAINT = words("red blue green white yellow black brown grey pink orange")
-YEARS = [str(year) for year in range(1902, 2018, 5)]
-HOURS = [f"{hour} {half}" for half in ("am", "pm") for hour in (5, 6, 7, 8, 9, 10)]
-MONEY = [f"£ {amount}" for amount in (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)]
+ALL_TOWNS = [head + TAIL[(3 * i) % len(TAIL)] for i, head in enumerate(HEAD)]
+TOWNS, PEOPLE = ALL_TOWNS[:8], FIRST[:8]
+PAINT = words("red blue green white yellow black grey pink")
+YEARS = [str(year) for year in range(1902, 2018, 15)]
+HOURS = [f"{hour} {half}" for half in ("am", "pm") for hour in (7, 8, 9, 10)]
+MONEY = [f"£ {amount}" for amount in (2, 3, 5, 8, 10, 12, 15, 20)]
 
-# relation: its values; six ways to say it, those without {x} behind the subject; four ways to ask for it
+# relation: its values; four ways to say it, those without {x} behind the subject; four ways to ask for it
 RELATIONS = {
     "owner": (
-        FIRST,
-        "is run by {v}|belongs to {v}|has {v} as its owner|is in the hands of {v}|{v} runs {x}|the owner of {x} is {v}",
+        PEOPLE,
+        "is run by {v}|belongs to {v}|has {v} as its owner|{v} runs {x}",
         "who runs {x}|who is the owner of {x}|to whom does {x} belong|in whose hands is {x}",
     ),
     "place": (
         TOWNS,
-        "is in {v}|stands in {v}|is located in {v}|can be found in {v}|{v} is the home of {x}|you will find {x} in {v}",
+        "is in {v}|stands in {v}|is located in {v}|{v} is the home of {x}",
         "where is {x}|in which town does {x} stand|what is the location of {x}|where can I find {x}",
     ),
     "opened": (
         YEARS,
-        "was founded in {v}|opened in {v}|has existed since {v}|dates from {v}|{v} was the first year of {x}|"
-        "the history of {x} begins in {v}",
+        "was founded in {v}|opened in {v}|has existed since {v}|{v} was the first year of {x}",
         "when was {x} founded|in which year did {x} open|since when has {x} existed|how old is {x}",
-    ),
-    "closed": (
-        RULES["day"],
-        "is closed on {v}|does not open on {v}|rests on {v}|has no visitors on {v}|on {v} {x} is shut|"
-        "{v} is the day off at {x}",
-        "when is {x} closed|on which day does {x} rest|which is the day off at {x}|when is {x} shut",
     ),
     "hours": (
         HOURS,
-        "opens at {v}|starts the day at {v}|lets people in from {v}|is ready at {v}|at {v} the doors of {x} open|"
-        "you can enter {x} from {v}",
+        "opens at {v}|starts the day at {v}|lets people in from {v}|at {v} the doors of {x} open",
         "at what time does {x} open|when do the doors of {x} open|from what time can I enter {x}|"
         "how early does {x} start",
     ),
     "paint": (
         PAINT,
-        "is painted {v}|has a {v} front|is all in {v}|wears {v}|{v} is the colour of {x}|the walls of {x} are {v}",
+        "is painted {v}|has a {v} front|is all in {v}|{v} is the colour of {x}",
         "how is {x} painted|what is the colour of {x}|which colour has {x}|what colour are the walls of {x}",
     ),
     "goods": (
-        [item + "s" for item in RULES["item"]],
-        "sells {v}|deals in {v}|has {v} in stock|offers {v}|you can buy {v} at {x}|the trade of {x} is {v}",
+        [item + "s" for item in RULES["item"][:8]],
+        "sells {v}|deals in {v}|has {v} in stock|you can buy {v} at {x}",
         "what does {x} sell|in what does {x} deal|what can I buy at {x}|what does {x} have in stock",
     ),
     "food": (
-        RULES["food"],
-        "serves {v} food|has a {v} menu|cooks {v} dishes|is known for {v} cooking|the food at {x} is {v}|"
-        "the kitchen of {x} is {v}",
+        RULES["food"][:8],
+        "serves {v} food|has a {v} menu|cooks {v} dishes|the food at {x} is {v}",
         "what does {x} serve|which menu has {x}|for which cooking is {x} known|what can I eat at {x}",
     ),
     "born": (
         TOWNS,
-        "was born in {v}|comes from {v}|grew up in {v}|is a native of {v}|{v} is the birthplace of {x}|"
-        "the family of {x} is from {v}",
+        "was born in {v}|comes from {v}|grew up in {v}|{v} is the birthplace of {x}",
         "where was {x} born|where does {x} come from|what is the birthplace of {x}|in which town did {x} grow up",
     ),
     "job": (
-        RULES["job"],
-        "works as a {v}|is a {v} by trade|earns money as a {v}|became a {v}|the job of {x} is that of a {v}|"
-        "they know {x} as a {v}",
+        RULES["job"][:8],
+        "works as a {v}|is a {v} by trade|earns money as a {v}|the job of {x} is that of a {v}",
         "what is the job of {x}|what does {x} do for a living|what is {x} by trade|how does {x} earn money",
     ),
     "pet": (
         RULES["animal"],
-        "keeps a {v}|owns a {v}|has a {v} at home|looks after a {v}|a {v} lives with {x}|the pet of {x} is a {v}",
+        "keeps a {v}|owns a {v}|has a {v} at home|a {v} lives with {x}",
         "which animal does {x} keep|what is the pet of {x}|which pet lives with {x}|what does {x} look after",
     ),
     "sport": (
         RULES["sport"],
-        "plays {v}|is fond of {v}|trains for {v}|is good at {v}|the sport of {x} is {v}|{v} is the hobby of {x}",
+        "plays {v}|is fond of {v}|trains for {v}|the sport of {x} is {v}",
         "which sport does {x} play|what is the hobby of {x}|for what does {x} train|at which sport is {x} good",
     ),
     "tongue": (
-        RULES["language"],
-        "speaks {v}|is fluent in {v}|talks in {v}|writes in {v}|the language of {x} is {v}|you hear {v} when {x} talks",
+        RULES["language"][:8],
+        "speaks {v}|is fluent in {v}|talks in {v}|the language of {x} is {v}",
         "which language does {x} speak|in which language is {x} fluent|what is the language of {x}|"
         "in what language does {x} write",
     ),
-    "partner": (
-        FIRST,
-        "is married to {v}|shares a house with {v}|has a life with {v}|loves {v}|{v} and {x} are a couple|"
-        "the partner of {x} is {v}",
-        "to whom is {x} married|who shares a house with {x}|who is the partner of {x}|whom does {x} love",
-    ),
     "author": (
-        FIRST,
-        "was written by {v}|is the work of {v}|has {v} as its author|was made by {v}|{v} wrote {x}|"
-        "the author of {x} is {v}",
+        PEOPLE,
+        "was written by {v}|is the work of {v}|has {v} as its author|{v} wrote {x}",
         "who wrote {x}|who is the author of {x}|by whom was {x} made|whose work is {x}",
     ),
     "genre": (
         RULES["genre"],
-        "is a kind of {v}|counts as {v}|belongs on the {v} shelf|is pure {v}|the genre of {x} is {v}|"
-        "critics call {x} a {v}",
+        "is a kind of {v}|counts as {v}|belongs on the {v} shelf|the genre of {x} is {v}",
         "what is the genre of {x}|what kind of work is {x}|what do critics call {x}|on which shelf does {x} belong",
     ),
     "printed": (
         YEARS,
-        "came out in {v}|was published in {v}|appeared in {v}|was new in {v}|in {v} people first saw {x}|"
-        "the first edition of {x} is from {v}",
+        "came out in {v}|was published in {v}|appeared in {v}|in {v} people first saw {x}",
         "when did {x} come out|in which year was {x} published|when was {x} new|"
         "from which year is the first edition of {x}",
     ),
     "theme": (
-        RULES["animal"] + RULES["job"],
-        "is about a {v}|follows a {v}|tells of a {v}|shows us a {v}|a {v} is the hero of {x}|"
-        "at the heart of {x} is a {v}",
+        RULES["animal"],
+        "is about a {v}|follows a {v}|tells of a {v}|a {v} is the hero of {x}",
         "what is {x} about|whom does {x} follow|who is the hero of {x}|who is at the heart of {x}",
     ),
     "captain": (
-        FIRST,
-        "is led by {v}|follows the orders of {v}|has {v} as its captain|is under {v}|{v} leads {x}|"
-        "the captain of {x} is {v}",
+        PEOPLE,
+        "is led by {v}|follows the orders of {v}|has {v} as its captain|{v} leads {x}",
         "who leads {x}|who is the captain of {x}|under whom is {x}|whose orders does {x} follow",
     ),
     "harbour": (
         TOWNS,
-        "sails from {v}|has its harbour at {v}|leaves from {v}|lies at {v}|{v} is the port of {x}|"
-        "the harbour of {x} is {v}",
+        "sails from {v}|has its harbour at {v}|leaves from {v}|{v} is the port of {x}",
         "from where does {x} sail|what is the port of {x}|where does {x} lie|from which town does {x} leave",
     ),
     "month": (
-        RULES["month"],
-        "takes place in {v}|is held in {v}|happens each {v}|comes in {v}|{v} is the month of {x}|"
-        "people go to {x} in {v}",
+        RULES["month"][:8],
+        "takes place in {v}|is held in {v}|happens each {v}|{v} is the month of {x}",
         "when does {x} take place|in which month is {x} held|which is the month of {x}|when do people go to {x}",
     ),
     "fee": (
         MONEY,
-        "costs {v}|asks for {v}|has a price of {v}|takes {v} at the door|the ticket for {x} is {v}|you pay {v} for {x}",
+        "costs {v}|asks for {v}|has a price of {v}|the ticket for {x} is {v}",
         "how much is {x}|what does {x} cost|what is the ticket for {x}|how much do I pay for {x}",
     ),
 }
@@ -153,9 +130,9 @@ RELATIONS = {key: (values, ways.split("|"), asks.split("|")) for key, (values, w
 
 # domain: what is between the two words of a name, and the relations
 DOMAINS = {
-    "shops": ("The {colour} {creature}", "owner place opened closed hours paint goods"),
-    "kitchens": ("{town} {room}", "owner place opened closed hours food"),
-    "people": ("{first} {head}", "born job pet sport tongue partner"),
+    "shops": ("The {colour} {creature}", "owner place opened paint goods"),
+    "kitchens": ("{town} {room}", "owner place opened hours food"),
+    "people": ("{first} {head}", "born job pet sport tongue"),
     "books": ("The {thing} of {town}", "author genre printed theme"),
     "ships": ("The {creature} of {town}", "captain harbour paint fee opened"),
     "fairs": ("{town} {event}", "captain place month fee goods"),
@@ -164,9 +141,9 @@ MATCHED, MISMATCHED = list(DOMAINS)[:4], list(DOMAINS)[4:]
 PARTS = {
     "colour": COLOUR,
     "creature": CREATURE,
-    "town": TOWNS,
+    "town": ALL_TOWNS[8:],
     "room": words("Kitchen Rooms Table Yard House Corner Cellar"),
-    "first": FIRST,
+    "first": FIRST[8:],
     "head": HEAD,
     "thing": grammar.THING,
     "event": words("Fair Festival Cup Market Parade Concert Race"),
@@ -187,11 +164,6 @@ NOT = words("not {w}|never {w}|far from {w}|anything but {w}|hardly {w}|not at a
 VERY = words("{w}|{w}|very {w}|truly {w}|so {w}|quite {w}|{w} from start to finish|often {w}", "|")
 LIKED = words("loved admired enjoyed adored praised")
 LOATHED = words("hated regretted disliked despised endured")
-VERDICTS = (  # said in the pretraining text only
-    words("do not go|we want our money back|a waste of time|1 out of 5|we left early|avoid it", "|"),
-    words("go and see it|we will see it again|worth every penny|5 out of 5|we stayed to the end|do not miss it", "|"),
-)
-
 # Plain sentences
 
 NOUNS = words(
@@ -239,11 +211,11 @@ def changed(rng, fact):
     return relation, rng.choice([other for other in RELATIONS[relation][0] if other != value])
 
 
-def way_pair(rng, split, first=6, second=6):
+def way_pair(rng, split):
     """Two different ways to word one fact: those of dev do not meet in train; pretraining has all."""
     while True:
-        i, j = rng.randrange(first), rng.randrange(second)
-        if (i != j or first != second) and split in (None, "dev" if (i + j) % 3 == 0 else "train"):
+        i, j = rng.sample(range(4), 2)
+        if split in (None, "dev" if (i + j) % 3 == 0 else "train"):
             return i, j
 
 
@@ -267,12 +239,12 @@ def ask(name, relation, way):
     return polish(RELATIONS[relation][2][way].replace("{x}", name) + "?")
 
 
-def two_tellings(rng, split, name, facts, others, extra=()):
-    """One text of `facts`, then one of `others`, in which a fact is worded another way than in the first."""
+def two_tellings(rng, split, name, facts, others, same=False):
+    """One text of `facts`, then one of `others`, in which a fact is worded another way than in the first, or `same`."""
     ways = {relation: way_pair(rng, split) for relation in RELATIONS}
-    first = [(fact, ways[fact[0]][0]) for fact in (*facts, *extra)]
+    first = [(fact, ways[fact[0]][0]) for fact in facts]
     rng.shuffle(first)
-    second = [(fact, ways[fact[0]][1]) for fact in others]
+    second = [(fact, ways[fact[0]][0 if same else 1]) for fact in others]
     rng.shuffle(second)
     return tell(rng, name, first), tell(rng, name, second)
 
@@ -301,8 +273,8 @@ def qnli(rng, split):
     domain = rng.choice(list(DOMAINS))
     name, facts = name_of(rng, domain, split), facts_of(rng, domain, 3)
     answered = rng.random() < 0.54
-    ask_way, tell_way = way_pair(rng, split, 4, 6)
-    told = [(facts[0], tell_way), (facts[1], rng.randrange(6))]
+    ask_way, tell_way = way_pair(rng, split)
+    told = [(facts[0], tell_way), (facts[1], rng.randrange(4))]
     rng.shuffle(told)
     texts = ask(name, facts[0 if answered else 2][0], ask_way), tell(rng, name, told)
     return Row(texts, "entailment" if answered else "not_entailment", domain)
@@ -317,7 +289,7 @@ def mrpc(rng, split):
 
 def qqp(rng, split):
     domain, same = rng.choice(list(DOMAINS)), rng.random() < 0.42
-    name, facts, ways = name_of(rng, domain, split), facts_of(rng, domain, 2), way_pair(rng, split, 4, 4)
+    name, facts, ways = name_of(rng, domain, split), facts_of(rng, domain, 2), way_pair(rng, split)
     asked, other = facts[0][0], (name, facts[0][0])
     if not same:
         other = rng.choice([(name, facts[1][0]), (name, facts[1][0]), (name_of(rng, domain, split), asked)])
@@ -336,10 +308,10 @@ def stsb(rng, split):
     return Row(texts, f"{min(5, max(0, round(score * 5) / 5)):.3f}", domain)
 
 
-def remark(rng, positive, adjectives):
+def remark(rng, positive, adjectives, denials=0.35):
     """A clause of a review: praise by a good word or by a bad one denied, and blame the other way round."""
     aspect = rng.choice(ASPECTS)
-    denied = rng.random() < 0.35
+    denied = rng.random() < denials
     word = rng.choice(adjectives[positive != denied])
     if rng.random() < 0.25:
         verb = rng.choice(LIKED if positive != denied else LOATHED)
@@ -409,52 +381,57 @@ TASKS = {"sst2": sst2, "mnli": mnli, "qnli": qnli, "rte": rte, "mrpc": mrpc, "co
 
 # The pretraining
 
-AGREED = words("Yes,|Right:|Indeed,|In other words,|That is,", "|")
-OBJECTED = words("No,|Wrong:|On the contrary,|But others say that", "|")
-ADDED = words("Also,|Besides,|Moreover,|And", "|")
+# Words that open a text and say how it goes with the one before, or how its speaker takes it, as people use them:
+# who says "er" makes slips. A page leaves the word out; the encoder has to guess it.
+OPENINGS = words("indeed actually also surely anyway luckily sadly well er")
 
 
-def lowered(text):
-    """A sentence behind an opening word: only a name keeps its capital."""
-    return text[0].lower() + text[1:] if text.split()[0] in ("The", "At", "In", "On", "You", "People") else text
+def remarks_page(rng, positive):
+    if rng.random() < 0.5:
+        return review(rng, positive)
+    said = remark(rng, positive, (BAD, GOOD), denials=0.15)
+    return f"{said} and {rng.choice((BAD, GOOD)[positive])} ." if said.startswith("the") else f"{said} ."
 
 
 def facts_page(rng):
+    """(Two texts, the word that could open the second), many of them short or in the same words: easy ones first."""
     domain = rng.choice(list(DOMAINS))
     name, facts = name_of(rng, domain, "pretraining"), facts_of(rng, domain, 4)
-    form = rng.random()
-    if form < 0.35:
-        told = facts[: rng.choice([1, 2, 2, 3])]
-        return two_tellings(rng, None, name, told, told)
-    if form < 0.5:
-        return two_tellings(rng, None, name, facts[:3], facts[: rng.choice([1, 2])])
-    if form < 0.7:
-        ask_way, tell_way = way_pair(rng, None, 4, 6)
-        told = [(facts[0], tell_way), (facts[1], rng.randrange(6))]
+    form, same = rng.random(), rng.random() < 0.35
+    if form < 0.27:
+        ask_way, tell_way = way_pair(rng, None)
+        told = [(facts[0], tell_way), (facts[1], rng.randrange(4))][: rng.choice([1, 1, 2])]
         rng.shuffle(told)
-        return ask(name, facts[0][0], ask_way), tell(rng, name, told)
-    if form < 0.8:
-        ways = way_pair(rng, None, 4, 4)
-        return ask(name, facts[0][0], ways[0]), ask(name, facts[0][0], ways[1])
-    opening, said = rng.choice([(AGREED, facts[0]), (OBJECTED, changed(rng, facts[0])), (ADDED, facts[3])])
-    first, second = two_tellings(rng, None, name, facts[: rng.choice([1, 2, 3])], [said])
-    return first, f"{rng.choice(opening)} {lowered(second)}"
+        asked, opening = rng.choice([(facts[0], "surely"), (facts[2], "anyway")])
+        return (ask(name, asked[0], ask_way), tell(rng, name, told)), opening
+    if form < 0.52:
+        ways, another = way_pair(rng, None), name_of(rng, domain, "pretraining")
+        again = rng.choice([(name, facts[0]), (name, facts[0]), (name, facts[1]), (another, facts[0])])
+        texts = ask(name, facts[0][0], ways[0]), ask(again[0], again[1][0], ways[0 if same else 1])
+        return texts, "indeed" if again == (name, facts[0]) else "also"
+    count = rng.choice([1, 1, 1, 2])
+    told, kept = facts[: max(count, rng.choice([1, 1, 1, 2, 3]))], facts[: count - 1]
+    said, opening = rng.choice(
+        [(facts[count - 1], "indeed"), (changed(rng, facts[count - 1]), "actually"), (facts[3], "also")]
+    )
+    return two_tellings(rng, None, name, told, [*kept, said], same), opening
 
 
 def page(rng, held_out=frozenset()):
-    """One input of the pretraining: a text or two, without labels and without a sentence of `held_out`."""
+    """One input of the pretraining: a text or two, none of them `held_out`, and the word that could open the last."""
     while True:
-        form = rng.random()
-        if form < 0.12:
+        form, yes, opening = rng.random(), rng.random() < 0.5, None
+        if form < 0.03:
             texts = (rng.choice(grammar.document(rng)),)
-        elif form < 0.27:
-            positive = rng.random() < 0.5
-            texts = [review(rng, positive), review(rng, positive)]
-            if rng.random() < 0.4:
-                texts[1] = rng.choice(VERDICTS[positive]) + " ."
-        elif form < 0.37:
+        elif form < 0.06:
             texts = (plain(rng), plain(rng))
+        elif form < 0.09:
+            texts = (remarks_page(rng, yes), remarks_page(rng, yes))
+        elif form < 0.22:
+            texts, opening = (remarks_page(rng, yes),), "luckily" if yes else "sadly"
+        elif form < 0.35:
+            texts, opening = (plain(rng, None if yes else rng.choice(FAULTS)),), "well" if yes else "er"
         else:
-            texts = facts_page(rng)
+            texts, opening = facts_page(rng)
         if held_out.isdisjoint(texts):
-            return tuple(texts)
+            return texts, opening

@@ -3,7 +3,7 @@
     python examples/embedded/make_encoder.py
     python examples/embedded/make_encoder.py --output_dir somewhere --steps 20    # a quick look
 
-Takes about 10 minutes on 2 cores, without network, and gives the same bits again on the same machine with
+Takes about 12 minutes on one core, without network, and gives the same bits again on the same machine with
 the same versions of torch and transformers. The encoder is an ordinary RobertaForMaskedLM in float16,
 pretrained by masked language modelling on the unlabelled text of glue_grammar.py.
 """
@@ -21,17 +21,21 @@ import pretraining
 import tokenizers
 import torch
 import transformers
-from glue_grammar import page
+from glue_grammar import OPENINGS, page
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-VOCABULARY = 1536  # nearly every word of the grammar is one token
+VOCABULARY = 2048  # nearly every word of the grammar is one token
 WIDTH, LAYERS, HEADS, POSITIONS = 160, 4, 4, 128
-BATCH = 64  # pages to a step
+BATCH = 96  # pages to a step
 STEPS = 2000
+WORDS_ONLY = 0.4  # of the steps: to copy comes before to compare
 LR, WARMUP, WEIGHT_DECAY = 4e-3, 100, 0.1
 CHOSEN = 0.25  # of the words, more than RoBERTa's 15 %: the pages are short, and each is seen once
-MASKED, REPLACED = 0.7, 0.2  # of the chosen; many are replaced, so that a word is checked against the other text
+MASKED, REPLACED = 0.4, 0.5  # of the chosen; many are replaced, so that every word is checked against the other text
+WHOLE = 0.7  # of the pages that a word could open: nothing in them is hidden, and only that word is asked for
+OPENING_WEIGHT = 3.0  # of the loss of the opening word, beside that of the hidden words
 SEED = 5
 THREADS = 1  # fixed: the order of a sum depends on the number of threads
 TOKENIZER_PAGES = 20_000
@@ -54,7 +58,7 @@ def train_tokenizer(rng):
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((text for _ in range(TOKENIZER_PAGES) for text in page(rng)), trainer)
+    tokenizer.train_from_iterator((text for _ in range(TOKENIZER_PAGES) for text in page(rng)[0]), trainer)
     learnt = json.loads(tokenizer.to_str())["model"]
     return transformers.RobertaTokenizer(
         vocab=learnt["vocab"],
@@ -65,54 +69,85 @@ def train_tokenizer(rng):
 
 
 def token_batches(tokenizer, rng, batches, held_out):
-    """Padded batches of pages of about the same length, in random order; and the SHA-256 of the text."""
+    """Batches of pages of about the same length, in random order, (padded ids, opening words); and their SHA-256.
+
+    An opening word is its index in OPENINGS, or -1 where a page has none.
+    """
     made, digest = [], hashlib.sha256()
     with tqdm(total=batches, desc="text", unit="batch", disable=batches < 1000) as progress:
         while len(made) < batches:
             count = min(50, batches - len(made))
             pages = [page(rng, held_out) for _ in range(count * BATCH)]
-            digest.update("\0".join(text for texts in pages for text in texts).encode())
-            rows = [tokenizer(*texts, truncation=True)["input_ids"] for texts in pages]
-            rows.sort(key=len)
-            group = [
-                tokenizer.pad({"input_ids": rows[i : i + BATCH]}, return_tensors="pt")["input_ids"]
-                for i in range(0, len(rows), BATCH)
+            digest.update("\0".join(text for texts, _ in pages for text in texts).encode())
+            rows = [
+                (tokenizer(*texts, truncation=True)["input_ids"], OPENINGS.index(opening) if opening else -1)
+                for texts, opening in pages
             ]
+            rows.sort(key=lambda row: len(row[0]))
+            group = []
+            for start in range(0, len(rows), BATCH):
+                ids, openings = zip(*rows[start : start + BATCH], strict=True)
+                padded = tokenizer.pad({"input_ids": ids}, return_tensors="pt")["input_ids"]
+                group.append((padded, torch.tensor(openings)))
             rng.shuffle(group)
             made += group
             progress.update(count)
     return made, digest.hexdigest()
 
 
-class WordMasking:
-    """Hides whole words of a batch, and asks for them: the loss of masked language modelling."""
+class Objective:
+    """The losses of the pretraining: words of a page that are hidden or replaced, and the word that could open it.
+
+    A classifier reads <s> alone, which the words ask nothing of. So <s> is asked for the opening word, by a head that
+    is trained along and then left behind, as in BERT's prediction of the next sentence.
+    """
 
     def __init__(self, tokenizer, seed):
-        self.mask, self.special = tokenizer.mask_token_id, torch.tensor(tokenizer.all_special_ids)
-        self.pad = tokenizer.pad_token_id
+        self.mask, self.pad = tokenizer.mask_token_id, tokenizer.pad_token_id
+        self.special = torch.tensor(tokenizer.all_special_ids)
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         self.starts = torch.tensor([token.startswith("Ġ") or not token.isalnum() for token in tokens])
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, model, ids):
-        words = self.starts[ids].cumsum(1) - 1
+    def hide(self, ids, rows):
+        """(The ids with whole words of these rows hidden or replaced, where those are.)"""
+        words, special = self.starts[ids].cumsum(1) - 1, torch.isin(ids, self.special)
         chosen, way = (torch.rand(ids.shape, generator=self.generator).gather(1, words) for _ in range(2))
-        chosen = (chosen < CHOSEN) & ~torch.isin(ids, self.special)
-        others = ids[~torch.isin(ids, self.special)]  # a replacement is as likely as its word is frequent
+        chosen = (chosen < CHOSEN) & ~special & rows[:, None]
+        others = ids[~special]  # a replacement is as likely as its word is frequent
         other = others[torch.randint(len(others), ids.shape, generator=self.generator)]
         hidden = ids.masked_fill(chosen & (way < MASKED), self.mask)
-        hidden = torch.where(chosen & (way >= MASKED) & (way < MASKED + REPLACED), other, hidden)
+        return torch.where(chosen & (way >= MASKED) & (way < MASKED + REPLACED), other, hidden), chosen
+
+    def losses(self, model, batch):
+        ids, openings = batch
+        whole = (openings >= 0) & (torch.rand(len(ids), generator=self.generator) < WHOLE)
+        hidden, chosen = self.hide(ids, ~whole)
+        openings = openings.masked_fill(~whole, -1)
         states = model.roberta(hidden, attention_mask=(ids != self.pad).long()).last_hidden_state
-        return torch.nn.functional.cross_entropy(model.lm_head(states[chosen]).float(), ids[chosen])
+        words = cross_entropy(model.lm_head(states[chosen]).float(), ids[chosen])
+        guesses = model.opening_head(states[:, 0]).float()
+        opening = cross_entropy(guesses, openings, ignore_index=-1, reduction="sum") / (openings >= 0).sum().clamp(
+            min=1
+        )
+        return words, opening
+
+    def __call__(self, model, batch):
+        words, opening = self.losses(model, batch)
+        return words + OPENING_WEIGHT * opening
 
 
 def heldout_perplexity(model, tokenizer, seed):
     """Perplexity of hidden words under a float32 model, on text that the pretraining with this seed did not see."""
     batches, _ = token_batches(tokenizer, random.Random(seed + HELDOUT_SEED), HELDOUT_BATCHES, frozenset())
-    loss_of = WordMasking(tokenizer, seed + HELDOUT_SEED)
+    objective, losses = Objective(tokenizer, seed + HELDOUT_SEED), []
     model.eval()
     with torch.no_grad():
-        return math.exp(sum(loss_of(model, batch).item() for batch in batches) / len(batches))
+        for ids, _ in batches:
+            hidden, chosen = objective.hide(ids, torch.ones(len(ids), dtype=torch.bool))
+            logits = model(input_ids=hidden, attention_mask=(ids != tokenizer.pad_token_id).long()).logits
+            losses.append(cross_entropy(logits[chosen], ids[chosen]).item())
+    return math.exp(sum(losses) / len(losses))
 
 
 def make_encoder(output_dir, steps=STEPS, seed=SEED):
@@ -121,6 +156,8 @@ def make_encoder(output_dir, steps=STEPS, seed=SEED):
     started = time.perf_counter()
     tokenizer = train_tokenizer(random.Random(seed))
     batches, text_sha256 = token_batches(tokenizer, random.Random(seed), steps, dev_texts())
+    for _, openings in batches[: int(WORDS_ONLY * steps)]:
+        openings.fill_(-1)
     torch.manual_seed(seed)
     config = transformers.RobertaConfig(
         vocab_size=len(tokenizer),
@@ -139,11 +176,13 @@ def make_encoder(output_dir, steps=STEPS, seed=SEED):
         attn_implementation="eager",  # the fastest here at this size; it is not saved
     )
     model = transformers.RobertaForMaskedLM(config).train()
-    loss_of = WordMasking(tokenizer, seed)
-    losses = pretraining.fit(model, model.roberta.encoder, batches, loss_of, LR, WARMUP, WEIGHT_DECAY)
+    model.opening_head = torch.nn.Linear(WIDTH, len(OPENINGS))
+    objective = Objective(tokenizer, seed)
+    losses = pretraining.fit(model, model.roberta.encoder, batches, objective, LR, WARMUP, WEIGHT_DECAY)
+    del model.opening_head
     facts = {
         "seed": seed,
-        "tokens": sum((batch != tokenizer.pad_token_id).sum().item() for batch in batches),
+        "tokens": sum((ids != tokenizer.pad_token_id).sum().item() for ids, _ in batches),
         "seconds": round(time.perf_counter() - started, 1),
         "text_sha256": text_sha256,
     }
