@@ -1,10 +1,17 @@
-"""The documents say what is true: code blocks run, tables come from the result files, commands and paths exist.
+"""The documents say what is true: code and commands run, tables come from the result files, paths and links exist.
 
-Run alone: `pytest tests/test_docs.py`.
+A block of Python runs by itself, in an empty folder or in the one it names ("python in examples/NLU"). A block of
+commands runs in a copy of the examples: at once, with the long tests ("sh slow"), or not at all where it needs a hub,
+several processes or files from elsewhere ("sh elsewhere"), and is then parsed by its script. What installs ("sh
+install") is what CI does. Alone: `pytest tests/test_docs.py`.
 """
 
+import importlib.util
 import json
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,33 +19,94 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 sys.path.insert(0, str(REPOSITORY / "examples"))
 
-from common import tables  # noqa: E402 (after the folder that holds it)
+from common import cli, tables  # noqa: E402 (after the folder that holds it)
+
+GENERATED = REPOSITORY / "examples" / "COMPARISON_RESULTS.md"
+DOCUMENTS = {path.name: path for path in [*tables.DOCUMENTS, GENERATED]}
+TEXTS = {name: path.read_text(encoding="utf-8") for name, path in DOCUMENTS.items()}
+README = TEXTS["README.md"]
+BLOCKS = [
+    (name, number, kind, text)
+    for name, document in TEXTS.items()
+    for number, (kind, text) in enumerate(re.findall(r"^```(\w[^\n]*)\n(.*?)^```$", document, re.DOTALL | re.M), 1)
+]
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(*kinds):
+    """A parameter for each block that begins so; those of slow commands are marked."""
+    found = [block for block in BLOCKS if block[2] in kinds]
+    assert found, kinds
+    return [
+        pytest.param(*block, id=f"{block[0]} {block[1]}", marks=[pytest.mark.slow] if "slow" in block[2] else [])
+        for block in found
+    ]
 
 
-def test_python_blocks_run(tmp_path):
-    """Each Python block of the README runs by itself, with warnings as errors."""
-    assert blocks("python")
-    for block in blocks("python"):
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """What a reader has: the examples and the library, without what earlier runs wrote."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("examples", "loralib"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("output", "__pycache__"))
+    return folder
 
 
-def test_table_is_made_from_the_results():
-    assert tables.with_figures(README) == README, "run: cd examples && python -m common.tables"
+def test_every_block_is_of_a_kind_that_is_tested():
+    assert {kind for _, _, kind, _ in BLOCKS} == {
+        *("python", "python in examples/NLU", "sh", "sh slow", "sh elsewhere", "sh install"),
+    }
+
+
+@pytest.mark.parametrize("document, number, kind, text", blocks("python", "python in examples/NLU"))
+def test_python_runs(document, number, kind, text, checkout, tmp_path):
+    """By itself, with warnings as errors."""
+    folder = checkout / kind.removeprefix("python in ") if " in " in kind else tmp_path
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", text], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("document, number, kind, text", blocks("sh", "sh slow"))
+def test_commands_run(document, number, kind, text, checkout):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-e", "-c", text],
+        **{"cwd": checkout, "env": {**os.environ, "PATH": path}, "capture_output": True, "text": True, "timeout": 900},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("document, number, kind, text", blocks("sh elsewhere"))
+def test_commands_that_need_more_are_taken_by_their_scripts(document, number, kind, text):
+    folder, *lines = text.replace("\\\n", " ").strip().split("\n")
+    folder = REPOSITORY / folder.removeprefix("cd ")
+    for line in lines:
+        words = shlex.split(line)
+        script = next(index for index, word in enumerate(words) if word.endswith(".py"))
+        assert words[:script] in (["python"], ["torchrun", "--nproc_per_node", "2"])
+        spec = importlib.util.spec_from_file_location(f"of_docs_{Path(words[script]).stem}", folder / words[script])
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        presets = getattr(module, "PRESETS", None) or getattr(module, "presets", None)
+        cli.parse_knobs(module.Knobs, "", words[script + 1 :], presets)
+
+
+@pytest.mark.parametrize("path", tables.DOCUMENTS, ids=lambda path: path.name)
+def test_tables_are_made_from_the_results(path):
+    assert tables.with_tables(path) == path.read_text(encoding="utf-8"), "run: cd examples && python -m common.tables"
+
+
+def test_every_table_is_in_a_document():
+    text = "".join(path.read_text(encoding="utf-8") for path in tables.DOCUMENTS)
+    assert set(re.findall("<!-- end of (.*) -->", text)) == set(tables.TABLES)
 
 
 def test_commands_are_those_of_ci():
     """CI installs and tests with the README's words; the main job's script exists where it is said to run."""
-    job, tests = (block.strip() for block in blocks("sh"))
+    job, tests = (text.strip() for name, _, kind, text in BLOCKS if (name, kind) == ("README.md", "sh install"))
     ci = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
     for step in tests.split(" && "):
         assert step in ci, step
@@ -46,14 +114,33 @@ def test_commands_are_those_of_ci():
     assert (REPOSITORY / "examples" / "NLG" / "run_training.py").is_file()
 
 
-def test_named_paths_and_links_exist():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
-    paths = [
-        path for path in re.findall(r"`([\w./]+/[\w./]*)`", README) if path.split("/")[0] in ("loralib", "examples")
-    ]
-    assert links and len(paths) > 8
-    for path in (*links, *paths):
-        assert (REPOSITORY / path).exists(), path
+def anchors(text):
+    """What a link may name behind #: the headings, as GitHub spells them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_named_paths_and_links_exist(name):
+    folder = DOCUMENTS[name].parent
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXTS[name]) if not link.startswith("http")]
+    assert links
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = folder / path if path else DOCUMENTS[name]
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
+    named = re.findall(r"`((?:[\w.-]+/)+[\w.-]*|\w+\.(?:py|md))`", TEXTS[name])
+    for path in named:
+        places = [REPOSITORY, REPOSITORY / "examples", folder, *(REPOSITORY / "examples" / n for n in ("NLG", "NLU"))]
+        if path.split("/")[0] in ("loralib", "examples", "NLG", "NLU", "tests") or path.endswith((".py", ".md")):
+            assert any((place / path).exists() for place in places), path
+
+
+def test_the_published_identity_of_the_paper_is_right():
+    for name, text in TEXTS.items():
+        assert set(re.findall(r"arXiv[: ](\d{4}\.\d{5})", text)) <= {"2106.09685", "1907.11692", "2101.00190"}, name
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "examples" / "results").glob("*.json")), ids=lambda p: p.name)

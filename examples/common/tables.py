@@ -2,10 +2,15 @@
 
     cd examples && python -m common.tables
 
-rewrites in README.md what stands between the marks `<!-- NAME -->` and `<!-- end of NAME -->` of each table.
+rewrites, in README.md and in the tutorials beside this folder, what stands between the marks `<!-- NAME -->` and
+`<!-- end of NAME -->` of each table.
 """
 
+import ast
+import inspect
 import json
+import os
+import re
 
 from common import glue
 from common.files import REPOSITORY, RESULTS, write_atomically
@@ -129,15 +134,78 @@ def serving(folder):
     return rows | {title: [f"{left:{form}}", f"{right:{form}}"] for title, (left, right, form) in pairs.items()}
 
 
-TABLES = {"figures": figures, "e2e": e2e, "study": study, "tasks": tasks, "serving": serving}
+def accounting(folder):
+    """A row for each size of GPT-2: what training needs beside activations, worked out without any weights."""
+    rows = {"": ["parameters", "LoRA trains", "LoRA, GB", "all, GB", "LoRA / all", "adapter, MB", "model, MB"]}
+    rows["---"] = ["---:"] * len(rows[""])
+    for name, sizes in read("nlg_compare", folder)["accounting"].items():
+        one, every = sizes["lora"], sizes["full"]
+        rows[name] = [
+            f"{every['total']:,}",
+            f"{one['trained']:,}",
+            *(f"{method['bytes']['together'] / 1e9:.2f}" for method in (one, every)),
+            f"{sizes['ratio']['bytes']['together']:.2f}",
+            *(f"{method['bytes']['checkpoint'] / 1e6:,.1f}" for method in (one, every)),
+        ]
+    return rows
 
 
-def with_tables(text, folder=RESULTS):
-    """The text of README.md with each table in its place."""
-    for name, make in TABLES.items():
+def commands(folder):
+    """A row for each script: the first line of its docstring."""
+    rows = {"": ["what it does"], "---": ["---"]}
+    for path in sorted((REPOSITORY / "examples").glob("*/*.py")) + sorted((REPOSITORY / "examples").glob("*.py")):
+        if path.parent.name != "common" and "__main__" in path.read_text(encoding="utf-8"):
+            said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).split("\n\n")[0]
+            rows[f"`{path.relative_to(REPOSITORY).as_posix()}`"] = [" ".join(said.split())]
+    return rows
+
+
+def api(folder):
+    """A row for each public name of the library: the first sentence of its docstring."""
+    import loralib  # here: the other tables need no torch
+
+    rows = {"": ["what it is"], "---": ["---"]}
+    for name in loralib.__all__:
+        member = getattr(loralib, name)
+        said = " ".join(inspect.getdoc(member).split("\n\n")[0].split()).replace("|", "\\|")
+        arguments = ", ".join(_argument(a) for a in inspect.signature(member).parameters.values())
+        rows[f"`{name}({arguments})`"] = [said]
+    return rows
+
+
+def _argument(parameter):
+    """A parameter as in a call: its name, and what it is by default."""
+    star = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
+    return f"{star}{parameter.name}{default}"
+
+
+TABLES = {
+    "figures": figures,
+    "e2e": e2e,
+    "study": study,
+    "tasks": tasks,
+    "serving": serving,
+    "accounting": accounting,
+    "commands": commands,
+    "api": api,
+}
+# COMPARISON_RESULTS.py writes its own.
+DOCUMENTS = [
+    REPOSITORY / "README.md",
+    *(path for path in sorted((REPOSITORY / "examples").glob("*.md")) if path.name != "COMPARISON_RESULTS.md"),
+]
+
+
+def with_tables(document, folder=RESULTS):
+    """The text of a document with the tables whose marks it has."""
+    text = document.read_text(encoding="utf-8")
+    for name in re.findall(r"^<!-- end of (\w+) -->$", text, re.M):
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
         before, rest = text.split(begin)
-        text = before + begin + markdown(_in_lists(make(folder))) + end + rest.split(end)[1]
+        table = markdown(_in_lists(TABLES[name](folder)))
+        table = table.replace("](examples/results/", f"]({os.path.relpath(RESULTS, document.parent)}/")
+        text = before + begin + table + end + rest.split(end)[1]
     return text
 
 
@@ -176,5 +244,5 @@ def _number(value, factor, digits):
 
 
 if __name__ == "__main__":
-    readme = REPOSITORY / "README.md"
-    write_atomically(readme, with_tables(readme.read_text(encoding="utf-8")))
+    for path in DOCUMENTS:
+        write_atomically(path, with_tables(path))
