@@ -21,10 +21,11 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "examples"))
 
-from common import cli, tables  # noqa: E402 (after the folder that holds it)
+import update_documents  # noqa: E402 (after the folder that holds it)
+from common import cli, tables  # noqa: E402
 
 GENERATED = REPOSITORY / "examples" / "COMPARISON_RESULTS.md"
-DOCUMENTS = {path.name: path for path in [*tables.DOCUMENTS, GENERATED]}
+DOCUMENTS = {path.name: path for path in [*update_documents.DOCUMENTS, GENERATED]}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in DOCUMENTS.items()}
 README = TEXTS["README.md"]
 BLOCKS = [
@@ -94,14 +95,16 @@ def test_commands_that_need_more_are_taken_by_their_scripts(document, number, ki
         cli.parse_knobs(module.Knobs, "", words[script + 1 :], presets)
 
 
-@pytest.mark.parametrize("path", tables.DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", update_documents.DOCUMENTS, ids=lambda path: path.name)
 def test_tables_are_made_from_the_results(path):
-    assert tables.with_tables(path) == path.read_text(encoding="utf-8"), "run: cd examples && python -m common.tables"
+    assert update_documents.with_tables(path) == path.read_text(encoding="utf-8"), (
+        "run: cd examples && python update_documents.py"
+    )
 
 
 def test_every_table_is_in_a_document():
-    text = "".join(path.read_text(encoding="utf-8") for path in tables.DOCUMENTS)
-    assert set(re.findall("<!-- end of (.*) -->", text)) == set(tables.TABLES)
+    text = "".join(path.read_text(encoding="utf-8") for path in update_documents.DOCUMENTS)
+    assert set(re.findall("<!-- end of (.*) -->", text)) == {*tables.TABLES, *update_documents.MADE}
 
 
 def test_commands_are_those_of_ci():

@@ -1,19 +1,8 @@
-"""The tables of the documents, made from examples/results/*.json alone.
+"""The tables of figures in the documents, made from examples/results/*.json alone, and tables as text."""
 
-    cd examples && python -m common.tables
-
-rewrites, in README.md and in the tutorials beside this folder, what stands between the marks `<!-- NAME -->` and
-`<!-- end of NAME -->` of each table.
-"""
-
-import ast
-import inspect
 import json
-import os
-import re
 
 from common import glue
-from common.files import REPOSITORY, RESULTS, write_atomically
 
 # Rows of scores: key, title, factor, digits.
 SCORES = [
@@ -150,36 +139,6 @@ def accounting(folder):
     return rows
 
 
-def commands(folder):
-    """A row for each script: the first line of its docstring."""
-    rows = {"": ["what it does"], "---": ["---"]}
-    for path in sorted((REPOSITORY / "examples").glob("*/*.py")) + sorted((REPOSITORY / "examples").glob("*.py")):
-        if path.parent.name != "common" and "__main__" in path.read_text(encoding="utf-8"):
-            said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).split("\n\n")[0]
-            rows[f"`{path.relative_to(REPOSITORY).as_posix()}`"] = [" ".join(said.split())]
-    return rows
-
-
-def api(folder):
-    """A row for each public name of the library: the first sentence of its docstring."""
-    import loralib  # here: the other tables need no torch
-
-    rows = {"": ["what it is"], "---": ["---"]}
-    for name in loralib.__all__:
-        member = getattr(loralib, name)
-        said = " ".join(inspect.getdoc(member).split("\n\n")[0].split()).replace("|", "\\|")
-        arguments = ", ".join(_argument(a) for a in inspect.signature(member).parameters.values())
-        rows[f"`{name}({arguments})`"] = [said]
-    return rows
-
-
-def _argument(parameter):
-    """A parameter as in a call: its name, and what it is by default."""
-    star = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
-    default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
-    return f"{star}{parameter.name}{default}"
-
-
 TABLES = {
     "figures": figures,
     "e2e": e2e,
@@ -187,29 +146,10 @@ TABLES = {
     "tasks": tasks,
     "serving": serving,
     "accounting": accounting,
-    "commands": commands,
-    "api": api,
 }
-# COMPARISON_RESULTS.py writes its own.
-DOCUMENTS = [
-    REPOSITORY / "README.md",
-    *(path for path in sorted((REPOSITORY / "examples").glob("*.md")) if path.name != "COMPARISON_RESULTS.md"),
-]
 
 
-def with_tables(document, folder=RESULTS):
-    """The text of a document with the tables whose marks it has."""
-    text = document.read_text(encoding="utf-8")
-    for name in re.findall(r"^<!-- end of (\w+) -->$", text, re.M):
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-        before, rest = text.split(begin)
-        table = markdown(_in_lists(TABLES[name](folder)))
-        table = table.replace("](examples/results/", f"]({os.path.relpath(RESULTS, document.parent)}/")
-        text = before + begin + table + end + rest.split(end)[1]
-    return text
-
-
-def _in_lists(rows):
+def in_lists(rows):
     """Rows that are keyed by their first cell, or by a tuple that begins with it, as lists of cells."""
     return [[name[0] if isinstance(name, tuple) else name, *cells] for name, cells in rows.items()]
 
@@ -241,8 +181,3 @@ def _trained(parameters):
 
 def _number(value, factor, digits):
     return "" if value is None else f"{factor * value:.{digits}f}"
-
-
-if __name__ == "__main__":
-    for path in DOCUMENTS:
-        write_atomically(path, with_tables(path))

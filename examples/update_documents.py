@@ -1,0 +1,76 @@
+"""Make the tables of the documents anew: figures from results/*.json, commands and the library from their docstrings.
+
+    cd examples
+    python update_documents.py
+
+Rewrites, in README.md and in the tutorials beside this script, what stands between the marks `<!-- NAME -->` and
+`<!-- end of NAME -->` of each table. COMPARISON_RESULTS.py --write makes its own document.
+"""
+
+import ast
+import inspect
+import os
+import re
+import sys
+from pathlib import Path
+
+from common import tables
+from common.files import REPOSITORY, RESULTS, write_atomically
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout's loralib
+import loralib as lora
+
+HERE = Path(__file__).resolve().parent
+DOCUMENTS = [
+    REPOSITORY / "README.md",
+    *(path for path in sorted(HERE.glob("*.md")) if path.name != "COMPARISON_RESULTS.md"),
+]
+
+
+def commands():
+    """A row for each script: the first line of its docstring."""
+    rows = {"": ["what it does"], "---": ["---"]}
+    for path in [*sorted(HERE.glob("*/*.py")), *sorted(HERE.glob("*.py"))]:
+        if path.parent.name != "common" and "__main__" in path.read_text(encoding="utf-8"):
+            said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).split("\n\n")[0]
+            rows[f"`{path.relative_to(REPOSITORY).as_posix()}`"] = [" ".join(said.split())]
+    return rows
+
+
+def api():
+    """A row for each public name of the library: the first sentence of its docstring."""
+    rows = {"": ["what it is"], "---": ["---"]}
+    for name in lora.__all__:
+        member = getattr(lora, name)
+        said = " ".join(inspect.getdoc(member).split("\n\n")[0].split()).replace("|", "\\|")
+        arguments = ", ".join(_argument(a) for a in inspect.signature(member).parameters.values())
+        rows[f"`{name}({arguments})`"] = [said]
+    return rows
+
+
+def _argument(parameter):
+    """A parameter as in a call: its name, and what it is by default."""
+    star = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
+    return f"{star}{parameter.name}{default}"
+
+
+MADE = {"commands": commands, "api": api}
+
+
+def with_tables(document, folder=RESULTS):
+    """The text of a document with the tables whose marks it has."""
+    text = document.read_text(encoding="utf-8")
+    for name in re.findall(r"^<!-- end of (\w+) -->$", text, re.M):
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+        before, rest = text.split(begin)
+        rows = MADE[name]() if name in MADE else tables.TABLES[name](folder)
+        table = tables.markdown(tables.in_lists(rows))
+        table = table.replace("](examples/results/", f"]({os.path.relpath(RESULTS, document.parent)}/")
+        text = before + begin + table + end + rest.split(end)[1]
+    return text
+
+
+if __name__ == "__main__":
+    for path in DOCUMENTS:
+        write_atomically(path, with_tables(path))
