@@ -3,7 +3,8 @@
 A block of Python runs by itself, in an empty folder or in the one it names ("python in examples/NLU"). A block of
 commands runs in a copy of the examples: at once, with the long tests ("sh slow"), or not at all where it needs a hub,
 several processes or files from elsewhere ("sh elsewhere"), and is then parsed by its script. What installs ("sh
-install") is what CI does. Alone: `pytest tests/test_docs.py`.
+install") is what CI does. The lines of a "text" block must be among those that the commands before it print, whatever
+the digits are. Alone: `pytest tests/test_docs.py`.
 """
 
 import importlib.util
@@ -56,7 +57,7 @@ def checkout(tmp_path_factory):
 
 def test_every_block_is_of_a_kind_that_is_tested():
     assert {kind for _, _, kind, _ in BLOCKS} == {
-        *("python", "python in examples/NLU", "sh", "sh slow", "sh elsewhere", "sh install"),
+        *("python", "python in examples/NLU", "sh", "sh slow", "sh elsewhere", "sh install", "text"),
     }
 
 
@@ -78,6 +79,10 @@ def test_commands_run(document, number, kind, text, checkout):
         **{"cwd": checkout, "env": {**os.environ, "PATH": path}, "capture_output": True, "text": True, "timeout": 900},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    following = [text for name, n, kind, text in BLOCKS if (name, n, kind) == (document, number + 1, "text")]
+    printed = {re.sub(r"\d+", "0", line.rstrip()) for line in done.stdout.splitlines()}
+    for line in "".join(following).splitlines():
+        assert re.sub(r"\d+", "0", line.rstrip()) in printed, line
 
 
 @pytest.mark.parametrize("document, number, kind, text", blocks("sh elsewhere"))
