@@ -34,6 +34,7 @@ BLOCKS = [
     for name, document in TEXTS.items()
     for number, (kind, text) in enumerate(re.findall(r"^```(\w[^\n]*)\n(.*?)^```$", document, re.DOTALL | re.M), 1)
 ]
+PYTHON = ("python", "python in examples/NLG", "python in examples/NLU")
 
 
 def blocks(*kinds):
@@ -57,11 +58,11 @@ def checkout(tmp_path_factory):
 
 def test_every_block_is_of_a_kind_that_is_tested():
     assert {kind for _, _, kind, _ in BLOCKS} == {
-        *("python", "python in examples/NLU", "sh", "sh slow", "sh elsewhere", "sh install", "text"),
+        *(*PYTHON, "sh", "sh slow", "sh elsewhere", "sh install", "text"),
     }
 
 
-@pytest.mark.parametrize("document, number, kind, text", blocks("python", "python in examples/NLU"))
+@pytest.mark.parametrize("document, number, kind, text", blocks(*PYTHON))
 def test_python_runs(document, number, kind, text, checkout, tmp_path):
     """By itself, with warnings as errors."""
     folder = checkout / kind.removeprefix("python in ") if " in " in kind else tmp_path
