@@ -2,7 +2,7 @@
 
     cd examples/NLU
     python run_inference_nlu.py --task sst2 --text "a quiet film that stays with you"
-    python run_inference_nlu.py --task rte --text "Ada sold the clock to Hugo ." --text_pair "Hugo has the clock ."
+    python run_inference_nlu.py --task rte --text "The Kite is run by Ada." --text_pair "The Kite belongs to Ada."
     python run_inference_nlu.py --task sst2 --input_file data/SST-2/dev.tsv --output_file output/labels.jsonl
     python run_inference_nlu.py --task sst2 --input_file data/SST-2/dev.tsv --compare_speed
     python run_inference_nlu.py --adapter output/mnli/adapter.safetensors < pairs.txt
