@@ -33,6 +33,8 @@ STUDY = [
     "nlg_smollm2_full_3e-4",
 ]
 MULTI_TASK = "nlu_multi_task"
+# Head alone, LoRA and full fine-tuning on official GLUE files.
+OFFICIAL_GLUE = ["nlu_sst2_minilm", "nlu_mrpc_minilm"]
 
 
 def read(name, folder):
@@ -123,6 +125,27 @@ def serving(folder):
     return rows | {title: [f"{left:{form}}", f"{right:{form}}"] for title, (left, right, form) in pairs.items()}
 
 
+def official_glue(folder):
+    """A row for each task and pretrained base: mean and deviation over seeds, each method at its best learning rate."""
+    rows = {
+        "": ["metric", "majority", "head alone", "LoRA", "all parameters", "learning rates", "seeds", "result file"]
+    }
+    rows["---"] = ["---"] + ["---:"] * 6 + ["---"]
+    for name in OFFICIAL_GLUE:
+        record = read(name, folder)
+        metric, majority, systems = record["metric"], record["majority"][record["metric"]], record["systems"].values()
+        scores = [system["scores"][metric] for system in systems]
+        rows[f"{name.split('_')[1]}, {record['configuration']['model']}"] = [
+            glue.METRICS[metric],
+            "-" if majority is None else f"{100 * majority:.1f}",
+            *(f"{100 * score['mean']:.1f} +- {100 * score['deviation']:.1f}" for score in scores),
+            ", ".join(f"{system['lr']:g}" for system in systems),
+            str(record["configuration"]["seeds"]),
+            _link(name),
+        ]
+    return rows
+
+
 def accounting(folder):
     """A row for each size of GPT-2: what training needs beside activations, worked out without any weights."""
     rows = {"": ["parameters", "LoRA trains", "LoRA, GB", "all, GB", "LoRA / all", "adapter, MB", "model, MB"]}
@@ -143,6 +166,7 @@ TABLES = {
     "figures": figures,
     "e2e": e2e,
     "study": study,
+    "official_glue": official_glue,
     "tasks": tasks,
     "serving": serving,
     "accounting": accounting,
