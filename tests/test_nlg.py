@@ -260,6 +260,7 @@ def test_interrupted_writing_leaves_the_earlier_file(tmp_path, monkeypatch):
 def test_result_files_name_no_folder_of_this_machine(tmp_path):
     assert files.portable(str(DATA)) == "examples/NLG/data"
     assert files.portable(str(tmp_path)) == tmp_path.name
+    assert files.portable(str(tmp_path / "not there")) == "not there"
     assert files.portable("gpt2") == "gpt2"
     assert files.portable(4) == 4
 
