@@ -588,6 +588,7 @@ def test_with_no_records_everything_is_missing(capsys):
 WRITER = """import json, sys
 record = json.loads(open({source!r}).read())
 open({target!r}, "w").write(json.dumps(record))
+open({target!r} + ".calls", "a").write(sys.argv[1] + "\\n")
 sys.exit({status})
 """
 
@@ -604,17 +605,21 @@ def test_run_measures_what_is_missing_and_says_how_long_it_took_others(status, f
     )
     (tmp_path / "examples" / "NLG" / "writer.py").write_text(script)
     names = ["nlg_compare_lora", "nlg_compare_full"]
-    monkeypatch.setattr(comparison, "MEASUREMENTS", {"python examples/NLG/writer.py --record=x": names})
+    first = "python examples/NLG/writer.py --to=elsewhere"
+    line = f"{first} && python examples/NLG/writer.py --record=x"
+    monkeypatch.setattr(comparison, "measurements", lambda: {line: names})
     monkeypatch.setattr(comparison, "REPOSITORY", tmp_path)
     monkeypatch.setattr(comparison, "RESULTS", tmp_path)
     ended, out, err = call(quality, "--run", "--results", tmp_path)
-    assert out.startswith("missing: nlg_compare_full.json\nrunning: python examples/NLG/writer.py --record=x\n")
+    assert out.startswith(f"missing: nlg_compare_full.json\nrunning: {line}\n")
+    calls = (tmp_path / "nlg_compare_full.json.calls").read_text().splitlines()
+    assert calls == ["--to=elsewhere"] + ["--record=x"] * (status == 0)
     seconds = json.loads((folder / "nlg_compare_lora.json").read_text())["seconds"]["total"]
     assert f"nlg_compare_lora.json {seconds:.0f} s (cpu, 2 threads, fp32)" in out.splitlines()[2]
     if status:
         assert (ended, err) == (
             2,
-            "error: examples/NLG/writer.py ended with status 3, for the reason above; nothing else was measured\n",
+            "error: examples/NLG/writer.py ended with status 3, for the reason above; no more was measured\n",
         )
     else:
         assert ended == 0 and "full: nlg_compare_full.json" in out
@@ -627,7 +632,7 @@ def test_how_long_it_takes_may_be_unknown():
 
 
 def test_run_writes_to_the_shipped_results_alone(tmp_path, monkeypatch, call):
-    monkeypatch.setattr(comparison, "MEASUREMENTS", {})  # were it not refused, nothing long would begin
+    monkeypatch.setattr(comparison, "measurements", dict)  # were it not refused, nothing long would begin
     status, out, err = call(quality, "--run", "--results", tmp_path)
     assert (status, out) == (2, "") and err == (
         f"error: --run writes to {files.RESULTS}, and --results is {tmp_path}; leave one of them out\n"

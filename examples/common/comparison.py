@@ -345,15 +345,9 @@ def command(script, **options):
 
 
 NLG_COMPARISON = command("NLG/compare_lora_vs_full.py", record="nlg_compare")
+# The texts of its runs, made again if they are not there, while the records that ship stay as they are.
+NLG_TEXTS = command("NLG/compare_lora_vs_full.py", reuse=True)
 NLU_BENCHMARK = command("NLU/benchmark_multi_task.py", record="nlu_multi_task")
-# Result files that the two commands write.
-MEASUREMENTS = {
-    NLG_COMPARISON: ["nlg_compare", *(f"nlg_compare_{run}" for run in ("base", "lora", "full"))],
-    NLU_BENCHMARK: [
-        "nlu_multi_task",
-        *(f"nlu_multi_task_{task}_{method}" for task in glue.TASKS for method in ("lora", "full")),
-    ],
-}
 
 
 def script_of(record):
@@ -367,8 +361,8 @@ def remake(name, record, adapt=None):
     """The command that writes a result file again or, with `adapt`, a run like it by another method."""
     settings = {key: value for key, value in record["configuration"].items() if key not in ("output_dir", "resume")}
     if adapt is None:
-        shipped = [line for line, names in MEASUREMENTS.items() if name in names]
-        return shipped[0] if shipped else command(script_of(record), **{**settings, "record": name})
+        known = [line for line, names in measurements().items() if name in names]
+        return known[0] if known else command(script_of(record), **{**settings, "record": name})
     left_out = {"lr", "skip_base"} | (runs.LORA_KNOBS if adapt != "lora" else set())
     settings = {key: value for key, value in settings.items() if key not in left_out}
     start = name.removesuffix("_lora").removesuffix("_full").removesuffix("_head")
@@ -387,28 +381,46 @@ def trial_command(record):
 
 def spread_command(records, pair):
     """The command of the intervals of a pair on E2E, from the texts that the two runs left."""
-    lora, full = (records[name]["configuration"] for name in pair)
-    texts = {
-        "base_texts": f"{full['output_dir']}/test_texts.jsonl",
-        "adapted_texts": f"{lora['output_dir']}/test_texts.jsonl",
-    }
+    name = f"{pair[0]}_against_full"
+    for line, names in measurements().items():
+        if name in names:
+            return line
+    lora, full = (records[run]["configuration"] for run in pair)
     kept = {key: lora[key] for key in ("data_dir", "test_file")}
-    return command("NLG/evaluate_lora_improvement.py", **texts, **kept, record=f"{pair[0]}_against_full")
+    return intervals_command(full["output_dir"], lora["output_dir"], record=name, **kept)
+
+
+def intervals_command(base, adapted, **options):
+    texts = {"base_texts": f"{base}/test_texts.jsonl", "adapted_texts": f"{adapted}/test_texts.jsonl"}
+    return command("NLG/evaluate_lora_improvement.py", **texts, **options)
+
+
+def measurements():
+    """{command: the result files it writes} of all that is measured on the models and the data that ship here."""
+    spread, output = "nlg_compare_lora_against_full", "examples/NLG/output/compare"
+    intervals = intervals_command(f"{output}/full", f"{output}/lora", data_dir=EMBEDDED_DATA[0], record=spread)
+    benchmark = [f"nlu_multi_task_{task}_{method}" for task in glue.TASKS for method in ("lora", "full")]
+    return {
+        NLG_COMPARISON: ["nlg_compare", *(f"nlg_compare_{run}" for run in ("base", "lora", "full"))],
+        f"{NLG_TEXTS} && {intervals}": [spread],
+        NLU_BENCHMARK: ["nlu_multi_task", *benchmark],
+        **{trial_command(shipped(f"glue {task}")): [f"nlu_{task}"] for task in glue.TASKS},
+    }
 
 
 def measure_missing(records):
     """Run what writes the result files that are missing, after saying how long such runs took before."""
-    for line, names in MEASUREMENTS.items():
+    for line, names in measurements().items():
         missing = [name for name in names if name not in records]
         if not missing:
             print(f"all there: {line}")
             continue
         print(f"missing: {', '.join(f'{name}.json' for name in missing)}\nrunning: {line}")
         print(how_long(records, line), flush=True)
-        script = line.split()[1]
-        status = subprocess.run([sys.executable, *line.split()[1:]], cwd=REPOSITORY).returncode
-        if status:
-            raise UserError(f"{script} ended with status {status}, for the reason above; nothing else was measured")
+        for words in map(shlex.split, line.split(" && ")):
+            status = subprocess.run([sys.executable, *words[1:]], cwd=REPOSITORY).returncode
+            if status:
+                raise UserError(f"{words[1]} ended with status {status}, for the reason above; no more was measured")
 
 
 def how_long(records, line):
