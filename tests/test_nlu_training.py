@@ -287,6 +287,21 @@ def test_logits_and_losses_are_those_of_each_text_alone(request, architecture, t
     assert classification.decide(output) == (output.tolist() if task == "stsb" else expected.argmax(-1).tolist())
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_new_regression_begins_at_the_mean_label(request, architecture, tmp_path):
+    """Every output moves by the mean; a head that was trained, or has no bias as that of a decoder, is left alone."""
+    loaded = classification.load(request.getfixturevalue(architecture), glue.task_of("stsb"), CPU)
+    before = forward_alone(*loaded[:2], PAIRS[0])
+    classification.begin_at_the_mean(loaded, [1.0, 2.0, 4.5])
+    moved = 0.0 if architecture == "decoder" else 2.5
+    torch.testing.assert_close(forward_alone(*loaded[:2], PAIRS[0]), before + moved)
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    again = classification.load(tmp_path, glue.task_of("stsb"), CPU)
+    classification.begin_at_the_mean(again, [5.0])
+    torch.testing.assert_close(forward_alone(*again[:2], PAIRS[0]), before + moved)
+
+
 def test_label_smoothing_spreads_over_all_labels(roberta):
     model, tokenizer, _, _ = classification.load(roberta, glue.task_of("mnli"), CPU)
     logs = forward_alone(model, tokenizer, PAIRS[0]).log_softmax(-1)

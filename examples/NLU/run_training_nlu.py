@@ -228,7 +228,10 @@ def train_model(task, **overrides):
         output_dir.mkdir(parents=True, exist_ok=True)
     device = distributed.start(training.choose_device(knobs.device))
     splits = load_data(task, knobs)
-    model, tokenizer, heads, _ = classification.load(knobs.model, task, device, knobs.seed)
+    loaded = model, tokenizer, heads, _ = classification.load(knobs.model, task, device, knobs.seed)
+    train_labels = [example.label for example in splits["train"]]
+    if task.labels is None:
+        classification.begin_at_the_mean(loaded, train_labels)
     window = pretrained.context_window(model)
     if knobs.seq_len > window:
         raise UserError(f"--seq_len {knobs.seq_len}: the model reads at most {window} tokens; use that or less")
@@ -243,7 +246,6 @@ def train_model(task, **overrides):
     record["splits"] = {split: describe(splits[split], samples[split], task) for split in splits}
     report_data(record)
     dev_splits = [split for split in splits if split != "train"]
-    train_labels = [example.label for example in splits["train"]]
     record["majority"] = {}
     for split in dev_splits:
         labels = [example.label for example in splits[split]]

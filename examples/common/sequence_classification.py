@@ -2,6 +2,7 @@
 
 import copy
 import json
+import statistics
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +49,13 @@ def load(name, task, device, seed=0):
     model.config.pad_token_id = tokenizer.pad_token_id  # decoders look for the last token before it
     model.config.finetuning_task = task.name
     return Loaded(model.to(device), tokenizer, heads, missing)
+
+
+def begin_at_the_mean(loaded, labels):
+    """Let the new head of a regression predict the mean label at first, or hundreds of steps go into learning it."""
+    for name, parameter in loaded.model.named_parameters():
+        if name in loaded.random and name.endswith(".bias") and parameter.shape == (1,):
+            torch.nn.init.constant_(parameter, statistics.fmean(labels))
 
 
 def _trained_on(name):
