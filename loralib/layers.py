@@ -50,8 +50,8 @@ class LoRALayer:
     >>> isinstance(layer, LoRALayer), layer.scaling, layer.merged
     (True, 2.0, False)
 
-    A subclass registers `lora_A` and `lora_B` with `_add_adapter` and defines `_base_forward`, `_lora_forward` and
-    `_delta`.
+    A subclass registers `lora_A` and `lora_B` with `_add_adapter` and defines `_base_forward`, `_lora_forward` (or
+    `_adapted_forward` as a whole) and `_delta`.
 
     Args:
         r: rank of the update; 0 means a plain layer without adapter.
@@ -79,7 +79,7 @@ class LoRALayer:
         self.r = r
         self.lora_alpha = lora_alpha
         self.scaling = lora_alpha / r if r > 0 else 0.0
-        self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
+        self.lora_dropout = Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
         self.merged = False
         self.merge_weights = merge_weights
 
@@ -98,7 +98,7 @@ class LoRALayer:
         raise NotImplementedError
 
     def _drop(self, x: Tensor) -> Tensor:
-        return x if self.merged else self.lora_dropout(x)
+        return x if self.merged or not self.training else self.lora_dropout(x)
 
     def _add_adapter(self, shape_A: tuple[int, int], shape_B: tuple[int, int]) -> None:
         self.lora_A = nn.Parameter(self.weight.new_zeros(shape_A))
@@ -113,20 +113,27 @@ class LoRALayer:
     @property
     def has_adapter(self) -> bool:
         """Whether the layer has LoRA parameters (false for r = 0 and for a `MergedLinear` with nothing enabled)."""
-        return hasattr(self, "lora_A")  # not `_parameters`: replicas of nn.DataParallel hold plain tensors
+        return "lora_A" in self._parameters or hasattr(self, "lora_A")
+
+    def _tensor(self, name: str) -> Tensor:
+        # Several times quicker than the attribute. That serves what torch.nn.utils turned into something computed, and
+        # replicas of nn.DataParallel, which hold plain tensors.
+        parameters = self._parameters
+        return parameters[name] if name in parameters else getattr(self, name)
 
     @property
     def _base_weight(self) -> Tensor:
-        # The fallback serves weights that torch.nn.utils turned into a computed attribute.
-        weight = self._parameters.get("weight")
-        return self.weight if weight is None else weight
+        return self._tensor("weight")
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._uses_merged_weight():
+        if self.merged and self._uses_merged_weight():
             return self._base_forward(x, self.weight)
-        result = self._base_forward(x, self._base_weight)
         if self._disabled or not self.has_adapter:
-            return result
+            return self._base_forward(x, self._base_weight)
+        return self._adapted_forward(x)
+
+    def _adapted_forward(self, x: Tensor) -> Tensor:
+        result = self._base_forward(x, self._base_weight)
         return result + self._lora_forward(x).to(result.dtype)
 
     def delta_weight(self) -> Tensor:
@@ -186,7 +193,7 @@ class LoRALayer:
     def _uses_merged_weight(self) -> bool:
         # A compiled graph cannot ask whether the cache is stale, and the cache has no gradient to give to the adapter;
         # the low-rank path is exact in both cases. Tensors put in by torch.func are no Parameters and are not cached.
-        if not self.merged or self._disabled or not self.has_adapter or torch.compiler.is_compiling():
+        if self._disabled or not self.has_adapter or torch.compiler.is_compiling():
             return False
         tensors = self._base_weight, self.lora_A, self.lora_B
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -289,10 +296,15 @@ def _same_key(then: tuple, now: tuple) -> bool:
     return then[0] == now[0] and then[2] == now[2] and all(a is b for a, b in zip(then[1], now[1], strict=True))
 
 
-def _low_rank(x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    # In the input's dtype: rounding the small matrices is cheaper than a wide copy of x. The scaling sits on the narrow
-    # product rather than in torch.add(alpha=), whose alpha inductor drops when it fuses the sum with a product (2.13).
-    return F.linear(F.linear(x, A.to(x.dtype)) * scaling, B.to(x.dtype))
+class Dropout(nn.Dropout):
+    """`nn.Dropout` that keeps one byte an element for the backward on a CPU too, where torch's keeps four.
+
+    >>> Dropout(0.5).eval()(torch.ones(2, 3)).sum().item()
+    6.0
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.native_dropout(x, self.p, self.training)[0]
 
 
 class _Linear(LoRALayer, nn.Linear):
@@ -340,10 +352,29 @@ class _Linear(LoRALayer, nn.Linear):
                 self.bias.copy_(plain.bias)
 
     def _base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight.T if self.fan_in_fan_out else weight, self.bias)
+        return F.linear(x, weight.T if self.fan_in_fan_out else weight, self._tensor("bias"))
+
+    def _adapted_forward(self, x: Tensor) -> Tensor:
+        A, B = self._tensor("lora_A"), self._tensor("lora_B")
+        if type(A) is not nn.Parameter or x.is_nested or torch.compiler.is_compiling():
+            # Tensors of torch.func may be stacked and x not, nested ones have no shape, compilers fuse by themselves.
+            return super()._adapted_forward(x)
+        # Nobody else has the base's output yet, so the update is added in place, by the very product. In two axes: with
+        # more, F.linear returns a view, and autograd copies what is written into a view.
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        result = self._base_forward(rows, self._base_weight)
+        if not rows.dtype == A.dtype == result.dtype:
+            # In the output's dtype: rounding the small matrices is cheaper than a wide copy of x.
+            rows, A, B = (tensor.to(result.dtype) for tensor in (rows, A, B))
+        hidden = F.linear(self._drop(rows), A)
+        result.addmm_(hidden, self._full_B(B).T, alpha=self.scaling)
+        return result if x.dim() == 2 else result.view(*x.shape[:-1], -1)
 
     def _lora_forward(self, x: Tensor) -> Tensor:
-        return _low_rank(self._drop(x), self.lora_A, self._full_B(self.lora_B), self.scaling)
+        # The scaling sits on the narrow product rather than in torch.add(alpha=), whose alpha inductor drops when it
+        # fuses the sum with a product (2.13).
+        hidden = F.linear(self._drop(x), self.lora_A.to(x.dtype)) * self.scaling
+        return F.linear(hidden, self._full_B(self.lora_B.to(x.dtype)))
 
     def _delta(self, A: Tensor, B: Tensor) -> Tensor:
         delta = self._full_B(B) @ A
@@ -453,17 +484,13 @@ class MergedLinear(_Linear):
 
     def _full_B(self, B: Tensor) -> Tensor:
         # Each block on its group's rows and columns, zero elsewhere: (n g, r) -> (o, n r).
-        adapted, column, start, rows = sum(self.enable_lora), 0, 0, []
-        for size, enabled in zip(self.group_sizes, self.enable_lora, strict=True):
-            if enabled:
-                rows.append(F.pad(B[start : start + size], (column * self.r, (adapted - 1 - column) * self.r)))
-                column, start = column + 1, start + size
-            else:
-                rows.append(B.new_zeros(size, adapted * self.r))
+        groups = list(zip(self.group_sizes, self.enable_lora, strict=True))
+        blocks = iter(B.split([size for size, enabled in groups if enabled]))
+        full = torch.block_diag(*(next(blocks) if enabled else B.new_empty(size, 0) for size, enabled in groups))
         if self.interleave > 1:
-            rows = [group.unflatten(0, (self.interleave, -1)) for group in rows]
-            return torch.cat(rows, 1).flatten(0, 1)
-        return torch.cat(rows)
+            turns = [rows.unflatten(0, (self.interleave, -1)) for rows in full.split(self.group_sizes)]
+            full = torch.cat(turns, 1).flatten(0, 1)
+        return full
 
     def _extra_repr(self) -> list[str]:
         parts = [f"enable_lora={self.enable_lora}"]
