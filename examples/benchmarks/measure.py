@@ -1,0 +1,126 @@
+"""How a call is measured: times in turn with its rivals, and what it costs in operations, FLOPs and memory."""
+
+import concurrent.futures
+import multiprocessing
+import random
+import statistics
+import time
+
+import torch
+from common import results
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+# A timed stretch has at least so many seconds: short calls are repeated within it.
+STRETCH = 0.02
+
+
+def in_turn(calls, rounds, device, title):
+    """{name: seconds of each round} of {name: call}: in every round each is timed once, in an order drawn anew."""
+    repeats = {}
+    for name, call in calls.items():
+        call()  # allocates, and compiles kernels
+        repeats[name] = max(1, round(STRETCH / max(_seconds(call, 1, device), 1e-7)))
+    draw, times = random.Random(0), {name: [] for name in calls}
+    for _ in tqdm(range(rounds), title, unit="round", leave=False):
+        for name in draw.sample(list(calls), len(calls)):
+            times[name].append(_seconds(calls[name], repeats[name], device) / repeats[name])
+    return times
+
+
+def prepared(calls, rounds, device, title):
+    """The same of {name: (prepare, call)}: what `call` takes with what `prepare` gives it, each time anew."""
+    draw, times = random.Random(0), {name: [] for name in calls}
+    for number in tqdm(range(rounds + 1), title, unit="round", leave=False):
+        for name in draw.sample(list(calls), len(calls)):
+            prepare, call = calls[name]
+            argument = prepare()
+            seconds = _seconds(lambda call=call, argument=argument: call(argument), 1, device)
+            if number:  # the first loads what is loaded once
+                times[name].append(seconds)
+    return times
+
+
+def _seconds(call, repeats, device):
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def spread(values):
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": median, "low": low, "high": high}
+
+
+def ratio(times, one, other):
+    """The spread of one's time through the other's, round by round: what else the machine did meets both."""
+    return spread([a / b for a, b in zip(times[one], times[other], strict=True)])
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += 1
+        return function(*arguments, **(keywords or {}))
+
+
+def operations(call):
+    """How many aten operations a call runs."""
+    with _Counter() as counter:
+        call()
+    return counter.count
+
+
+def flops(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def saved_bytes(forward, model):
+    """The bytes that a forward keeps for its backward beside the parameters, each piece of memory once."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    total = sum(kept.values())
+    del result  # until here, or another tensor could get the address of one that was kept
+    return total
+
+
+def in_own_process(function, *arguments):
+    """What a function returns in a process of its own, whose peak of memory is then its own."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_bytes(function, *arguments, device):
+    """The most memory of a process that does nothing but call this; on CUDA the most that tensors took there."""
+    return in_own_process(_peak_bytes, function, arguments, device.type)
+
+
+def _peak_bytes(function, arguments, device):
+    function(*arguments)
+    peak = results.peak_memory_bytes(torch.device(device))
+    return peak.get("cuda", peak["process"])

@@ -1,0 +1,433 @@
+"""What an adapter costs over a frozen model: this library, loralib 0.1.2, PEFT and full fine-tuning, measured in turn.
+
+    cd examples/benchmarks
+    pip install --no-deps --target output/upstream loralib==0.1.2
+    python run_benchmarks.py
+    python run_benchmarks.py --levels layers,operations --rounds 3
+    python run_benchmarks.py --device cuda --precisions bf16 --record benchmark_cuda
+
+The whole takes about half an hour on two cores, and needs them for itself. Models have real shapes and random weights;
+no figure depends on what they compute. In each round every system does the same work once, in an order drawn anew, and
+a ratio is the median of the rounds' ratios, with quartiles. Written to --output_dir: benchmark.json, benchmark.png.
+
+    layers      one layer, forward and backward: shapes, ranks, numbers of tokens, dropout, precisions
+    steps       a training step: forward, backward and fused AdamW of GPT-2 and RoBERTa
+    generation  32 tokens, one by one, with the adapter beside the weights and merged into them
+    operations  putting an adapter into GPT-2, merging, saving, loading and switching it
+    import      what `import` costs after `import torch`
+"""
+
+import copy
+import functools
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+# Read when torch loads: how long its threads spin while they wait. By default so long that beside another busy process
+# a small model's steps take many times longer; with no spinning at all (OMP_WAIT_POLICY=PASSIVE) they are slow alone.
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
+
+import measure
+import systems
+import torch
+from common import results, tables, training
+from common.cli import UserError, knob, parse_knobs, require_positive, run
+from systems import TITLES, Step, Work
+
+import loralib as lora
+
+HERE = Path(__file__).resolve().parent
+STEPS = {
+    "gpt2_qv": Work(),
+    "gpt2_all": Work(layers=4, batch=4, length=256, targets="all-linear", r=16),
+    "gpt2_all_dropout": Work(layers=4, batch=4, length=256, targets="all-linear", r=16, dropout=0.05),
+    "roberta_qv": Work("roberta"),
+    "roberta_all": Work("roberta", layers=4, batch=4, length=256, targets="all-linear", r=16),
+}
+# Generation of so many tokens after so many.
+PROMPT, NEW = 16, 32
+GENERATIONS = {
+    "generation_qv": Work(batch=1, length=PROMPT),
+    "generation_all": Work(batch=1, length=PROMPT, targets="all-linear", r=16),
+}
+ADAPTED = Work()  # what the operations are of
+# (in, out, whether it is a fused q, k, v of which q and v are adapted)
+SHAPES = {"square": (768, 768, False), "q, k, v": (768, 2304, True), "MLP": (768, 3072, False)}
+RANKS, TOKENS, DROPOUTS = (4, 16, 64), (32, 1024), (0.0, 0.1)
+TINY = (64, 64, False)
+
+
+class Bar(NamedTuple):
+    """The most that a ratio should be, of this library through a rival in a case, or without a rival its seconds."""
+
+    title: str
+    case: str
+    rival: str | None
+    most: float
+    what: str = "seconds"
+
+
+BARS = [
+    Bar("GPT-2 small, query and value, r=4: step", "gpt2_qv fp32", "floor", 1.03),
+    Bar("GPT-2 small, query and value, r=4: step", "gpt2_qv fp32", "upstream", 0.88),
+    Bar("4 layers, all linear, r=16: step", "gpt2_all fp32", "floor", 1.02),
+    Bar("4 layers, all linear, r=16, dropout 0.05: step", "gpt2_all_dropout fp32", "peft", 0.92),
+    Bar("4 layers, all linear, r=16, dropout 0.05: saved", "gpt2_all_dropout fp32", "peft", 0.85, "saved_bytes"),
+    Bar("one MergedLinear, forward and backward", "q, k, v, r=4, 1024 tokens, fp32", "upstream", 0.50),
+    Bar("a tiny layer, forward", "tiny", "peft", 0.60),
+    Bar("merged generation", "generation_all merged", "floor", 1.0),
+    Bar("unmerged generation", "generation_all", "peft", 0.85),
+    *(Bar(what, what, "peft", 0.7) for what in ("inject", "merge", "save", "load")),
+    Bar("import beyond torch", "import", None, 0.05),
+]
+LEVELS = ("layers", "steps", "generation", "operations", "import")
+
+
+@dataclass
+class Knobs:
+    levels: str = knob(",".join(LEVELS), "what to measure, comma separated")
+    precisions: str = knob("fp32,bf16", "of layers and steps, comma separated")
+    systems: str = knob(",".join(systems.SYSTEMS), "whom to measure, comma separated; ours always")
+    rounds: int = knob(9, "how often each system does each piece of work")
+    threads: int = knob(2, "of a CPU")
+    device: str = knob("auto", "auto, cpu, cuda or mps")
+    output_dir: str = knob(str(HERE / "output"), "folder for what is written")
+    record: str | None = knob(None, "name under which examples/results/ gets the record, too")
+
+
+def chosen(text, known, option):
+    names = text.split(",")
+    for name in names:
+        if name not in known:
+            raise UserError(f"--{option} {name}: must be one of {', '.join(known)}")
+    return names
+
+
+def check(knobs):
+    """(levels, precisions, systems); raise a UserError for what cannot be measured, before anything is."""
+    require_positive(knobs, "rounds", "threads")
+    levels = chosen(knobs.levels, LEVELS, "levels")
+    precisions = chosen(knobs.precisions, ("fp32", "bf16"), "precisions")
+    rivals = chosen(knobs.systems, systems.SYSTEMS, "systems")
+    if "upstream" in rivals and not (systems.UPSTREAM / "loralib").is_dir():
+        raise UserError(
+            "upstream's package is not there; leave upstream out of --systems, or get it by "
+            f"pip install --no-deps --target {systems.UPSTREAM} loralib==0.1.2"
+        )
+    return levels, precisions, [name for name in systems.SYSTEMS if name in (*rivals, "ours")]
+
+
+def compare(title, calls, knobs, device, **facts):
+    return record_case(title, measure.in_turn(calls, knobs.rounds, device, title), **facts)
+
+
+def record_case(title, times, **facts):
+    """What a case is recorded as: each system's times, and this library's through those of the others."""
+    case = {
+        "title": title,
+        **facts,
+        "systems": {name: {"seconds": measure.spread(values)} for name, values in times.items()},
+        "ratios": {name: measure.ratio(times, "ours", name) for name in times if name != "ours"},
+    }
+    ratios = ", ".join(f"{TITLES[name]} {value['median']:.3f}" for name, value in case["ratios"].items())
+    print(f"{title}: {1e3 * case['systems']['ours']['seconds']['median']:,.3f} ms; through {ratios}", flush=True)
+    return case
+
+
+# Levels: {case: record}
+
+
+def layers(knobs, device, names, precisions):
+    """One layer: forward, and backward to the input and the adapter."""
+    cases = {}
+    grid = itertools.product(SHAPES, RANKS, TOKENS, DROPOUTS, precisions)
+    for shape, r, tokens, dropout, precision in grid:
+        i, o, groups = SHAPES[shape]
+        x = torch.randn(tokens, i, device=device, requires_grad=True)
+        calls = {}
+        for name in names:
+            layer = systems.layer_of(name, i, o, groups, r, dropout)
+            layer.to(device)
+            calls[name] = functools.partial(forward_and_backward, layer, x, precision)
+        title = f"{shape}, r={r}, {tokens} tokens{f', dropout {dropout:g}' if dropout else ''}, {precision}"
+        cases[title] = compare(title, calls, knobs, device)
+    i, o, groups = TINY
+    x = torch.randn(1, i, device=device)
+    calls = {name: systems.layer_of(name, i, o, groups, 4, 0.0).to(device) for name in names}
+    calls = {name: lambda layer=layer: layer(x) for name, layer in calls.items()}
+    cases["tiny"] = compare(f"{i} to {o}, r=4, 1 token, forward alone", calls, knobs, device)
+    return cases
+
+
+def forward_and_backward(layer, x, precision):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        y = layer(x)
+    y.backward(y.detach())
+    x.grad = None
+    layer.zero_grad()
+
+
+def steps(knobs, device, names, precisions):
+    """A training step of each work, and what it costs beside time."""
+    cases = {}
+    for (key, work), precision in itertools.product(STEPS.items(), precisions):
+        made = {name: Step(name, work, device, precision == "bf16") for name in names}
+        case = compare(f"{work.title}, {precision}", made, knobs, device, work=asdict(work), precision=precision)
+        for name, step in made.items():
+            counts = {
+                "saved_bytes": measure.saved_bytes(step.forward, step.model),
+                "operations": measure.operations(step),
+                "flops": measure.flops(lambda step=step: step.forward().backward()),
+            }
+            case["systems"][name].update(counts)
+        del made
+        for name in names:
+            peak = measure.peak_bytes(some_steps, name, work, device.type, precision == "bf16", device=device)
+            case["systems"][name]["peak_bytes"] = peak
+        cases[f"{key} {precision}"] = case
+    return cases
+
+
+def some_steps(name, work, device, autocast):
+    step = Step(name, work, torch.device(device), autocast)
+    for _ in range(3):
+        step()
+
+
+def generation(knobs, device, names):
+    """Greedy generation, with the adapter beside the weights and merged into them."""
+    cases = {}
+    for key, work in GENERATIONS.items():
+        ids = systems.batch_of(work, device)["input_ids"]
+        options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+        sides = {"": {}, " merged": {}}
+        for name in names:
+            if name == "full":
+                continue
+            for side, calls in sides.items():
+                model = systems.build(name, work, device)
+                if name == "floor":
+                    model.disable_input_require_grads()
+                elif side:
+                    model = merged(name, model)
+                elif name != "peft":
+                    keep_apart(model)
+                model.eval()
+                calls[name] = functools.partial(model.generate, ids, **options)
+        for side, calls in sides.items():
+            title = f"{work.title}, {NEW} new tokens{', merged' if side else ''}"
+            cases[key + side] = compare(title, calls, knobs, device, work=asdict(work))
+    return cases
+
+
+def merged(name, model):
+    if name == "ours":
+        return lora.merge_and_unload(model)
+    if name == "peft":
+        return model.merge_and_unload()
+    return model  # upstream's layers merge in eval
+
+
+def keep_apart(model):
+    for layer in model.modules():
+        if hasattr(layer, "merge_weights"):
+            layer.merge_weights = False
+
+
+def operations(knobs, device, names):
+    """What is done to a whole model, in this library and in PEFT: {what: (how to prepare a model, what is timed)}."""
+    import peft
+
+    plain = systems.base_model(ADAPTED).to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "adapter.safetensors"
+
+        def copied():
+            return copy.deepcopy(plain)
+
+        def adapted():
+            return systems.ours(copied(), ADAPTED)
+
+        def two():
+            model = adapted()
+            lora.inject_lora(model, r=ADAPTED.r, adapter_name="second")
+            return model
+
+        def adapted_by_peft():
+            return systems.peft(copied(), ADAPTED)
+
+        def two_by_peft():
+            model = adapted_by_peft()
+            model.add_adapter("second", model.peft_config["default"])
+            return model
+
+        rivals = {
+            "ours": {
+                "inject": (copied, lambda model: systems.ours(model, ADAPTED)),
+                "merge": (adapted, merge),
+                "unmerge": (lambda: merge(adapted()), lora.unmerge_lora_weights),
+                "merge for good": (adapted, lora.merge_and_unload),
+                "save": (adapted, lambda model: lora.save_lora(model, file)),
+                "load": (copied, lambda model: lora.load_lora(model, file)),
+                "switch": (two, lambda model: lora.set_adapter(model, "default")),
+            },
+            "peft": {
+                "inject": (copied, lambda model: systems.peft(model, ADAPTED)),
+                "merge": (adapted_by_peft, lambda model: model.merge_adapter()),
+                "unmerge": (lambda: merge_by_peft(adapted_by_peft()), lambda model: model.unmerge_adapter()),
+                "merge for good": (adapted_by_peft, lambda model: model.merge_and_unload()),
+                "save": (adapted_by_peft, lambda model: model.save_pretrained(folder)),
+                "load": (copied, lambda model: peft.PeftModel.from_pretrained(model, folder)),
+                "switch": (two_by_peft, lambda model: model.set_adapter("default")),
+            },
+        }
+        cases = {}
+        for what in rivals["ours"]:
+            calls = {name: rivals[name][what] for name in ("ours", "peft") if name in names}
+            times = measure.prepared(calls, knobs.rounds, device, what)
+            cases[what] = record_case(f"{what}: {ADAPTED.title}", times)
+    return cases
+
+
+def merge(model):
+    """Merge at once what is otherwise merged at first use."""
+    lora.merge_lora_weights(model.eval())
+    for layer in model.modules():
+        if isinstance(layer, lora.LoRALayer):
+            layer.weight  # noqa: B018
+    return model
+
+
+def merge_by_peft(model):
+    model.merge_adapter()
+    return model
+
+
+def imports(knobs, names):
+    """A fresh interpreter each time; the files are in the cache of the system from the first on."""
+    modules = {"ours": "loralib", "peft": "peft"}
+    times = {system: [] for system in modules if system in names}
+    for _ in range(knobs.rounds + 1):
+        for system in times:
+            name = modules[system]
+            code = (
+                f"import time, torch; t = time.perf_counter(); import {modules[name]}; print(time.perf_counter() - t)"
+            )
+            command = [sys.executable, "-W", "ignore", "-c", code]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=results.REPOSITORY)
+            times[system].append(float(done.stdout.split()[-1]))
+    return {"import": record_case("import beyond torch", {name: values[1:] for name, values in times.items()})}
+
+
+def judge(levels):
+    """The bars with what was measured; those of cases that were not are left out."""
+    cases = {key: case for level in levels.values() for key, case in level.items()}
+    judged = []
+    for bar in BARS:
+        case = cases.get(bar.case)
+        if case is None or (bar.rival and bar.rival not in case["systems"]):
+            continue
+        ours = case["systems"]["ours"]
+        if bar.what == "seconds":
+            value = case["ratios"][bar.rival] if bar.rival else ours["seconds"]
+        else:
+            value = measure.spread([ours[bar.what] / case["systems"][bar.rival][bar.what]])
+        judged.append({**bar._asdict(), "value": value, "met": value["median"] <= bar.most})
+    return judged
+
+
+def report(record):
+    """Print the bars."""
+    rows = [["ours through", "rival", "median", "quartiles", "bar", "met"]]
+    for bar in record["bars"]:
+        value = bar["value"]
+        rival = TITLES[bar["rival"]] if bar["rival"] else "seconds"
+        quartiles = f"[{value['low']:.3f}, {value['high']:.3f}]"
+        met = "yes" if bar["met"] else "no"
+        rows.append([bar["title"], rival, f"{value['median']:.3f}", quartiles, f"{bar['most']:g}", met])
+    print(f"\n{tables.aligned(rows)}")
+
+
+def plot(record, path):
+    """A chart: training steps through the frozen model's, and the work of this library through PEFT's."""
+    import matplotlib  # here: measuring needs none of it
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(14, 6), layout="constrained")
+    stepped = record["levels"].get("steps", {})
+    for place, name in enumerate(name for name in TITLES if name != "floor"):
+        for row, case in enumerate(stepped.values()):
+            if name in case["systems"] and "floor" in case["systems"]:
+                value = case["systems"][name]["seconds"]["median"] / case["systems"]["floor"]["seconds"]["median"]
+                axes[0].barh(row + 0.2 * place, value - 1, 0.18, 1, color=f"C{place}", label=TITLES[name])
+    axes[0].set(xlabel="a training step, through one of the frozen model without an adapter", xscale="log")
+    axes[0].set_yticks([row + 0.3 for row in range(len(stepped))], [case["title"] for case in stepped.values()])
+    handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    if handles:
+        axes[0].legend(handles.values(), handles.keys(), fontsize=8)
+    others = [
+        case for level in ("generation", "operations", "import") for case in record["levels"].get(level, {}).values()
+    ]
+    others = [case for case in others if "peft" in case["ratios"]]
+    for row, case in enumerate(others):
+        value = case["ratios"]["peft"]
+        axes[1].plot([value["low"], value["high"]], [row, row], color="C0")
+        axes[1].plot(value["median"], row, "o", color="C0")
+    axes[1].axvline(1, color="gray", linestyle=":")
+    axes[1].set(xlabel="loralib through PEFT, median and quartiles", xscale="log")
+    axes[1].set_yticks(range(len(others)), [case["title"] for case in others])
+    for axis in axes:
+        axis.invert_yaxis()
+        axis.tick_params(axis="y", labelsize=7)
+    results.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    pyplot.close(figure)
+
+
+def measure_all(knobs):
+    """Measure the levels, print, write and return the record."""
+    levels, precisions, names = check(knobs)
+    torch.set_num_threads(knobs.threads)
+    device, output_dir = training.choose_device(knobs.device), Path(knobs.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    calls = {
+        "layers": lambda: layers(knobs, device, names, precisions),
+        "steps": lambda: steps(knobs, device, names, precisions),
+        "generation": lambda: generation(knobs, device, names),
+        "operations": lambda: operations(knobs, device, names),
+        "import": lambda: imports(knobs, names),
+    }
+    found = {level: calls[level]() for level in levels}
+    versions = {name: metadata.version(name) for name in ("peft",) if name in names}
+    record = {
+        "task": "benchmark",
+        "configuration": results.configuration(knobs),
+        "levels": found,
+        "bars": judge(found),
+        "environment": results.environment(device),
+        "rivals": versions | ({"loralib": "0.1.2"} if "upstream" in names else {}),
+    }
+    results.write_json(output_dir / "benchmark.json", record)
+    if knobs.record:
+        results.write_json(results.RESULTS / f"{knobs.record}.json", record)
+    plot(record, output_dir / "benchmark.png")
+    report(record)
+    print(f"written to {output_dir}: benchmark.json, benchmark.png")
+    return record
+
+
+def main():
+    measure_all(parse_knobs(Knobs, __doc__))
+
+
+if __name__ == "__main__":
+    run(main)
