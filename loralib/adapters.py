@@ -146,13 +146,14 @@ def slot_of(module: nn.Module) -> Slot | None:
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of `model` by name, under all their names, as they are while no adapter is active."""
-    modules, inside = {}, []
+    modules: dict[str, nn.Module] = {}
+    layer: str | tuple = ()  # the last adapted one: what is in it follows it
     for name, module in model.named_modules(remove_duplicate=False):
-        if not any(name.startswith(prefix) for prefix in inside):
+        if not name.startswith(layer):
             slot = slot_of(module)
             modules[name] = slot.base if slot else module
             if isinstance(module, LoRALayer):  # its dropout is nobody's target
-                inside.append(name + ".")
+                layer = name + "."
     return modules
 
 

@@ -222,10 +222,15 @@ class LoRALayer:
         return cache[2]
 
     def _merge(self, base: Tensor) -> Tensor:
-        delta = self.delta_weight()
         if is_quantized(base):
             base = base.dequantize()
-        return (base.to(torch.promote_types(base.dtype, delta.dtype)) + delta).to(base.dtype)
+        dtype = torch.promote_types(torch.promote_types(base.dtype, self.lora_A.dtype), torch.float32)
+        with _full_precision(base.device):
+            merged = self._add_delta(*(tensor.to(dtype) for tensor in (base, self.lora_A, self.lora_B)))
+        return merged.to(base.dtype)
+
+    def _add_delta(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return weight + self.scaling * self._delta(A, B)
 
     def _cache_key(self) -> tuple:
         tensors = self._base_weight, self.lora_A, self.lora_B
@@ -379,6 +384,11 @@ class _Linear(LoRALayer, nn.Linear):
     def _delta(self, A: Tensor, B: Tensor) -> Tensor:
         delta = self._full_B(B) @ A
         return delta.T if self.fan_in_fan_out else delta
+
+    def _add_delta(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        B = self._full_B(B)
+        factors = (A.T, B.T) if self.fan_in_fan_out else (B, A)
+        return torch.addmm(weight, *factors, alpha=self.scaling)
 
     def plain_layer(self) -> nn.Module:
         plain = super().plain_layer()

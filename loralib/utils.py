@@ -227,12 +227,11 @@ def trained_names(model: nn.Module, bias: str, modules_to_save: Sequence[str] | 
     modules = dict(model.named_modules(remove_duplicate=False))
     names = set()
     for prefix, module in modules.items():
-        dot = prefix and prefix + "."
+        dot, is_lora = prefix and prefix + ".", isinstance(module, LoRALayer)
+        wants_bias = bias == "all" or (bias == "lora_only" and is_lora)
         for name, parameter in module._parameters.items():
-            is_lora = isinstance(module, LoRALayer)
             adapter = is_lora and name.startswith("lora_")
-            chosen_bias = is_bias(name) and (bias == "all" or (bias == "lora_only" and is_lora))
-            if parameter is not None and (adapter or chosen_bias):
+            if parameter is not None and (adapter or (wants_bias and is_bias(name))):
                 names.add(dot + name)
     for prefix in match_modules_to_save(model, modules_to_save):
         names.update(f"{prefix}.{name}" for name in modules[prefix].state_dict())

@@ -316,15 +316,12 @@ def imports(knobs, names):
     modules = {"ours": "loralib", "peft": "peft"}
     times = {system: [] for system in modules if system in names}
     for _ in range(knobs.rounds + 1):
-        for system in times:
-            name = modules[system]
-            code = (
-                f"import time, torch; t = time.perf_counter(); import {modules[name]}; print(time.perf_counter() - t)"
-            )
-            command = [sys.executable, "-W", "ignore", "-c", code]
+        for system, values in times.items():
+            code = f"import time, torch; start = time.perf_counter(); import {modules[system]}"
+            command = [sys.executable, "-W", "ignore", "-c", f"{code}; print(time.perf_counter() - start)"]
             done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=results.REPOSITORY)
-            times[system].append(float(done.stdout.split()[-1]))
-    return {"import": record_case("import beyond torch", {name: values[1:] for name, values in times.items()})}
+            values.append(float(done.stdout.split()[-1]))
+    return {"import": record_case("import beyond torch", {system: values[1:] for system, values in times.items()})}
 
 
 def judge(levels):

@@ -1,0 +1,227 @@
+"""The benchmark of examples/benchmarks: that the rivals do the same work, and that its counts and bars are right.
+
+    python -m pytest tests/test_benchmarks.py
+
+Upstream's package is an optional download; the tests that need it skip without it.
+"""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+from nlg_models import ROOT
+from torch import nn
+
+BENCHMARKS = ROOT / "examples" / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+import measure  # noqa: E402
+import run_benchmarks  # noqa: E402
+import systems  # noqa: E402
+from common import cli  # noqa: E402
+
+CPU = torch.device("cpu")
+WORKS = [
+    systems.Work(architecture, layers=1, batch=2, length=5, targets=targets, r=2)
+    for architecture in ("gpt2", "roberta")
+    for targets in ("query, value", "all-linear")
+]
+needs_upstream = pytest.mark.skipif(
+    not (systems.UPSTREAM / "loralib").is_dir(), reason="loralib 0.1.2 is not in examples/benchmarks/output/upstream"
+)
+
+
+def adapters(model):
+    """[(lora_A, lora_B)] of the layers in order, whatever they are called."""
+    found = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    return list(zip(found[::2], found[1::2], strict=True))
+
+
+def logits(model, work):
+    return model(input_ids=systems.batch_of(work, CPU)["input_ids"]).logits
+
+
+@pytest.mark.parametrize("work", WORKS, ids=lambda work: work.title)
+@pytest.mark.parametrize("rival", ["peft", pytest.param("upstream", marks=needs_upstream)])
+def test_rivals_do_the_same_work(work, rival):
+    """With the same A and B the same logits, of the frozen model with B zero; and gradients for nothing but them."""
+    ours, other, floor = (systems.build(name, work, CPU) for name in ("ours", rival, "floor"))
+    torch.testing.assert_close(logits(other, work), logits(floor, work), rtol=1e-4, atol=1e-4)
+    fused = work.architecture == "gpt2" and work.targets == "query, value"
+    torch.manual_seed(2)
+    for (A, B), (other_A, other_B) in zip(adapters(ours), adapters(other), strict=True):
+        with torch.no_grad():
+            A.normal_(), B.normal_()
+            if fused and rival == "peft":  # one update of q, k and v: that of q alone is what both can have
+                B[B.shape[0] // 2 :] = 0
+                other_B.zero_()
+                other_A.copy_(A[: work.r]), other_B[: B.shape[0] // 2].copy_(B[: B.shape[0] // 2])
+            else:
+                other_A.copy_(A), other_B.copy_(B)
+    moved = logits(ours, work)
+    assert (moved - logits(floor, work)).abs().max() > 0.1
+    torch.testing.assert_close(logits(other, work), moved, rtol=1e-4, atol=1e-3)
+    for model in (ours, other):
+        model(**systems.batch_of(work, CPU)).loss.backward()
+        named = {name: parameter.grad is not None for name, parameter in model.named_parameters()}
+        assert named == {name: "lora_" in name for name in named}
+
+
+@pytest.mark.parametrize("shape", run_benchmarks.SHAPES)
+@pytest.mark.parametrize("system", ["floor", "ours", "peft", "full", pytest.param("upstream", marks=needs_upstream)])
+def test_layers_have_the_shape(system, shape):
+    i, o, groups = run_benchmarks.SHAPES[shape]
+    layer = systems.layer_of(system, i, o, groups, 4, 0.0)
+    x = torch.randn(3, i, requires_grad=True)
+    run_benchmarks.forward_and_backward(layer, x, "fp32")
+    assert layer(x).shape == (3, o) and x.grad is None and all(p.grad is None for p in layer.parameters())
+
+
+def test_counts_of_a_layer_worked_out_by_hand():
+    """A frozen layer keeps nothing of its own; tanh keeps its output, once however often it is used."""
+    layer, x = nn.Linear(8, 6).requires_grad_(False), torch.randn(5, 8, requires_grad=True)
+    assert measure.saved_bytes(lambda: layer(x), layer) == 0
+    assert measure.saved_bytes(lambda: (y := layer(x).tanh()) * y, layer) == 5 * 6 * 4
+    assert measure.flops(lambda: layer(x)) == 2 * 5 * 8 * 6
+    assert measure.operations(lambda: x + x) == 1 and measure.operations(lambda: (x + x).tanh()) == 2
+
+
+def test_this_library_keeps_one_byte_an_element_for_dropout():
+    """Beside the dropped input, 4 bytes an element, and x A^T."""
+    x, sizes = torch.randn(40, 64, requires_grad=True), {}
+    for dropout in (0.0, 0.5):
+        layer = systems.layer_of("ours", 64, 64, False, 4, dropout)
+        sizes[dropout] = measure.saved_bytes(lambda layer=layer: layer(x).sum(), layer)
+    assert sizes[0.0] == 4 * (40 * 64 + 40 * 4) and sizes[0.5] == sizes[0.0] + 40 * 64
+
+
+def test_every_round_times_each_system_once_in_an_order_of_its_own(monkeypatch):
+    seen, clock = [], iter(range(10**6))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    calls = {name: lambda name=name: seen.append(name) for name in "abc"}
+    times = measure.in_turn(calls, 20, CPU, "")
+    assert {name: len(values) for name, values in times.items()} == {"a": 20, "b": 20, "c": 20}
+    rounds = [seen[start : start + 3] for start in range(6, len(seen), 3)]  # after one to warm up and one to count
+    assert len(rounds) == 20 and all(sorted(found) == ["a", "b", "c"] for found in rounds)
+    assert len(set(map(tuple, rounds))) > 3
+
+
+def test_what_is_prepared_is_not_timed(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+
+    def later(seconds):
+        clock[0] += seconds
+        return seconds
+
+    times = measure.prepared({"a": (lambda: later(5), lambda got: later(got / 5))}, 3, CPU, "")
+    assert times == {"a": [1.0, 1.0, 1.0]}
+
+
+def test_ratios_are_of_the_same_round():
+    times = {"ours": [1.0, 2.0, 30.0], "peft": [2.0, 2.0, 30.0]}
+    assert measure.ratio(times, "ours", "peft") == {"median": 1.0, "low": 0.75, "high": 1.0}
+    assert measure.spread([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
+
+
+def test_bars_are_judged_by_the_median():
+    def case(seconds, saved, ratio):
+        spread = {"median": ratio, "low": 0.1, "high": 9.0}
+        systems_ = {"ours": {"seconds": {"median": seconds}, "saved_bytes": saved}, "peft": {"saved_bytes": 100}}
+        return {"systems": systems_, "ratios": {"peft": spread}}
+
+    levels = {
+        "steps": {"gpt2_all_dropout fp32": case(1.0, 86, 0.92)},
+        "import": {"import": case(0.051, None, 0.1)},
+        "layers": {"tiny": case(1.0, None, 0.61)},
+    }
+    for entry in levels["import"]["import"]["systems"].values():
+        entry["seconds"] = {"median": 0.051, "low": 0.05, "high": 0.06}
+    met = {(bar["case"], bar["what"]): bar["met"] for bar in run_benchmarks.judge(levels)}
+    dropped = "gpt2_all_dropout fp32"
+    assert met == {
+        (dropped, "seconds"): True,
+        (dropped, "saved_bytes"): False,
+        ("tiny", "seconds"): False,
+        ("import", "seconds"): False,
+    }
+
+
+def test_a_bar_names_a_case_that_is_measured():
+    keys = {f"{key} {precision}" for key in run_benchmarks.STEPS for precision in ("fp32", "bf16")}
+    keys |= {key + side for key in run_benchmarks.GENERATIONS for side in ("", " merged")}
+    keys |= {"tiny", "import", "inject", "merge", "save", "load", "q, k, v, r=4, 1024 tokens, fp32"}
+    assert {bar.case for bar in run_benchmarks.BARS} <= keys
+
+
+SMALL = systems.Work(layers=1, batch=1, length=4)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The same benchmark on one layer."""
+    monkeypatch.setattr(run_benchmarks, "STEPS", {"gpt2_qv": SMALL})
+    monkeypatch.setattr(run_benchmarks, "GENERATIONS", {"generation_all": SMALL})
+    monkeypatch.setattr(run_benchmarks, "NEW", 2)
+    monkeypatch.setattr(run_benchmarks, "ADAPTED", SMALL)
+    monkeypatch.setattr(run_benchmarks, "SHAPES", {"q, k, v": (24, 72, True)})
+    monkeypatch.setattr(run_benchmarks, "RANKS", (4,))
+    monkeypatch.setattr(run_benchmarks, "TOKENS", (1024,))
+    monkeypatch.setattr(run_benchmarks, "DROPOUTS", (0.0,))
+    monkeypatch.setattr(measure, "STRETCH", 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
+def test_the_whole_on_one_layer(small, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    try:
+        record = run_benchmarks.measure_all(
+            run_benchmarks.Knobs(rounds=2, systems="floor,peft,full", output_dir=str(tmp_path), precisions="fp32")
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert json.loads((tmp_path / "benchmark.json").read_text()) == record
+    assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    cases = {key: case for level in record["levels"].values() for key, case in level.items()}
+    assert set(cases) == {
+        *("q, k, v, r=4, 1024 tokens, fp32", "tiny", "gpt2_qv fp32", "generation_all", "generation_all merged"),
+        *("inject", "merge", "unmerge", "merge for good", "save", "load", "switch", "import"),
+    }
+    step = cases["gpt2_qv fp32"]["systems"]
+    assert list(step) == ["floor", "ours", "peft", "full"]
+    assert step["full"]["flops"] > 1.3 * step["floor"]["flops"] and step["ours"]["peak_bytes"] > 10**8
+    assert step["ours"]["saved_bytes"] < 1.1 * step["floor"]["saved_bytes"]
+    for case in cases.values():
+        assert set(case["ratios"]) == set(case["systems"]) - {"ours"}
+        for system in case["systems"].values():
+            assert 0 < system["seconds"]["low"] <= system["seconds"]["median"] <= system["seconds"]["high"]
+    printed = capsys.readouterr().out
+    for bar in record["bars"]:
+        assert f"{bar['title']}  " in printed
+    assert dataclasses.asdict(SMALL) == cases["gpt2_qv fp32"]["work"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"levels": "layers,stairs"}, "--levels stairs: must be one of layers, steps, generation, operations, import"),
+        ({"systems": "theirs"}, "--systems theirs: must be one of floor, ours, upstream, peft, full"),
+        ({"precisions": "fp16"}, "--precisions fp16: must be one of fp32, bf16"),
+        ({"rounds": 0}, "--rounds 0: must be above 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(options, message):
+    with pytest.raises(cli.UserError) as caught:
+        run_benchmarks.check(run_benchmarks.Knobs(**options))
+    assert str(caught.value) == message
+
+
+def test_without_upstream_the_command_that_gets_it_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(systems, "UPSTREAM", tmp_path)
+    with pytest.raises(cli.UserError) as caught:
+        run_benchmarks.check(run_benchmarks.Knobs())
+    assert str(caught.value) == (
+        "upstream's package is not there; leave upstream out of --systems, or get it by "
+        f"pip install --no-deps --target {tmp_path} loralib==0.1.2"
+    )
