@@ -7,10 +7,12 @@ Upstream's package is an optional download; the tests that need it skip without 
 
 import dataclasses
 import json
+import os
 import sys
 
 import pytest
 import torch
+import transformers
 from nlg_models import ROOT
 from torch import nn
 
@@ -21,6 +23,8 @@ import run_benchmarks  # noqa: E402
 import systems  # noqa: E402
 from common import cli  # noqa: E402
 
+# What PEFT calls in transformers is on its way out there.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 CPU = torch.device("cpu")
 WORKS = [
     systems.Work(architecture, layers=1, batch=2, length=5, targets=targets, r=2)
@@ -30,6 +34,26 @@ WORKS = [
 needs_upstream = pytest.mark.skipif(
     not (systems.UPSTREAM / "loralib").is_dir(), reason="loralib 0.1.2 is not in examples/benchmarks/output/upstream"
 )
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    """The same models at a small width."""
+
+    def base_model(work):
+        torch.manual_seed(0)
+        if work.architecture == "gpt2":
+            off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+            sizes = {"n_embd": 24, "n_head": 2, "initializer_range": 0.2}
+            return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=work.layers, **sizes, **off))
+        sizes = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48, "initializer_range": 0.2}
+        off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        config = transformers.RobertaConfig(num_hidden_layers=work.layers, vocab_size=50265, **sizes, **off)
+        return transformers.RobertaForSequenceClassification(config)
+
+    monkeypatch.setattr(systems, "base_model", base_model)
+    # The models of a process of its own would be wide.
+    monkeypatch.setattr(measure, "in_own_process", lambda function, *arguments: function(*arguments))
 
 
 def adapters(model):
@@ -84,6 +108,7 @@ def test_counts_of_a_layer_worked_out_by_hand():
     assert measure.saved_bytes(lambda: layer(x), layer) == 0
     assert measure.saved_bytes(lambda: (y := layer(x).tanh()) * y, layer) == 5 * 6 * 4
     assert measure.flops(lambda: layer(x)) == 2 * 5 * 8 * 6
+    x = x.detach()
     assert measure.operations(lambda: x + x) == 1 and measure.operations(lambda: (x + x).tanh()) == 2
 
 
@@ -94,6 +119,23 @@ def test_this_library_keeps_one_byte_an_element_for_dropout():
         layer = systems.layer_of("ours", 64, 64, False, 4, dropout)
         sizes[dropout] = measure.saved_bytes(lambda layer=layer: layer(x).sum(), layer)
     assert sizes[0.0] == 4 * (40 * 64 + 40 * 4) and sizes[0.5] == sizes[0.0] + 40 * 64
+
+
+in_own_process = measure.in_own_process
+
+
+def hold(size):
+    return len(b"1" * size), os.getpid()  # zeros would take no memory
+
+
+def test_a_peak_is_of_a_process_of_its_own(monkeypatch):
+    """Which returns what the function does, and has held what it holds but not what this process does."""
+    monkeypatch.setattr(measure, "in_own_process", in_own_process)
+    size, process = measure.in_own_process(hold, 10)
+    assert size == 10 and process != os.getpid()
+    here = b"1" * 10**9
+    little, much = (measure.peak_bytes(hold, size, device=CPU) for size in (10, 5 * 10**8))
+    assert 4 * 10**8 < much - little < 6 * 10**8 and little < len(here)
 
 
 def test_every_round_times_each_system_once_in_an_order_of_its_own(monkeypatch):
@@ -172,12 +214,11 @@ def small(monkeypatch):
     monkeypatch.setattr(measure, "STRETCH", 1e-4)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
 def test_the_whole_on_one_layer(small, tmp_path, capsys):
     threads = torch.get_num_threads()
     try:
         record = run_benchmarks.measure_all(
-            run_benchmarks.Knobs(rounds=2, systems="floor,peft,full", output_dir=str(tmp_path), precisions="fp32")
+            run_benchmarks.Knobs(rounds=1, systems="floor,peft,full", output_dir=str(tmp_path), precisions="fp32")
         )
     finally:
         torch.set_num_threads(threads)
@@ -190,8 +231,8 @@ def test_the_whole_on_one_layer(small, tmp_path, capsys):
     }
     step = cases["gpt2_qv fp32"]["systems"]
     assert list(step) == ["floor", "ours", "peft", "full"]
-    assert step["full"]["flops"] > 1.3 * step["floor"]["flops"] and step["ours"]["peak_bytes"] > 10**8
-    assert step["ours"]["saved_bytes"] < 1.1 * step["floor"]["saved_bytes"]
+    assert step["full"]["flops"] > 1.2 * step["floor"]["flops"] and step["ours"]["peak_bytes"] > 10**8
+    assert step["ours"]["saved_bytes"] < 1.2 * step["floor"]["saved_bytes"]
     for case in cases.values():
         assert set(case["ratios"]) == set(case["systems"]) - {"ours"}
         for system in case["systems"].values():

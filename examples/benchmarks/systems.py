@@ -88,6 +88,8 @@ def peft(model, work):
     by_name = ["c_attn"] if fused else ["query", "value"]
     targets = by_name if work.targets == "query, value" else work.targets
     options = {"r": work.r, "lora_alpha": ALPHA, "lora_dropout": work.dropout}
+    if targets == "all-linear" and not fused:
+        options["exclude_modules"] = r"classifier\..*"  # which it would adapt in a model without a task_type
     return get_peft_model(model, LoraConfig(target_modules=targets, fan_in_fan_out=fused, **options))
 
 
