@@ -302,14 +302,24 @@ def _same_key(then: tuple, now: tuple) -> bool:
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` that keeps one byte an element for the backward on a CPU too, where torch's keeps four.
+    """`nn.Dropout`, but on a CPU several times quicker, and one byte an element kept for the backward instead of four.
 
-    >>> Dropout(0.5).eval()(torch.ones(2, 3)).sum().item()
-    6.0
+    There `p` is rounded to a multiple of 1 / 65536, and what is kept is scaled by what was kept: the mean is x's.
+
+    >>> dropout = Dropout(0.5)
+    >>> sorted(set(dropout(torch.ones(100)).tolist())), dropout.eval()(torch.ones(2)).tolist()
+    ([0.0, 2.0], [1.0, 1.0])
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.native_dropout(x, self.p, self.training)[0]
+        plain = type(x) is Tensor and not x.is_nested and x.device.type == "cpu"
+        dropped = round(self.p * 65536)
+        if not self.training or not plain or dropped == 65536 or torch.compiler.is_compiling():
+            return super().forward(x)
+        # A draw of 64 bits takes as long as one of 32, and 16 decide an element.
+        draws = x.new_empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 32768
+        return torch.where(keep, x, 0.0).mul_(65536 / (65536 - dropped))
 
 
 class _Linear(LoRALayer, nn.Linear):

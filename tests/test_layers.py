@@ -7,6 +7,7 @@ W + scaling * B A written out; random sequences of operations come from hypothes
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -43,6 +44,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 import loralib as lora
+from loralib import layers
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_kind = pytest.mark.parametrize("case", KINDS, ids=str)
@@ -112,13 +114,13 @@ def test_weight_reads_as_the_merged_value(case):
 
 @pytest.mark.parametrize("case", [case for case in KINDS if not case.is_embedding], ids=str)
 def test_dropout_concerns_the_update_in_training_only(case):
-    """The low-rank branch sees F.dropout(x), the base sees x; evaluation and merging drop nothing."""
+    """The low-rank branch sees what its dropout leaves, the base sees x; evaluation and merging drop nothing."""
     layer, x = case.layer(torch.float64, lora_dropout=0.4), case.inputs(torch.float64)
     state = tensors(layer)
     torch.manual_seed(1)
     out = layer(x)
     torch.manual_seed(1)
-    dropped = F.dropout(x, 0.4)
+    dropped = layer.lora_dropout(x)
     without = {name: value for name, value in state.items() if "lora_" not in name}
     update = dense_forward(case, state, layer.scaling, dropped) - dense_forward(case, without, 0, dropped)
     assert_close(out, dense_forward(case, without, 0, x) + update)
@@ -570,6 +572,41 @@ def test_per_sample_gradients(case, mode):
         wanted = torch.autograd.grad(layer(sample[None]).pow(2).sum(), [layer.lora_A, layer.lora_B])
         torch.testing.assert_close(got["lora_A"][index], wanted[0])
         torch.testing.assert_close(got["lora_B"][index], wanted[1])
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_dropout_keeps_its_share_and_scales_it(p):
+    """Each element on its own: over all, over those of one place in a draw of 64 bits, and next to each other."""
+    x, dropout = torch.ones(400, 999), layers.Dropout(p)
+    torch.manual_seed(0)
+    out = dropout(x)
+    kept = (out != 0).double()
+    assert out.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)], rel=2e-5 / (1 - p))
+    allowed = 5 * math.sqrt(p * (1 - p) / (x.numel() / 4))  # five standard deviations of a quarter's mean
+    for place in range(4):
+        assert abs(kept.flatten()[place::4].mean() - (1 - p)) < allowed
+    together = kept.flatten()[1:] * kept.flatten()[:-1]
+    assert abs(together.mean() - (1 - p) ** 2) < allowed
+    assert abs(out.double().mean() - 1) < 2 * allowed / (1 - p)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), out) and not torch.equal(dropout(x), out)
+
+
+def test_dropout_at_its_ends():
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True).t()
+    assert torch.equal(layers.Dropout(0.0)(x), x) and not layers.Dropout(1.0)(x).any()
+    assert layers.Dropout(0.5)(x[:0]).shape == (0, 3)
+    assert torch.equal(layers.Dropout(0.5).eval()(x), x)
+    out = layers.Dropout(0.5)(x)
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], (out != 0).double() * 2) and out.dtype == torch.float64
+
+
+def test_dropout_under_vmap_draws_for_each_sample():
+    x = torch.ones(6, 50)
+    out = torch.vmap(layers.Dropout(0.5), randomness="different")(x)
+    assert out.shape == x.shape and len({tuple(row.tolist()) for row in out}) == 6
+    with pytest.raises(RuntimeError, match="random"):
+        torch.vmap(layers.Dropout(0.5))(x)
 
 
 @each_state
