@@ -40,7 +40,8 @@ import systems
 import torch
 from common import results, tables, training
 from common.cli import UserError, knob, parse_knobs, require_positive, run
-from systems import TITLES, Step, Work
+from common.tables import SYSTEMS as TITLES
+from systems import Step, Work
 
 import loralib as lora
 
@@ -137,6 +138,8 @@ def record_case(title, times, **facts):
         "systems": {name: {"seconds": measure.spread(values)} for name, values in times.items()},
         "ratios": {name: measure.ratio(times, "ours", name) for name in times if name != "ours"},
     }
+    if "floor" in times:
+        case["through_floor"] = {name: measure.ratio(times, name, "floor") for name in times if name != "floor"}
     ratios = ", ".join(f"{TITLES[name]} {value['median']:.3f}" for name, value in case["ratios"].items())
     print(f"{title}: {1e3 * case['systems']['ours']['seconds']['median']:,.3f} ms; through {ratios}", flush=True)
     return case
@@ -361,14 +364,13 @@ def plot(record, path):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(14, 6), layout="constrained")
-    stepped = record["levels"].get("steps", {})
-    for place, name in enumerate(name for name in TITLES if name != "floor"):
-        for row, case in enumerate(stepped.values()):
-            if name in case["systems"] and "floor" in case["systems"]:
-                value = case["systems"][name]["seconds"]["median"] / case["systems"]["floor"]["seconds"]["median"]
-                axes[0].barh(row + 0.2 * place, value - 1, 0.18, 1, color=f"C{place}", label=TITLES[name])
+    stepped = [case for case in record["levels"].get("steps", {}).values() if "through_floor" in case]
+    for row, case in enumerate(stepped):
+        for place, (name, value) in enumerate(case["through_floor"].items()):
+            axes[0].barh(row + 0.2 * place, value["median"] - 1, 0.18, 1, color=f"C{place}", label=TITLES[name])
+            axes[0].plot([value["low"], value["high"]], [row + 0.2 * place] * 2, color="black", linewidth=0.8)
     axes[0].set(xlabel="a training step, through one of the frozen model without an adapter", xscale="log")
-    axes[0].set_yticks([row + 0.3 for row in range(len(stepped))], [case["title"] for case in stepped.values()])
+    axes[0].set_yticks([row + 0.3 for row in range(len(stepped))], [case["title"] for case in stepped])
     handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
     if handles:
         axes[0].legend(handles.values(), handles.keys(), fontsize=8)
