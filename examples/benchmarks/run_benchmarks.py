@@ -4,7 +4,7 @@
     pip install --no-deps --target output/upstream loralib==0.1.2
     python run_benchmarks.py
     python run_benchmarks.py --levels layers,operations --rounds 3
-    python run_benchmarks.py --device cuda --precisions bf16 --record benchmark_cuda
+    python run_benchmarks.py --device cuda --precisions bf16 --step_precision bf16 --record benchmark_cuda
 
 The whole takes about half an hour on two cores, and needs them for itself. Models have real shapes and random weights;
 no figure depends on what they compute. In each round every system does the same work once, in an order drawn anew, and
@@ -77,11 +77,11 @@ class Bar(NamedTuple):
 
 
 BARS = [
-    Bar("GPT-2 small, query and value, r=4: step", "gpt2_qv fp32", "floor", 1.03),
-    Bar("GPT-2 small, query and value, r=4: step", "gpt2_qv fp32", "upstream", 0.88),
-    Bar("4 layers, all linear, r=16: step", "gpt2_all fp32", "floor", 1.02),
-    Bar("4 layers, all linear, r=16, dropout 0.05: step", "gpt2_all_dropout fp32", "peft", 0.92),
-    Bar("4 layers, all linear, r=16, dropout 0.05: saved", "gpt2_all_dropout fp32", "peft", 0.85, "saved_bytes"),
+    Bar("GPT-2 small, query and value, r=4: step", "gpt2_qv", "floor", 1.03),
+    Bar("GPT-2 small, query and value, r=4: step", "gpt2_qv", "upstream", 0.88),
+    Bar("4 layers, all linear, r=16: step", "gpt2_all", "floor", 1.02),
+    Bar("4 layers, all linear, r=16, dropout 0.05: step", "gpt2_all_dropout", "peft", 0.92),
+    Bar("4 layers, all linear, r=16, dropout 0.05: saved", "gpt2_all_dropout", "peft", 0.85, "saved_bytes"),
     Bar("one MergedLinear, forward and backward", "q, k, v, r=4, 1024 tokens, fp32", "upstream", 0.50),
     Bar("a tiny layer, forward", "tiny", "peft", 0.60),
     Bar("merged generation", "generation_all merged", "floor", 1.0),
@@ -89,13 +89,15 @@ BARS = [
     *(Bar(what, what, "peft", 0.7) for what in ("inject", "merge", "save", "load")),
     Bar("import beyond torch", "import", None, 0.05),
 ]
+PRECISIONS = ("fp32", "bf16")
 LEVELS = ("layers", "steps", "generation", "operations", "import")
 
 
 @dataclass
 class Knobs:
     levels: str = knob(",".join(LEVELS), "what to measure, comma separated")
-    precisions: str = knob("fp32,bf16", "of layers and steps, comma separated")
+    precisions: str = knob("fp32,bf16", "of layers, comma separated")
+    step_precision: str = knob("fp32", "of steps", PRECISIONS)
     systems: str = knob(",".join(systems.SYSTEMS), "whom to measure, comma separated; ours always")
     rounds: int = knob(9, "how often each system does each piece of work")
     threads: int = knob(2, "of a CPU")
@@ -116,7 +118,7 @@ def check(knobs):
     """(levels, precisions, systems); raise a UserError for what cannot be measured, before anything is."""
     require_positive(knobs, "rounds", "threads")
     levels = chosen(knobs.levels, LEVELS, "levels")
-    precisions = chosen(knobs.precisions, ("fp32", "bf16"), "precisions")
+    precisions = chosen(knobs.precisions, PRECISIONS, "precisions")
     rivals = chosen(knobs.systems, systems.SYSTEMS, "systems")
     if "upstream" in rivals and not (systems.UPSTREAM / "loralib").is_dir():
         raise UserError(
@@ -178,12 +180,12 @@ def forward_and_backward(layer, x, precision):
     layer.zero_grad()
 
 
-def steps(knobs, device, names, precisions):
+def steps(knobs, device, names):
     """A training step of each work, and what it costs beside time."""
-    cases = {}
-    for (key, work), precision in itertools.product(STEPS.items(), precisions):
-        made = {name: Step(name, work, device, precision == "bf16") for name in names}
-        case = compare(f"{work.title}, {precision}", made, knobs, device, work=asdict(work), precision=precision)
+    cases, autocast = {}, knobs.step_precision == "bf16"
+    for key, work in STEPS.items():
+        made = {name: Step(name, work, device, autocast) for name in names}
+        case = compare(work.title, made, knobs, device, work=asdict(work))
         for name, step in made.items():
             counts = {
                 "saved_bytes": measure.saved_bytes(step.forward, step.model),
@@ -193,9 +195,9 @@ def steps(knobs, device, names, precisions):
             case["systems"][name].update(counts)
         del made
         for name in names:
-            peak = measure.peak_bytes(some_steps, name, work, device.type, precision == "bf16", device=device)
+            peak = measure.peak_bytes(some_steps, name, work, device.type, autocast, device=device)
             case["systems"][name]["peak_bytes"] = peak
-        cases[f"{key} {precision}"] = case
+        cases[key] = case
     return cases
 
 
@@ -400,7 +402,7 @@ def measure_all(knobs):
     output_dir.mkdir(parents=True, exist_ok=True)
     calls = {
         "layers": lambda: layers(knobs, device, names, precisions),
-        "steps": lambda: steps(knobs, device, names, precisions),
+        "steps": lambda: steps(knobs, device, names),
         "generation": lambda: generation(knobs, device, names),
         "operations": lambda: operations(knobs, device, names),
         "import": lambda: imports(knobs, names),
