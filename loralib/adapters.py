@@ -125,12 +125,15 @@ def add_part(slot: Slot, name: str, own: frozenset[str], layer: LoRALayer | None
     base = slot.base
     module = layer or copy.copy(base)
     module._parameters, module._buffers = dict(module._parameters), dict(module._buffers)
-    for tensors, wrap in ((module._parameters, nn.Parameter), (module._buffers, lambda copied: copied)):
-        for key in own & tensors.keys():
-            tensor = tensors[key]
-            if tensor is own_tensors(base).get(key):
-                tensors[key] = copies.setdefault(id(tensor), wrap(tensor.detach().clone()))
-            tensors[key].requires_grad = tensor.is_floating_point() and isinstance(tensor, nn.Parameter)
+    shared = own_tensors(base)
+    for key, tensor in own_tensors(module).items():
+        if key in own:
+            is_parameter = isinstance(tensor, nn.Parameter)
+            if tensor is shared.get(key):
+                copied = tensor.detach().clone()
+                tensor = copies.setdefault(id(tensor), nn.Parameter(copied) if is_parameter else copied)
+                setattr(module, key, tensor)
+            tensor.requires_grad = is_parameter and tensor.is_floating_point()
     slot.add(name, module, own)
 
 

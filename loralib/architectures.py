@@ -4,6 +4,7 @@ Models are recognised by `config.model_type` and by class names, because the lib
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -42,7 +43,7 @@ _LINEAR_BY_ANOTHER_NAME = ("FalconLinear",)
 # How many rows of a fused projection belong to q, k and v, and in how many turns they are laid out, by the class that
 # owns the projection and the projection's name.
 Layout = tuple[list[int], int]
-_FUSED: dict[tuple[str, str], Callable[[nn.Module, int], Layout]] = {
+_FUSED: dict[tuple[str, str], Callable[[Any, int], Layout]] = {
     ("GPTNeoXAttention", "query_key_value"): lambda owner, rows: _thirds(rows, owner.config.num_attention_heads),
     ("BloomAttention", "query_key_value"): lambda owner, rows: _thirds(rows, owner.num_heads),
     ("FalconAttention", "query_key_value"): lambda owner, rows: _falcon(owner, rows),
@@ -97,7 +98,7 @@ def output_layer(model: nn.Module) -> nn.Module | None:
     return get() if callable(get) else None
 
 
-def is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: Any) -> bool:
     """Whether `module` is the Hugging Face class `Conv1D`, a linear layer with a transposed weight."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and module.weight.dim() == 2
 
@@ -107,7 +108,7 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ in _LINEAR_BY_ANOTHER_NAME
 
 
-def fused_layout(owner: nn.Module, name: str, module: nn.Module) -> Layout | None:
+def fused_layout(owner: nn.Module, name: str, module: Any) -> Layout | None:
     """Return the rows of q, k, v of a fused projection and in how many turns they lie; None if it is not one, or
     its layout is not known.
 
@@ -150,7 +151,7 @@ def _grouped(rows: int, head_dim: int, key_heads: int) -> list[int]:
     return [rows - 2 * key_heads * head_dim, key_heads * head_dim, key_heads * head_dim]
 
 
-def _falcon(owner: nn.Module, rows: int) -> Layout:
+def _falcon(owner: Any, rows: int) -> Layout:
     if owner.new_decoder_architecture:
         return _grouped(rows, owner.head_dim, owner.num_kv_heads), owner.num_kv_heads
     if owner.multi_query:

@@ -3,7 +3,7 @@
 import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -52,7 +52,9 @@ BIAS_MODES = ("none", "all", "lora_only")
 ALL_LINEAR = "all-linear"
 
 # By exact class: a subclass may compute something else, and some parents (nn.MultiheadAttention) bypass its forward.
-_LAYERS = {cls._plain_class: cls for cls in (Linear, Embedding, Conv1d, Conv2d, Conv3d)}
+_LAYERS: dict[type[nn.Module], type[LoRALayer]] = {
+    cls._plain_class: cls for cls in (Linear, Embedding, Conv1d, Conv2d, Conv3d)
+}
 
 
 def inject_lora(
@@ -62,8 +64,8 @@ def inject_lora(
     lora_dropout: float = 0.0,
     target_modules: Sequence[str] | str | None = None,
     exclude_modules: Sequence[str] | str | None = None,
-    rank_pattern: dict[str, int] | None = None,
-    alpha_pattern: dict[str, float] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] | str | None = None,
     use_rslora: bool = False,
     bias: str = "none",
@@ -133,8 +135,8 @@ def inject_lora(
             f"enable_lora={list(enable_lora)}: none of the targets is a fused projection whose layout is known; "
             "leave it out to adapt them whole"
         )
-    _apply_pattern(specs, rank_pattern, "rank_pattern", "r")
-    _apply_pattern(specs, alpha_pattern, "alpha_pattern", "lora_alpha")
+    _apply_pattern(specs, rank_pattern or {}, "rank_pattern", "r")
+    _apply_pattern(specs, alpha_pattern or {}, "alpha_pattern", "lora_alpha")
     for spec in specs.values():
         _check_arguments(spec["r"], spec["lora_alpha"], lora_dropout)
         if use_rslora:
@@ -261,7 +263,7 @@ def put_adapter(
         weight = layer._base_weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         for name in LORA_NAMES & layer._parameters.keys():
-            empty = torch.empty(layer._parameters[name].shape, device=weight.device, dtype=dtype)
+            empty = torch.empty(getattr(layer, name).shape, device=weight.device, dtype=dtype)
             layer._parameters[name] = nn.Parameter(empty)
         layer.reset_lora_parameters()
     adopt(model)
@@ -318,19 +320,19 @@ def _fused(modules: dict[str, nn.Module], name: str, enable_lora: Sequence[bool]
     return group_spec(list(enable_lora)[-len(layout[0]) :], *layout)
 
 
-def _apply_pattern(specs: dict[str, dict], pattern: dict | None, argument: str, key: str) -> None:
+def _apply_pattern(specs: dict[str, dict], pattern: Mapping[str, float], argument: str, key: str) -> None:
     matched = set()
-    for part in pattern or {}:
+    for part in pattern:
         try:
             re.compile(part)
         except re.error as error:
             raise ValueError(f"{argument}: {part!r} is no regular expression: {error}") from error
     for name, spec in specs.items():
-        matching = match_pattern(pattern or {}, name)
+        matching = match_pattern(pattern, name)
         if matching is not None:
             matched.add(matching)
             spec[key] = pattern[matching]
-    unmatched = sorted((pattern or {}).keys() - matched)
+    unmatched = sorted(pattern.keys() - matched)
     if unmatched:
         near = {close for part in unmatched for close in difflib.get_close_matches(part, list(specs), cutoff=0.4)}
         raise ValueError(
@@ -364,18 +366,18 @@ def _wrap(name: str, module: nn.Module, spec: dict, merge_weights: bool) -> LoRA
         cls = MergedLinear
     if cls is Embedding:
         spec.pop("lora_dropout")
-    if cls is not None and weight is None:
-        raise TypeError(f"{name} is a {type(module).__name__} whose weight is computed, which LoRA cannot adapt")
     if cls is None:
         allowed = ", ".join(f"nn.{plain.__name__}" for plain in _LAYERS)
         raise TypeError(
             f"{name} is a {type(module).__name__}, which LoRA cannot adapt; {allowed} and Conv1D it can. "
             "exclude_modules leaves layers out"
         )
+    if weight is None:
+        raise TypeError(f"{name} is a {type(module).__name__} whose weight is computed, which LoRA cannot adapt")
     if transposed:
         spec["fan_in_fan_out"] = True
     if is_conv1d(module):
-        arguments = dict(zip(("in_features", "out_features"), module.weight.shape, strict=True))
+        arguments: dict = dict(zip(("in_features", "out_features"), weight.shape, strict=True))
     else:
         arguments = constructor_arguments(module, cls._plain_arguments)
     layer = cls(**arguments, **spec)

@@ -34,7 +34,8 @@ optimizer without a forward before it) shows after the next `train()`, `eval()` 
 import contextlib
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +43,10 @@ from torch import Tensor, nn
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoRALayer", "MergedLinear"]
 
+_Layer = TypeVar("_Layer", bound="LoRALayer")
 
-class LoRALayer:
+
+class LoRALayer(nn.Module):
     """The half that all LoRA layers share: scaling, merging, state; mixed into a `torch.nn` layer in front of it.
 
     >>> layer = Linear(4, 6, r=2, lora_alpha=4)
@@ -64,6 +67,7 @@ class LoRALayer:
         ValueError: `r` is negative, `lora_alpha` not finite, or `lora_dropout` outside [0, 1].
     """
 
+    weight: Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     # Class defaults, because torch's constructors call reset_parameters() before __init__ below has run.
@@ -106,7 +110,7 @@ class LoRALayer:
         self.weight.requires_grad = False
 
     def _reset_base(self) -> None:
-        super().reset_parameters()
+        super().reset_parameters()  # type: ignore[misc]  # the torch layer's, which comes next in the MRO
 
     # What is the same for every layer.
 
@@ -115,7 +119,7 @@ class LoRALayer:
         """Whether the layer has LoRA parameters (false for r = 0 and for a `MergedLinear` with nothing enabled)."""
         return "lora_A" in self._parameters or hasattr(self, "lora_A")
 
-    def _tensor(self, name: str) -> Tensor:
+    def _tensor(self, name: str) -> Any:
         # Several times quicker than the attribute. That serves what torch.nn.utils turned into something computed, and
         # replicas of nn.DataParallel, which hold plain tensors.
         parameters = self._parameters
@@ -162,7 +166,7 @@ class LoRALayer:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
             nn.init.zeros_(self.lora_B)
 
-    def train(self, mode: bool = True):
+    def train(self: _Layer, mode: bool = True) -> _Layer:
         """Set training mode, which unmerges, or evaluation mode, which merges if `merge_weights`; return the layer."""
         super().train(mode)
         self._merge_cache = None
@@ -201,7 +205,7 @@ class LoRALayer:
             return False
         return all(isinstance(tensor, nn.Parameter) for tensor in tensors)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         # Reached for "weight" because nn.Module keeps parameters outside the instance's attributes.
         if name == "weight" and self.merged and self.has_adapter and not self._disabled:
             return self._merged_weight()
@@ -242,7 +246,7 @@ class LoRALayer:
             return True
         return torch.equal(self.lora_A, A) and torch.equal(self.lora_B, B)
 
-    def _apply(self, *args, **kwargs):
+    def _apply(self: _Layer, *args: Any, **kwargs: Any) -> _Layer:
         self._merge_cache = None
         return super()._apply(*args, **kwargs)
 
@@ -291,7 +295,7 @@ def is_quantized(weight: Tensor) -> bool:
     return type(weight).dequantize is not Tensor.dequantize
 
 
-def _full_precision(device: torch.device):
+def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
@@ -339,7 +343,7 @@ class _Linear(LoRALayer, nn.Linear):
         fan_in_fan_out: bool,
         merge_weights: bool,
         shapes: tuple[tuple[int, int], tuple[int, int]],
-        **kwargs,
+        **kwargs: Any,
     ):
         check_hyperparameters(r, lora_alpha, lora_dropout)
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
@@ -436,7 +440,7 @@ class Linear(_Linear):
         lora_dropout: float = 0.0,
         fan_in_fan_out: bool = False,  # True if the layer to replace stores its weight as (in, out)
         merge_weights: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ):
         shapes = (r, in_features), (out_features, r)
         super().__init__(
@@ -488,7 +492,7 @@ class MergedLinear(_Linear):
         merge_weights: bool = True,
         group_sizes: Sequence[int] | None = None,
         interleave: int = 1,
-        **kwargs,
+        **kwargs: Any,
     ):
         check_hyperparameters(r, lora_alpha, lora_dropout)
         enable_lora = as_booleans(enable_lora)
@@ -600,7 +604,7 @@ class Embedding(LoRALayer, nn.Embedding):
         r: int = 0,
         lora_alpha: float = 1,
         merge_weights: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ):
         check_hyperparameters(r, lora_alpha, 0.0)
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
@@ -636,7 +640,7 @@ class Embedding(LoRALayer, nn.Embedding):
         return (B @ A).T
 
 
-class _Conv(LoRALayer):
+class _Conv(LoRALayer, nn.modules.conv._ConvNd):
     """What the convolutions share; mixed in before `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`.
 
     With kernel (k_1, ..., k_d), p = k_1 rows (p = 1 for a 1-d kernel) and c = prod(kernel) / p columns:
@@ -655,6 +659,7 @@ class _Conv(LoRALayer):
         "groups",
         "padding_mode",
     )
+    _pointwise: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -665,10 +670,10 @@ class _Conv(LoRALayer):
         lora_alpha: float = 1,
         lora_dropout: float = 0.0,
         merge_weights: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ):
         check_hyperparameters(r, lora_alpha, lora_dropout)
-        super(LoRALayer, self).__init__(in_channels, out_channels, kernel_size, **kwargs)  # nn.ConvNd's
+        self._plain_class.__init__(self, in_channels, out_channels, kernel_size, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         if r > 0:
             rows = self.kernel_size[0] if len(self.kernel_size) > 1 else 1
@@ -699,7 +704,7 @@ class _Conv(LoRALayer):
     def _delta(self, A: Tensor, B: Tensor) -> Tensor:
         return (B @ A).view(self._base_weight.shape)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # Upstream keeps the convolution one level down, and its main branch writes the weight under both names.
         for name in ("weight", "bias"):
             if prefix + "conv." + name in state_dict:

@@ -17,7 +17,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -169,7 +169,7 @@ def _to_peft(name: str, layer: LoRALayer) -> tuple[Tensor, Tensor, float]:
     return A, B, layer.scaling
 
 
-def _conv_to_peft(A: Tensor, B: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
+def _conv_to_peft(A: Tensor, B: Tensor, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[Tensor, Tensor]:
     # Row o of the update is p rows of B A side by side; as one row of a matrix product it has p copies of A on a
     # diagonal, or A itself cut into p pieces where B treats them alike, as it does if it came from PEFT.
     p = B.shape[0] // layer.out_channels
@@ -204,8 +204,9 @@ def _from_peft(
     scaling = alpha / (math.sqrt(r) if config["use_rslora"] else r)
     spec = {"r": r, "lora_alpha": alpha, "scaling": scaling, "lora_dropout": config["lora_dropout"]}
     if A.dim() > 2:
-        if getattr(module, "groups", 1) > 1:
-            raise ValueError(f"{name}: a LoRA convolution with groups={module.groups} has no equal here")
+        groups = getattr(module, "groups", 1)
+        if groups > 1:
+            raise ValueError(f"{name}: a LoRA convolution with groups={groups} has no equal here")
         A, B = _conv_from_peft(A, B)
     layout, enable_lora = None, None
     if known is not None:
@@ -311,7 +312,7 @@ def _with_one_rank(converted: dict[str, tuple[Tensor, Tensor, float]]) -> dict[s
     return result
 
 
-def _pattern(values: dict[str, float]) -> tuple[float, dict[str, float]]:
+def _pattern(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
     """The most frequent value, and the others by name."""
     common = Counter(values.values()).most_common(1)[0][0]
     others = {name: value for name, value in values.items() if value != common}

@@ -4,7 +4,7 @@ import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from loralib.adapters import (
     base_modules,
     exchange,
     exchanged,
+    own_tensors,
     replace_modules,
     slot_of,
     without_heads,
@@ -262,7 +263,7 @@ def _add_to_base(model: nn.Module) -> None:
         uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
 
     def put(module: nn.Module, name: str, value: Tensor) -> None:
-        tensor = module._parameters.get(name, module._buffers.get(name))
+        tensor = own_tensors(module)[name]
         if uses[id(tensor)] > 1:
             setattr(module, name, nn.Parameter(value, requires_grad=tensor.requires_grad))
             _untie(model)
@@ -276,16 +277,19 @@ def _add_to_base(model: nn.Module) -> None:
             for plain in (layer, slot.base if slot else layer):
                 if isinstance(plain, nn.Embedding):
                     plain.max_norm = None  # the rows were bounded before the update came on top
-    for part in active_parts(model).values():
-        for key, value in part.tensors().items():
-            if key not in LORA_NAMES:
-                put(slot_of(part.module).base, key, value)
+    for module in model.modules():
+        slot = slot_of(module)
+        if slot and slot.active in slot.parts:
+            for key, value in slot.parts[slot.active].tensors().items():
+                if key not in LORA_NAMES:
+                    put(slot.base, key, value)
 
 
 def _untie(model: nn.Module) -> None:
     # transformers would otherwise tie the two weights again when it loads what it saved.
-    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        model.config.tie_word_embeddings = False
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
         warnings.warn(
             "the merged embedding no longer equals the output layer's weight: set config.tie_word_embeddings to False",
             stacklevel=5,
