@@ -217,11 +217,12 @@ def _owns_more(slot: Slot) -> bool:
 
 
 def _hand_over(slot: Slot, old: nn.Module, new: nn.Module) -> None:
-    # The modules outside the model miss what is done to it. Shared Parameters may have been replaced, ...
-    own = slot.own(old) | slot.own(new)
-    for key, parameter in old._parameters.items():
-        if key not in own and key in new._parameters:
-            new._parameters[key] = parameter
+    # The modules outside the model miss what is done to it. Shared Parameters and buffers may have been replaced (the
+    # base keeps those that an adapter in between has of its own), ...
+    for source, target in ((old, slot.base), (slot.base, new)):
+        own = slot.own(source) | slot.own(target)
+        for theirs, ours in ((source._parameters, target._parameters), (source._buffers, target._buffers)):
+            ours.update({key: tensor for key, tensor in theirs.items() if key in ours and key not in own})
     # ... those of one's own stay behind on a device or in a dtype, ...
     before = own_tensors(old)
     for key, tensor in own_tensors(new).items():

@@ -5,7 +5,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from loralib.adapters import (
     DEFAULT_NAME,
@@ -123,9 +124,11 @@ def load_lora(
             the adapter of one task then begins the training of another.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file. (Another OSError: it cannot be read.)
+        TypeError: `lora_alpha` is no number, or `enable_lora` no list of booleans.
         ValueError: the file is damaged or of another kind, `lora_alpha` is missing, or the adapter does not fit the
-            model: one error lists every missing, unexpected and misshapen tensor. The model has not been changed then.
+            model: one error lists every missing, unexpected and misshapen tensor, and those that hold NaN or infinity.
+            The model has not been changed then, whatever was raised.
     """
     path, model = Path(path), unwrapped(model)
     modules = base_modules(model)
@@ -301,9 +304,16 @@ def _fit(
             problems.append(f"{name}: {tuple(theirs.shape)} in the file, {tuple(ours.shape)} in the model")
         if theirs.is_floating_point() != ours.is_floating_point():
             problems.append(f"{name}: {theirs.dtype} in the file, {ours.dtype} in the model")
+        elif isinstance(ours, nn.Parameter) and not _is_finite(theirs):
+            problems.append(f"{name}: NaN or infinity in the file; load an earlier adapter")
     if any(layer._base_weight.is_meta for layer in layers.values()):
         problems.append("the model is on the meta device, which holds no values; load the base first")
     return own, problems
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # torch does not ask this of the narrowest dtypes.
+    return bool(tensor.to(torch.promote_types(tensor.dtype, torch.float32)).isfinite().all())
 
 
 def _add_own(

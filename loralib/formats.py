@@ -8,6 +8,7 @@ same names, and no configuration.
 import io
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from loralib.architectures import fused_layout, group_spec, is_conv1d
 from loralib.inject import is_bias
-from loralib.layers import check_hyperparameters
+from loralib.layers import as_booleans, check_hyperparameters
 
 METADATA_KEY = "loralib"
 FORMAT_VERSION = 1
@@ -89,9 +90,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return tensors and metadata of a safetensors file; ValueError if it is none."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+    return _checked(path, tensors), metadata
 
 
 def read_native(path: Path) -> Adapter:
@@ -141,6 +144,7 @@ def read_torch(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file of `torch.save` without running code from it; ValueError if it holds others."""
     data = path.read_bytes()
     try:
+        _check_unpacked_size(data)
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # of whatever kind: torch lets through what its parts raise on damaged bytes
         reason = str(error).partition("\n")[0] or type(error).__name__
@@ -151,7 +155,7 @@ def read_torch(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
     ):
         raise ValueError(f"{path} holds no dict of tensors: {type(content).__name__}")
-    return content
+    return _checked(path, content)
 
 
 def read_upstream(
@@ -169,6 +173,7 @@ def read_upstream(
     tensors = read_torch(path)
     if tensors and all(name.startswith("module.") for name in tensors):  # saved from DistributedDataParallel
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    tensors = _under_first_names(tensors, modules)
     names = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
     if not names:
         raise ValueError(f"{path} holds no adapter: no name in it ends with '.lora_A', as upstream's do")
@@ -177,6 +182,8 @@ def read_upstream(
             f"{path} carries no lora_alpha, which the result depends on; pass lora_alpha=... as it was trained with "
             "(16 for the official RoBERTa-base files, 32 for the official E2E ones)"
         )
+    check_hyperparameters(1, lora_alpha, 0.0)
+    enable_lora = as_booleans(enable_lora)
     layers, problems = {}, []
     for name in names:
         # Newer upstream versions keep the convolution one level down, and name the same tensor twice.
@@ -213,6 +220,45 @@ def sort_out(names: set[str], layers: dict[str, dict]) -> tuple[list[str], str]:
     if not owners:
         return saved, "none"
     return saved, "lora_only" if owners <= layers.keys() else "all"
+
+
+def _check_unpacked_size(data: bytes) -> None:
+    # torch.save compresses nothing; what unpacks to more than the file is there to fill the memory.
+    if not data.startswith(b"PK"):
+        return
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > len(data):
+        raise ValueError(f"its {len(data):,} bytes unpack to {unpacked:,}, as those of torch.save never do")
+
+
+def _checked(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    odd = [name for name, tensor in tensors.items() if not _is_stored_whole(tensor)]
+    if odd:
+        raise ValueError(
+            f"{path}: {', '.join(odd[:8])}: no dense tensor with each of its numbers in the file; save the adapter "
+            "again from dense tensors that are not expanded"
+        )
+    return tensors
+
+
+def _is_stored_whole(tensor: Tensor) -> bool:
+    # Others cannot be copied from, or show any number of elements for a few bytes.
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
+        return False
+    if tensor.dtype == getattr(torch, "float4_e2m1fn_x2", None):  # two in a byte, and no conversion
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def _under_first_names(tensors: dict[str, Tensor], modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    # State dicts name the tensors of a module that is used twice under both its names.
+    first = {id(module): name for name, module in reversed(modules.items())}
+    renamed = {}
+    for name, tensor in tensors.items():
+        path, dot, key = name.rpartition(".")
+        renamed[first.get(id(modules.get(path)), path) + dot + key] = tensor
+    return renamed
 
 
 def _spec_from_shapes(

@@ -324,7 +324,7 @@ def _apply_pattern(specs: dict[str, dict], pattern: Mapping[str, float], argumen
     matched = set()
     for part in pattern:
         try:
-            re.compile(part)
+            compile_pattern(part)
         except re.error as error:
             raise ValueError(f"{argument}: {part!r} is no regular expression: {error}") from error
     for name, spec in specs.items():
@@ -347,7 +347,12 @@ def match_pattern(pattern: Iterable[str], name: str) -> str | None:
     >>> match_pattern({"fc": 4, r"layers\\.[01]\\.v": 8}, "layers.1.v")
     'layers\\\\.[01]\\\\.v'
     """
-    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", name)), None)
+    return next((key for key in pattern if compile_pattern(key).match(name)), None)
+
+
+def compile_pattern(key: str) -> re.Pattern:
+    """Return what a key of a rank or alpha pattern has to match: the end of a name, whole parts of it."""
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def _wrap(name: str, module: nn.Module, spec: dict, merge_weights: bool) -> LoRALayer:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from loralib.architectures import default_modules_to_save, fused_layout, group_spec, is_conv1d
 from loralib.formats import Adapter, read_safetensors, read_torch, sort_out, to_bytes, write_atomically
-from loralib.inject import match_names, match_pattern
+from loralib.inject import compile_pattern, match_names, match_pattern
 from loralib.layers import LoRALayer, MergedLinear, check_hyperparameters, is_quantized
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -139,7 +139,10 @@ def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[st
                 A, B = tensors.pop(key), tensors.pop(f"{name}.{second}", None)
                 if B is None:
                     raise ValueError(f"{folder}: {name} has {first} and no {second}")
-                layers[name], A, B = _from_peft(name, modules, A, B, config, known_groups.get(name))
+                try:
+                    layers[name], A, B = _from_peft(name, modules, A, B, config, known_groups.get(name))
+                except ValueError as error:
+                    raise ValueError(f"{folder}: {error}") from error
                 result[f"{name}.lora_A"], result[f"{name}.lora_B"] = A, B
     if not layers:
         raise ValueError(f"{folder} holds no LoRA tensors")
@@ -207,6 +210,10 @@ def _from_peft(
         groups = getattr(module, "groups", 1)
         if groups > 1:
             raise ValueError(f"{name}: a LoRA convolution with groups={groups} has no equal here")
+        # Before the conversion, whose result grows with the square of the kernel.
+        ours = (module.in_channels, *module.kernel_size) if isinstance(module, _CONVS) else None
+        if A.shape[1:] != ours:
+            raise ValueError(f"{name}: a kernel of {tuple(A.shape[1:])} in the file, {ours} in the model")
         A, B = _conv_from_peft(A, B)
     layout, enable_lora = None, None
     if known is not None:
@@ -245,7 +252,7 @@ def _blocks(
 
 def _read_config(path: Path) -> dict:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(config, dict) or config.get("peft_type") != "LORA":
             raise ValueError(f"peft_type is {config.get('peft_type')!r}, this library reads 'LORA'")
         unknown = sorted(key for key, value in config.items() if value and key not in _KNOWN)
@@ -270,10 +277,10 @@ def _read_config(path: Path) -> dict:
         }
         check_hyperparameters(given["r"], given["lora_alpha"], given["lora_dropout"])
         for key, rank in given["rank_pattern"].items():
-            re.compile(key)
+            _check_pattern(key)
             check_hyperparameters(rank, 1, 0.0)
         for key, alpha in given["alpha_pattern"].items():
-            re.compile(key)
+            _check_pattern(key)
             check_hyperparameters(1, alpha, 0.0)
         if not all(isinstance(name, str) for name in (given["bias"], *given["modules_to_save"])):
             raise ValueError("bias and modules_to_save must be names")
@@ -282,9 +289,21 @@ def _read_config(path: Path) -> dict:
         raise ValueError(f"{path} is no configuration this library reads: {error}") from error
 
 
+def _check_pattern(pattern: str) -> None:
+    # It is a stranger's, and Python tries every way to match a name of, say, 100 letters: that can take years.
+    groups, bars, optional, repeats = (len(re.findall(mark, pattern)) for mark in (r"\(", r"\|", r"\?", r"[*+{]"))
+    ways = (1 + bars) ** groups * 2**optional * 100**repeats
+    if len(pattern) > 500 or ways > 1e6 or re.search(r"\)[*+{]|\(\?(?!:)", pattern):
+        raise ValueError(
+            f"the pattern {pattern[:200]!r} could take for ever to match; give names, or at most three repetitions, "
+            "none of them of a group"
+        )
+    compile_pattern(pattern)
+
+
 def _is_base_weight(name: str, tensor: Tensor, module: nn.Module | None) -> bool:
     weight = module._parameters.get("weight") if module is not None and name.endswith(".weight") else None
-    if weight is None or weight.shape != tensor.shape or is_quantized(weight):
+    if weight is None or weight.shape != tensor.shape or is_quantized(weight) or not tensor.is_floating_point():
         return False
     return torch.equal(weight.detach().cpu(), tensor.to(weight.dtype))
 

@@ -7,8 +7,10 @@ change its arithmetic; a property is then one test over the table.
 
 import copy
 import math
+import os
 from dataclasses import dataclass, field
 
+import hypothesis
 import torch
 from torch import Tensor, nn
 
@@ -222,3 +224,8 @@ def assert_laws(case: Case, layer: nn.Module, base: Tensor, x: Tensor | None = N
 def kaiming_bound(fan_in: int) -> float:
     """The largest value `nn.Linear` draws for its weight."""
     return 1 / math.sqrt(fan_in)
+
+
+def examples(number: int, **options) -> hypothesis.settings:
+    """So many random cases for a test, times the environment's LORALIB_CASES."""
+    return hypothesis.settings(max_examples=number * int(os.environ.get("LORALIB_CASES", "1")), **options)

@@ -403,3 +403,30 @@ def test_layers_made_by_hand_take_other_adapters_too(tmp_path):
         torch.testing.assert_close(first(x), wanted[name])
     assert type(lora.unload(first).qkv) is nn.Linear
     torch.testing.assert_close(first.qkv.weight, frozen["qkv.weight"].T)
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)))
+
+
+@pytest.mark.parametrize("detour", ["biases", "plain"])
+def test_what_is_shared_and_replaced_reaches_every_adapter(detour):
+    """A bias that was replaced, and buffers, which conversion replaces, also past an adapter that has that bias too."""
+    torch.manual_seed(0)
+    model = Normed()
+    for name, bias in (("biases", "all"), ("plain", "none"), ("other", "none")):
+        lora.inject_lora(model, r=1, target_modules=["first"], bias=bias, adapter_name=name)
+    model.norm.bias = nn.Parameter(torch.full((4,), 7.0))
+    lora.set_adapter(model, detour)
+    model.double().train()(torch.randn(5, 4, dtype=torch.float64))
+    stored = {key: value.clone() for key, value in model.norm.state_dict().items() if key != "bias"}
+    for name in ("plain", "biases", "other"):
+        lora.set_adapter(model, name)
+        assert all(torch.equal(model.norm.state_dict()[key], value) for key, value in stored.items())
+        assert bool((model.norm.bias == 7).all()) == (name != "biases")
+    assert torch.equal(lora.unload(model).norm.running_mean, stored["running_mean"]) and model.norm.bias[0] == 7
