@@ -5,9 +5,12 @@ size of files. Whatever happens, the user sees one line, and what was saved befo
 Run alone: `pytest tests/test_faults.py`.
 """
 
+import contextlib
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,14 +21,16 @@ from pathlib import Path
 import pytest
 import run_training
 import torch
-from common import stopping, training
+from common import cli, files, pretrained, stopping, training
 from nlg_models import NLG, ROOT
+from safetensors.torch import save_file
 from toy_training import TASK, train
 
-pytestmark = [
-    pytest.mark.usefixtures("no_java"),
-    pytest.mark.skipif(os.name == "nt", reason="POSIX signals, limits and mounts"),
-]
+import loralib as lora
+
+resource = pytest.importorskip("resource", reason="signals, limits and mounts are those of POSIX")
+
+pytestmark = pytest.mark.usefixtures("no_java")
 SHORT = ["--max_steps", 12, "--eval_every", 5, "--batch_size", 4, "--max_eval_samples", 2, "--skip_base"]
 SHORT += ["--lora_dropout", 0.2, "--lora_alpha", 8]
 TOY = Path(__file__).with_name("toy_training.py")
@@ -220,3 +225,266 @@ def test_two_processes_stop_at_one_step_and_resume_exactly(tmp_path, whole_of_tw
     assert end["first_step"] == int(said[0][1]) < 18
     assert end["history"] == whole_of_two["history"]
     assert all(torch.equal(a, b) for a, b in zip(end["weights"], whole_of_two["weights"], strict=True))
+
+
+# Disks
+
+
+MOUNT, UNMOUNT = shutil.which("mount"), shutil.which("umount")  # before `no_java` empties the path
+
+
+class Disk:
+    """A folder, and how to fill it or make it read-only."""
+
+    def __init__(self, folder, mounted):
+        self.folder, self.mounted, self.limits = folder, mounted, None
+
+    def fill(self):
+        if self.mounted:
+            with open(self.folder / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(512))
+        else:
+            self.limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (512, self.limits[1]))
+
+    def make_room(self):
+        if self.mounted:
+            (self.folder / "filler").unlink(missing_ok=True)
+        elif self.limits:
+            resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
+
+    def make_read_only(self, read_only=True):
+        if self.mounted:
+            subprocess.run([MOUNT, "-o", "remount," + ("ro" if read_only else "rw"), self.folder], check=True)
+        else:
+            self.folder.chmod(0o555 if read_only else 0o755)
+
+
+@pytest.fixture(params=["a limit", "a small file system"])
+def disk(request, tmp_path):
+    folder, mounted = tmp_path / "disk", request.param == "a small file system"
+    folder.mkdir()
+    if mounted:
+        command = [MOUNT, "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
+        if not MOUNT or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a file system needs root")
+    disk = Disk(folder, mounted)
+    yield disk
+    disk.make_room()
+    if mounted:
+        subprocess.run([UNMOUNT, folder], check=True)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def adapted(value=1.0):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    lora.inject_lora(model, r=8, target_modules=["0"])
+    torch.nn.init.constant_(model[0].lora_B, value)
+    return model
+
+
+class Folder:
+    """A model and a tokenizer at once, as `pretrained.save` writes them."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def save_pretrained(self, folder):
+        folder.mkdir(exist_ok=True)
+        save_file(self.model.state_dict(), folder / "model.safetensors")
+
+
+# What is saved, by which name in the folder, and what the error is.
+SAVES = {
+    "adapter": (lambda model, path: lora.save_lora(model, path), "a.safetensors", OSError),
+    "adapter for PEFT": (lambda model, path: lora.save_lora(model, path, format="peft"), "peft", OSError),
+    "model": (lambda model, path: pretrained.save(Folder(model), Folder(model), path), "model", cli.UserError),
+    "state": (
+        lambda model, path: files.write_atomically(path, lambda file: torch.save(model.state_dict(), file)),
+        "training_state.pt",
+        cli.UserError,
+    ),
+    "text": (lambda model, path: files.write_json(path, {"all": ["text"] * 200}), "results.json", cli.UserError),
+}
+
+
+@pytest.mark.parametrize("save, name, error", SAVES.values(), ids=SAVES)
+def test_a_full_disk_leaves_what_was_there(disk, save, name, error):
+    """The error names the file and the reason; nothing else remains, and with room again the next save is whole."""
+    path = disk.folder / name
+    save(adapted(1.0), path)
+    before = contents(disk.folder)
+    disk.fill()
+    with pytest.raises(error, match="No space left on device|File too large") as raised:
+        save(adapted(2.0), path)
+    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+    disk.make_room()
+    assert contents(disk.folder) == before
+    save(adapted(2.0), path)
+    assert contents(disk.folder).keys() == before.keys()
+    if error is OSError:
+        model = lora.unload(adapted())
+        lora.load_lora(model, path)
+        assert (model[0].lora_B == 2).all()
+
+
+def read_only(disk):
+    disk.make_read_only()
+    if os.access(disk.folder, os.W_OK):
+        disk.make_read_only(False)
+        pytest.skip("permissions do not stop root")
+
+
+@pytest.mark.parametrize("save, name, error", SAVES.values(), ids=SAVES)
+def test_a_read_only_folder_leaves_what_was_there(disk, save, name, error):
+    path = disk.folder / name
+    if name == "peft":
+        path = disk.folder
+    save(adapted(1.0), path)
+    before = contents(disk.folder)
+    read_only(disk)
+    try:
+        with pytest.raises(error, match="Read-only file system|Permission denied") as raised:
+            save(adapted(2.0), path)
+        assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+        assert contents(disk.folder) == before
+    finally:
+        disk.make_read_only(False)
+
+
+def test_script_tries_the_folder_before_the_work(disk, call):
+    read_only(disk)
+    try:
+        status, stdout, stderr = call(run_training, "--output_dir", disk.folder)
+    finally:
+        disk.make_read_only(False)
+    assert (status, stdout) == (2, "")
+    assert re.fullmatch(
+        rf"error: --output_dir {disk.folder}: cannot be written to \(.*\); give another folder\n", stderr
+    )
+
+
+def test_script_whose_disk_becomes_full_ends_with_one_line_and_goes_on_later(disk, gpt2, call, monkeypatch):
+    """The state of the first validation is what --resume begins with."""
+    arguments = ["--model", gpt2, *SHORT, "--output_dir", disk.folder]
+    with monkeypatch.context() as patch:
+        after_step(patch, 7, lambda _: disk.fill())
+        status, _, stderr = call(run_training, *arguments)
+    disk.make_room()
+    assert status == 2 and "Traceback" not in stderr
+    assert re.search(
+        rf"^error: {disk.folder}/training_state.pt cannot be written \((No space left on device|File too large)\); an "
+        r"earlier file is as it was\n\Z",
+        stderr,
+        re.M,
+    )
+    assert os.listdir(disk.folder) == ["training_state.pt"]
+    status, _, stderr = call(run_training, *arguments, "--resume")
+    assert status == 0, stderr
+    assert record(disk.folder)["first_step"] == 5
+
+
+# Killed writers
+
+KILL_OVER_AND_OVER = """
+import os, pathlib, signal, sys, time, torch, loralib as lora
+sys.path.insert(0, "..")
+from common import files
+torch.set_num_threads(1)
+kind, path = sys.argv[1], pathlib.Path(sys.argv[2])
+model = torch.nn.Sequential(torch.nn.Linear(1000, 1000))
+lora.inject_lora(model, r=200, target_modules=["0"])
+
+def save(value):
+    for tensor in (model[0].lora_A, model[0].lora_B):
+        torch.nn.init.constant_(tensor, value)
+    if kind == "state":
+        files.write_atomically(path, lambda file: torch.save(lora.lora_state_dict(model), file))
+    else:
+        lora.save_lora(model, path, format=kind)
+
+def load():
+    if kind == "state":
+        return torch.load(path)
+    other = lora.unload(torch.nn.Sequential(torch.nn.Linear(1000, 1000)))
+    lora.load_lora(other, path)
+    return lora.lora_state_dict(other)
+
+save(0)
+last = 0
+for attempt in range(12):
+    begun, other = os.pipe()
+    writer = os.fork()
+    if writer == 0:
+        for value in range(last + 1, last + 10**6):
+            save(value)
+            os.write(other, b".")
+    os.read(begun, 1)
+    time.sleep(0.003 * attempt)
+    os.kill(writer, signal.SIGKILL)
+    os.waitpid(writer, 0)
+    values = torch.cat([tensor.flatten() for tensor in load().values()]).unique()
+    assert len(values) == 1 and values.item() > last, (values, last)
+    last = int(values)
+folder = path if kind == "peft" else path.parent
+print("half-written:", sum(1 for _ in folder.glob(".*.tmp")))
+save(last + 1)
+assert all((tensor == last + 1).all() for tensor in load().values())
+"""
+
+
+@pytest.mark.parametrize("kind, name", [("loralib", "a.safetensors"), ("peft", "peft"), ("state", "state.pt")])
+def test_a_writer_that_is_killed_leaves_a_whole_file(tmp_path, kind, name):
+    """Twelve times; some of them in the midst of a file, which stays beside the whole one and is in nobody's way."""
+    with start("-c", KILL_OVER_AND_OVER, kind, tmp_path / name) as process:
+        stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert int(re.fullmatch(r"half-written: (\d+)\n", stdout)[1]) > 0
+
+
+# Losses that are not numbers
+
+
+def spoil(model):
+    with torch.no_grad():
+        model[0].weight.fill_(math.nan)
+
+
+@pytest.mark.parametrize("at, saved", [(2, None), (5, 4), (10, 8)])
+def test_a_loss_that_is_nan_names_the_last_good_checkpoint(tmp_path, monkeypatch, at, saved):
+    after_step(monkeypatch, at, spoil)
+    path = tmp_path / "state.pt"
+    checkpoint = "there is none yet" if saved is None else f"{path}, of step {saved}"
+    rate = training.learning_rate(at, 18, 0.1, 2)
+    with pytest.raises(cli.UserError) as raised:
+        train(tmp_path)
+    assert str(raised.value) == (
+        f"the loss is nan at step {at + 1} of 18 (learning rate {rate:.2e}); nothing was saved of this step. The last "
+        f"good checkpoint: {checkpoint}. Try a lower --lr or more --warmup_steps"
+    )
+    assert path.exists() == (saved is not None)
+    if saved:
+        assert training.read_state(path, {})["step"] == saved
+
+
+def test_a_resumed_run_knows_the_checkpoint_it_began_with(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(stopping.Stopped):
+        after_step(patch, 3, terminate)
+        train(tmp_path)
+    after_step(monkeypatch, 1, spoil)
+    with pytest.raises(cli.UserError, match="not all weights are finite at step 4 of 18 .*state.pt, of step 3. Try"):
+        train(tmp_path, resume=True)
+    assert training.read_state(tmp_path / "state.pt", {})["step"] == 3
+
+
+def test_script_with_a_rate_that_is_far_too_high(gpt2, tmp_path, call):
+    status, _, stderr = call(run_training, "--model", gpt2, *SHORT, "--output_dir", tmp_path, "--lr", 1e38)
+    assert status == 2 and "Traceback" not in stderr
+    assert re.search(
+        r"^error: .* at step \d of 12 \(learning rate .*\); .*checkpoint: there is none yet\. Try", stderr, re.M
+    )
+    assert not os.listdir(tmp_path)
