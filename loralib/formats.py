@@ -5,6 +5,7 @@ Ours is one safetensors file: the tensors under their state-dict names, and in t
 same names, and no configuration.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -59,8 +60,11 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # a write that fails does not say of which file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:

@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for t
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
 import run_training
 from common import causal_lm, results, runs, training
-from common.cli import UserError, as_user_error, fill_in, knob, parse_knobs, require_positive, run
+from common.cli import UserError, fill_in, knob, make_output_folder, parse_knobs, require_positive, run
 
 import loralib as lora
 
@@ -261,8 +261,7 @@ def compare(**overrides):
     check(knobs)
     comparison, records = {"task": "e2e, lora against full"}, {}
     if not knobs.accounting_only:
-        with as_user_error(OSError):  # before the work rather than after it
-            Path(knobs.output_dir).mkdir(parents=True, exist_ok=True)
+        make_output_folder(knobs.output_dir)
         comparison["configuration"] = results.configuration(knobs)
         records = make_runs(knobs)
         seconds = time_in_turn(knobs)

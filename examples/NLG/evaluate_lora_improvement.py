@@ -27,7 +27,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
 from common import causal_lm, e2e, metrics, results, training
-from common.cli import UserError, as_user_error, fill_in, knob, parse_knobs, require_positive, run
+from common.cli import UserError, as_user_error, fill_in, knob, make_output_folder, parse_knobs, require_positive, run
 from run_training import SCORES, evaluate, score_references, some_meanings
 
 import loralib as lora
@@ -141,9 +141,7 @@ def measure_improvement(**overrides):
     knobs = fill_in(Knobs, overrides, PRESETS)
     started = time.perf_counter()
     check(knobs)
-    output_dir = Path(knobs.output_dir)
-    with as_user_error(OSError):  # before the work rather than after it
-        output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = make_output_folder(knobs.output_dir)
     test, test_path = load_data(knobs)
     files = {"base": knobs.base_texts, "adapted": knobs.adapted_texts}
     found = {system: read_texts(path, test) for system, path in files.items() if path is not None}

@@ -159,8 +159,7 @@ def main():
     model, tokenizer = build_model(knobs, device)
     generated = (compare_speed if knobs.compare_speed else causal_lm.generate)(model, tokenizer, meanings, knobs)
     if knobs.output_file is not None:
-        with as_user_error(OSError):
-            results.write_texts(knobs.output_file, meanings, generated.texts)
+        results.write_texts(knobs.output_file, meanings, generated.texts)
         print(f"written {len(meanings)} texts to {knobs.output_file}")
     else:
         for meaning, text in zip(meanings, generated.texts, strict=True):

@@ -17,8 +17,8 @@ The others train all parameters instead; follow the paper's recipe with a model 
 download_data.py gets; and share every batch between two processes. Any folder or hub name of a causal language model
 will do, any E2E files in either official form. Written to --output_dir: adapter.safetensors, the adapter alone, for
 run_inference.py (or the folder model/ after full fine-tuning); test_texts.jsonl, what it writes for the test meanings;
-and results.json, the record of the run. A run that was killed goes on with --resume where it was at its last
-validation (training_state.pt), to the bit on a CPU.
+and results.json, the record of the run. A run that Ctrl-C or SIGTERM stopped goes on with --resume after its
+last step, one that was killed after its last validation (training_state.pt), to the bit on a CPU.
 """
 
 import math
@@ -38,7 +38,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
 from common import causal_lm, distributed, e2e, metrics, pretrained, results, training
-from common.cli import UserError, as_user_error, fill_in, knob, parse_knobs, require_positive, run
+from common.cli import UserError, as_user_error, fill_in, knob, make_output_folder, parse_knobs, require_positive, run
 
 import loralib as lora
 
@@ -149,12 +149,10 @@ def save_model(model, tokenizer, knobs):
     output_dir = Path(knobs.output_dir)
     if knobs.adapt == "lora":
         adapter = output_dir / "adapter.safetensors"
-        lora.save_lora(model, adapter)  # the adapter alone, with its rank and alpha; whole or not at all
+        with as_user_error(OSError):
+            lora.save_lora(model, adapter)  # the adapter alone, with its rank and alpha; whole or not at all
         return [adapter]
-    folder = output_dir / "model"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return sorted(folder.glob("*.safetensors"))
+    return pretrained.save(model, tokenizer, output_dir / "model")
 
 
 def encode_pairs(pairs, tokenizer, seq_len, purpose):
@@ -190,9 +188,7 @@ def train_model(**overrides):
         knobs.lr = LEARNING_RATES[knobs.preset][knobs.adapt]
     started = time.perf_counter()
     check(knobs)
-    output_dir = Path(knobs.output_dir)
-    with as_user_error(OSError):  # before the work rather than after it
-        output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = make_output_folder(knobs.output_dir)
     device = distributed.start(training.choose_device(knobs.device))
     train, valid, test = load_data(knobs)
     model, tokenizer = causal_lm.load_causal_lm(knobs.model, device)

@@ -36,7 +36,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's 
 import run_training_nlu
 from common import glue, glue_scores, results, runs, training
 from common import sequence_classification as classification
-from common.cli import UserError, as_user_error, fill_in, knob, parse_knobs, require_positive, run
+from common.cli import UserError, fill_in, knob, make_output_folder, parse_knobs, require_positive, run
 
 import loralib as lora
 
@@ -199,9 +199,7 @@ def benchmark(**overrides):
     """Train, serve, print and write the comparison, and return it."""
     knobs = fill_in(Knobs, overrides)
     tasks = check(knobs)
-    output_dir = Path(knobs.output_dir)
-    with as_user_error(OSError):  # before the work rather than after it
-        output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = make_output_folder(knobs.output_dir)
     records = {}
     for task in tqdm(tasks, desc="tasks", unit="task"):
         wanted = {method: knobs_of_run(knobs, task, method) for method in METHODS}

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for t
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
 import run_training_nlu
 from common import glue, glue_scores, results, runs, training
-from common.cli import UserError, as_user_error, fill_in, knob, parse_knobs, require_positive, run
+from common.cli import UserError, fill_in, knob, make_output_folder, parse_knobs, require_positive, run
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "run_training_nlu.py"
@@ -187,10 +187,8 @@ def measure_improvement(task="sst2", **overrides):
     if knobs.output_dir is None:
         knobs.output_dir = str(HERE / "output" / "improvement" / knobs.task)
     rates = check(knobs)
-    task, output_dir = glue.task_of(knobs.task), Path(knobs.output_dir)
+    task, output_dir = glue.task_of(knobs.task), make_output_folder(knobs.output_dir)
     files = glue.find_files(knobs.data_dir, task)
-    with as_user_error(OSError):  # before the work rather than after it
-        output_dir.mkdir(parents=True, exist_ok=True)
     records = make_runs(knobs, rates, files, task.metrics[0])
     systems, lines = {}, {}
     for system in SYSTEMS:

@@ -205,8 +205,7 @@ def main():
     found = list(answers(texts, output, task))
     if knobs.output_file is not None:
         lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in found]
-        with as_user_error(OSError):
-            results.write_atomically(knobs.output_file, "".join(lines))
+        results.write_atomically(knobs.output_file, "".join(lines))
         print(f"written {len(found):,} lines to {knobs.output_file}")
     else:
         for answer in found:

@@ -23,7 +23,8 @@ The head is new and is trained and saved with the adapter. What is kept is the c
 by the task's own metric, so that the scores are those of a choice among a few; the majority column shows what guessing
 the most common label (or the mean) of the training set scores there. Written to --output_dir: adapter.safetensors for
 run_inference_nlu.py (or the folder model/ unless LoRA was trained); dev_predictions.jsonl; and results.json, the record
-of the run. A run that was killed goes on with --resume where it was at its last validation, to the bit on a CPU.
+of the run. A run that Ctrl-C or SIGTERM stopped goes on with --resume after its last step, one that was killed after
+its last validation, to the bit on a CPU.
 """
 
 import json
@@ -46,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for t
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
 from common import distributed, glue, glue_scores, pretrained, results, training
 from common import sequence_classification as classification
-from common.cli import UserError, as_user_error, fill_in, knob, parse_knobs, require_positive, run
+from common.cli import UserError, as_user_error, fill_in, knob, make_output_folder, parse_knobs, require_positive, run
 
 import loralib as lora
 from loralib.checkpoint import UPSTREAM_SUFFIXES
@@ -175,12 +176,10 @@ def save_model(model, tokenizer, knobs):
     output_dir = Path(knobs.output_dir)
     if knobs.adapt == "lora":
         adapter = output_dir / "adapter.safetensors"
-        lora.save_lora(model, adapter, metadata={"task": knobs.task})  # adapters and head, and what they are for
+        with as_user_error(OSError):  # adapters and head, and what they are for
+            lora.save_lora(model, adapter, metadata={"task": knobs.task})
         return [adapter]
-    folder = output_dir / "model"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return sorted(folder.glob("*.safetensors"))
+    return pretrained.save(model, tokenizer, output_dir / "model")
 
 
 def encode_examples(examples, tokenizer, seq_len):
@@ -223,9 +222,7 @@ def train_model(task, **overrides):
     check(knobs)
     if knobs.preset == "paper" and knobs.adapt == "lora" and knobs.task in FROM_MNLI and knobs.init_adapter is None:
         print("the paper begins this task with an adapter of mnli; give --init_adapter for that")
-    task, output_dir = glue.task_of(knobs.task), Path(knobs.output_dir)
-    with as_user_error(OSError):  # before the work rather than after it
-        output_dir.mkdir(parents=True, exist_ok=True)
+    task, output_dir = glue.task_of(knobs.task), make_output_folder(knobs.output_dir)
     device = distributed.start(training.choose_device(knobs.device))
     splits = load_data(task, knobs)
     loaded = model, tokenizer, heads, _ = classification.load(knobs.model, task, device, knobs.seed)

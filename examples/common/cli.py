@@ -4,10 +4,14 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import signal
 import sys
+import tempfile
 import types
 import typing
 from pathlib import Path
+
+from common import stopping
 
 
 class UserError(Exception):
@@ -24,16 +28,21 @@ def as_user_error(*kinds):
 
 
 def run(main):
-    """Call `main()`; exit with status 2 and one message after a UserError, with 130 after Ctrl-C."""
+    """Call `main()`; exit with status 2 and one message after a UserError, with 130 after Ctrl-C, 143 after SIGTERM."""
     try:
-        main()
+        with stopping.terminable():
+            main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except stopping.Stopped as stop:
+        if str(stop):
+            print(f"\n{stop}", file=sys.stderr)
+        sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         # Files are written beside their target and then moved, so what exists is whole.
         print("\ninterrupted; no file was left half-written", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + signal.SIGINT)
 
 
 def knob(default, reason, choices=None):
@@ -103,6 +112,16 @@ def refuse_together(knobs, excluded):
         for other in given(knobs, *others):
             if there:
                 raise UserError(f"{option} does not go with --{other}; leave one of them out")
+
+
+def make_output_folder(path):
+    """The folder that --output_dir names, made and tried before the work rather than after it."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"--output_dir {path}: cannot be written to ({error.strerror}); give another folder") from error
+    return Path(path)
 
 
 def make_place_for(path, option):

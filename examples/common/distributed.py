@@ -56,6 +56,15 @@ def add_up(tensor):
         dist.all_reduce(tensor)
 
 
+def largest(number, device):
+    """The largest of the numbers that the processes give."""
+    if processes() == 1:
+        return number
+    tensor = torch.tensor(number, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.item()
+
+
 def collect(value):
     """What every process gave, in the order of their ranks."""
     if processes() == 1:

@@ -7,6 +7,8 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from common.cli import UserError
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "examples" / "results"
 
@@ -14,7 +16,7 @@ RESULTS = REPOSITORY / "examples" / "results"
 def write_atomically(path, content):
     """Write a file beside its place and then move it there: an earlier file stays whole until then.
 
-    `content` is a text, or a function that writes to the binary file it is given.
+    `content` is a text, or a function that writes to the binary file it is given. A UserError says why it failed.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -24,9 +26,19 @@ def write_atomically(path, content):
                 content(file)
             else:
                 file.write(content.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
+    except Exception as error:
+        reason = error
+        while reason is not None and not isinstance(reason, OSError):  # torch.save ends with an error of its own
+            reason = reason.__context__
+        if reason is None:
+            raise
+        why = reason.strerror or reason
+        raise UserError(f"{path} cannot be written ({why}); an earlier file is as it was") from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             partial.unlink()
 
 

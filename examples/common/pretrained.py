@@ -1,10 +1,13 @@
 """Models of Hugging Face, from a folder or the hub, whatever they are for."""
 
 import math
+import os
+import shutil
 from pathlib import Path
 
 import huggingface_hub
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from common.cli import UserError
@@ -26,6 +29,22 @@ def load(auto_class, name, kind, **options):
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"--model {name}: cannot be loaded as a {kind}: {error}") from error
     return model.float(), tokenizer, sorted(report["missing_keys"])
+
+
+def save(model, tokenizer, folder):
+    """Write the folder of a model, each file whole or as it was; return the files of the weights."""
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        folder.mkdir(exist_ok=True)
+        for file in sorted(partial.iterdir()):
+            os.replace(file, folder / file.name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be written ({error}); an earlier model is as it was") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return sorted(folder.glob("*.safetensors"))
 
 
 def context_window(model):

@@ -8,6 +8,7 @@ follows the mean over all labels of its batch, into however many parts and proce
 import contextlib
 import math
 import random
+import signal
 import statistics
 import time
 from collections.abc import Callable
@@ -18,9 +19,9 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from common import distributed
+from common import distributed, stopping
 from common.cli import UserError, knob
-from common.results import write_atomically
+from common.files import write_atomically
 
 # AdamW as in the LoRA authors' GPT-2 runs.
 BETAS, EPS = (0.9, 0.999), 1e-6
@@ -57,7 +58,7 @@ class Knobs(ComputeKnobs):
     gradient_checkpointing: bool = knob(False, "compute activations again in the backward pass: less memory, slower")
     eval_every: int | None = knob(None, "steps between validations; by default one after each epoch")
     patience: int | None = knob(None, "stop after so many validations in a row without a new best one")
-    resume: bool = knob(False, "go on where a killed run with the same knobs and output_dir was at its last validation")
+    resume: bool = knob(False, "go on with a stopped or killed run of the same knobs and output_dir")
     seed: int = knob(110, "of the adapters, the order of the texts and dropout; 110 is the paper authors'")
 
 
@@ -159,7 +160,8 @@ def identity(knobs, free, record, splits):
 def read_state(path, identity):
     """What --resume goes on with; a UserError if there is nothing, or of another run."""
     if not path.is_file():
-        raise UserError(f"--resume: there is no {path} to go on from; it is written at each validation")
+        when = "it is written at each validation, and when a signal stops a run"
+        raise UserError(f"--resume: there is no {path} to go on from; {when}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of whatever kind: torch lets through what its parts raise on damaged bytes
@@ -175,12 +177,14 @@ def read_state(path, identity):
 def train(model, task, samples, valid_samples, knobs, state_path, identity, state=None):
     """Train the parameters of `model` that require gradients, leave it at its best validation, return an `Outcome`.
 
+    SIGTERM and Ctrl-C raise `stopping.Stopped` after the step in progress and the validation that is due after it.
+
     Args:
         model: on its device.
         task: a `Task`.
         samples, valid_samples: dicts with "input_ids".
         knobs: a `Knobs`.
-        state_path: file for all that --resume needs, written at each validation.
+        state_path: file for all that --resume needs, written at each validation and before a signal ends the training.
         identity: dict of what a resumed run must have in common with the one that it goes on with.
         state: to go on with, of `read_state`.
     """
@@ -198,8 +202,8 @@ def train(model, task, samples, valid_samples, knobs, state_path, identity, stat
     # What a resumed run goes on with, beside the tensors: the losses are those since the last entry of their list.
     step, history, curve, epoch_losses, curve_losses, best = 0, [], [], [], [], None
     if state is not None:
-        step, history, curve, curve_losses, best = (
-            state[name] for name in ("step", "history", "curve", "curve_losses", "best")
+        step, history, curve, epoch_losses, curve_losses, best = (
+            state[name] for name in ("step", "history", "curve", "epoch_losses", "curve_losses", "best")
         )
         _put(trainable, state["trainable"])
         optimizer.load_state_dict(state["optimizer"])
@@ -207,8 +211,9 @@ def train(model, task, samples, valid_samples, knobs, state_path, identity, stat
         _set_random_state(device, state["random"][distributed.rank()])
     if knobs.gradient_checkpointing:
         _set_checkpointing(model, True)
-    seconds, batches, first_step = [], [], step
-    with tqdm(total=steps, initial=step, desc="training", unit="step", disable=not distributed.is_main()) as bar:
+    seconds, batches, first_step, saved_step = [], [], step, step if state is not None else None
+    bar = tqdm(total=steps, initial=step, desc="training", unit="step", disable=not distributed.is_main())
+    with bar, stopping.put_off() as signals:
         while step < steps and not _out_of_patience(history, best, knobs.patience):
             epoch, position = divmod(step, epoch_steps)
             if position == 0 or not batches:
@@ -223,10 +228,7 @@ def train(model, task, samples, valid_samples, knobs, state_path, identity, stat
             seconds.append(time.perf_counter() - started)
             step += 1
             if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} at step {step} of {steps} (learning rate {rate:.2e}); nothing was saved of "
-                    "this step. Try a lower --lr or more --warmup_steps"
-                )
+                raise _not_finite(f"the loss is {loss}", step, steps, rate, state_path, saved_step)
             epoch_losses.append(loss)
             curve_losses.append(loss)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -244,20 +246,29 @@ def train(model, task, samples, valid_samples, knobs, state_path, identity, stat
                 epoch_losses = []
                 if best is None or quality > best["quality"]:
                     best = {"step": step, "quality": quality, "trainable": _copy(trainable)}
+            signum = distributed.largest(signals.signum, device)  # of one mind, or the others would wait for ever
+            if due or step == steps or signum:
+                if not all(parameter.isfinite().all() for parameter in trainable.values()):
+                    raise _not_finite("not all weights are finite", step, steps, rate, state_path, saved_step)
                 state = {
                     "identity": identity,
                     "step": step,
                     "history": history,
                     "curve": curve,
+                    "epoch_losses": epoch_losses,
                     "curve_losses": curve_losses,
                     "best": best,
-                    "trainable": best["trainable"] if best["step"] == step else _copy(trainable),
+                    "trainable": best["trainable"] if best and best["step"] == step else _copy(trainable),
                     "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(),
                     "random": distributed.collect(_random_state(device)),
                 }
                 if distributed.is_main():
                     write_atomically(state_path, partial(torch.save, state))
+                saved_step = step
+            if signum:
+                distributed.largest(0, device)  # whoever ended while the file is written would end the others, too
+                raise stopping.Stopped(signum, _stopped(signum, step, steps) if distributed.is_main() else "")
     if knobs.gradient_checkpointing:
         _set_checkpointing(model, False)
     if best["step"] < step:
@@ -328,6 +339,19 @@ def _set_checkpointing(model, on):
         getattr(model, f"{kind}_checkpointing_enable")(**options)
     else:
         getattr(model, f"{kind}_checkpointing_disable")()
+
+
+def _not_finite(what, step, steps, rate, state_path, saved_step):
+    last = "there is none yet" if saved_step is None else f"{state_path}, of step {saved_step}"
+    return UserError(
+        f"{what} at step {step} of {steps} (learning rate {rate:.2e}); nothing was saved of this step. The last good "
+        f"checkpoint: {last}. Try a lower --lr or more --warmup_steps"
+    )
+
+
+def _stopped(signum, step, steps):
+    name = signal.Signals(signum).name
+    return f"stopped by {name} after step {step} of {steps}; the same command with --resume goes on from there"
 
 
 def _in_words(entry):
