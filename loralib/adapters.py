@@ -8,12 +8,13 @@ tensors only, and `state_dict()` holds the active adapter alone, under the plain
 
 import contextlib
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from loralib.layers import LoRALayer
+from loralib.layers import LoRALayer, is_sharded
 
 __all__ = ["active_adapter", "delete_adapter", "list_adapters", "set_adapter"]
 
@@ -90,7 +91,7 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
     turns are better loaded with `merge_weights=False`. Example: see `list_adapters`.
 
     Raises:
-        ValueError: `model` has no such adapter. Nothing has been changed then.
+        ValueError: `model` has no such adapter, or is sharded by `fully_shard`. Nothing has been changed then.
     """
     _check_present(model, adapter_name)
     slots = _slots(model)
@@ -177,13 +178,14 @@ def adopt(model: nn.Module) -> None:
 
 def exchange(model: nn.Module, choose: Callable[[Slot], nn.Module]) -> None:
     """Put `choose(slot)` into every slot of `model`."""
-    replacements = {}
-    for module in model.modules():
-        slot = slot_of(module)
-        if slot is not None and choose(slot) is not module:
-            replacements[id(module)] = choose(slot)
-            _hand_over(slot, module, choose(slot))
-    replace_modules(model, replacements)
+    slots = {module: slot_of(module) for module in model.modules()}
+    chosen = {module: choose(slot) for module, slot in slots.items() if slot is not None}
+    chosen = {module: other for module, other in chosen.items() if other is not module}
+    if chosen:
+        check_whole(model)
+    for module, other in chosen.items():
+        _hand_over(slots[module], module, other)
+    replace_modules(model, {id(module): other for module, other in chosen.items()})
 
 
 @contextlib.contextmanager
@@ -247,6 +249,18 @@ def _made_by_hand(model: nn.Module) -> list[LoRALayer]:
         for module in model.modules()
         if isinstance(module, LoRALayer) and module.has_adapter and slot_of(module) is None
     ]
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise ValueError if `fully_shard` shards `model`: it keeps hold of the modules, and of their weights as parts."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and imported if it is in use
+    kinds = getattr(fsdp, "FSDPModule", ())
+    if any(isinstance(module, kinds) for module in model.modules()) or any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            f"{type(model).__name__} is sharded by fully_shard, which allows neither to replace its layers nor to "
+            "merge them; nothing was changed. Inject, load, switch or unload adapters before fully_shard; to merge, "
+            "save the adapter with lora.save_lora and load it in one process that has the whole base"
+        )
 
 
 def check_adapter_name(adapter_name: str) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from loralib.architectures import default_modules_to_save, fused_layout, group_spec, is_conv1d
 from loralib.formats import Adapter, read_safetensors, read_torch, sort_out, to_bytes, write_atomically
 from loralib.inject import match_names, match_pattern
-from loralib.layers import LoRALayer, MergedLinear, check_hyperparameters, is_quantized
+from loralib.layers import LoRALayer, MergedLinear, check_hyperparameters, is_quantized, whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -285,7 +285,7 @@ def _is_base_weight(name: str, tensor: Tensor, module: nn.Module | None) -> bool
     weight = module._parameters.get("weight") if module is not None and name.endswith(".weight") else None
     if weight is None or weight.shape != tensor.shape or is_quantized(weight):
         return False
-    return torch.equal(weight.detach().cpu(), tensor.to(weight.dtype))
+    return torch.equal(whole(weight.detach()).cpu(), tensor.to(weight.dtype))
 
 
 def _adapter_keys(name: str, embedding: bool) -> tuple[str, str]:
