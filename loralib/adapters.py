@@ -251,11 +251,16 @@ def _made_by_hand(model: nn.Module) -> list[LoRALayer]:
     ]
 
 
-def check_whole(model: nn.Module) -> None:
-    """Raise ValueError if `fully_shard` shards `model`: it keeps hold of the modules, and of their weights as parts."""
+def any_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` shards `model` or a part of it; just after a forward not all Parameters tell."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and imported if it is in use
     kinds = getattr(fsdp, "FSDPModule", ())
-    if any(isinstance(module, kinds) for module in model.modules()) or any(map(is_sharded, model.parameters())):
+    return any(isinstance(module, kinds) for module in model.modules()) or any(map(is_sharded, model.parameters()))
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise ValueError if `fully_shard` shards `model`: it keeps hold of the modules, and of their weights as parts."""
+    if any_sharded(model):
         raise ValueError(
             f"{type(model).__name__} is sharded by fully_shard, which allows neither to replace its layers nor to "
             "merge them; nothing was changed. Inject, load, switch or unload adapters before fully_shard; to merge, "

@@ -14,6 +14,7 @@ from loralib.adapters import (
     active_adapter,
     active_parts,
     add_part,
+    any_sharded,
     base_modules,
     check_adapter_name,
     check_whole,
@@ -45,8 +46,8 @@ def save_lora(
 ) -> None:
     """Write the active adapter of `model` and its configuration to one safetensors file, or to a folder for PEFT.
 
-    If `fully_shard` shards the adapter, every process has to call this; the first one writes, the others wait for it.
-    Otherwise it is enough that one calls it.
+    Of a model that `fully_shard` shards, every process has to call this: the first one writes, the others wait for it.
+    Otherwise it is enough that one does.
 
     >>> import tempfile, loralib as lora
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -92,7 +93,6 @@ def save_lora(
         raise ValueError(f"{type(model).__name__} has no adapters to save; call lora.inject_lora(model, ...) first")
     adapter = _collect(model, layers, bias, modules_to_save)
     adapter.metadata = metadata or {}
-    sharded = any(map(is_sharded, adapter.tensors.values()))
     adapter.tensors = {key: whole(tensor) for key, tensor in adapter.tensors.items()}
 
     def write() -> None:
@@ -101,7 +101,7 @@ def save_lora(
         else:
             write_native(path, adapter)
 
-    if sharded:
+    if any_sharded(model):
         _in_first_process(write)
     else:
         write()

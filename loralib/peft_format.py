@@ -72,7 +72,9 @@ def write_peft(
         layers: its LoRA layers.
         single_rank: write one rank and one alpha for all layers.
     """
-    converted = {name: _to_peft(name, layer) for name, layer in layers.items()}
+    # The adapter's tensors rather than the layers', which may be sharded.
+    factors = {name: [adapter.tensors[f"{name}.{key}"].detach() for key in ("lora_A", "lora_B")] for name in layers}
+    converted = {name: _to_peft(name, layer, *factors[name]) for name, layer in layers.items()}
     if single_rank:
         converted = _with_one_rank(converted)
     use_rslora = not single_rank and _is_rslora(layers.values())
@@ -158,8 +160,7 @@ def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[st
     return Adapter(result, layers, bias, saved + leaves, config["base_model_name_or_path"])
 
 
-def _to_peft(name: str, layer: LoRALayer) -> tuple[Tensor, Tensor, float]:
-    A, B = layer.lora_A.detach(), layer.lora_B.detach()
+def _to_peft(name: str, layer: LoRALayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
     if isinstance(layer, MergedLinear):
         B = layer._full_B(B)
     if isinstance(layer, _CONVS):
