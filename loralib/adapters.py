@@ -8,12 +8,13 @@ tensors only, and `state_dict()` holds the active adapter alone, under the plain
 
 import contextlib
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from loralib.layers import LoRALayer
+from loralib.layers import LoRALayer, is_sharded
 
 __all__ = ["active_adapter", "delete_adapter", "list_adapters", "set_adapter"]
 
@@ -90,7 +91,7 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
     turns are better loaded with `merge_weights=False`. Example: see `list_adapters`.
 
     Raises:
-        ValueError: `model` has no such adapter. Nothing has been changed then.
+        ValueError: `model` has no such adapter, or is sharded by `fully_shard`. Nothing has been changed then.
     """
     _check_present(model, adapter_name)
     slots = _slots(model)
@@ -180,13 +181,13 @@ def adopt(model: nn.Module) -> None:
 
 def exchange(model: nn.Module, choose: Callable[[Slot], nn.Module]) -> None:
     """Put `choose(slot)` into every slot of `model`."""
-    replacements = {}
-    for module in model.modules():
-        slot = slot_of(module)
-        if slot is not None and choose(slot) is not module:
-            replacements[id(module)] = choose(slot)
-            _hand_over(slot, module, choose(slot))
-    replace_modules(model, replacements)
+    found = ((slot, module) for module in model.modules() if (slot := slot_of(module)) is not None)
+    changes = [(slot, module, choose(slot)) for slot, module in found if choose(slot) is not module]
+    if changes:
+        check_whole(model)
+    for slot, old, new in changes:
+        _hand_over(slot, old, new)
+    replace_modules(model, {id(old): new for _, old, new in changes})
 
 
 @contextlib.contextmanager
@@ -221,8 +222,10 @@ def _hand_over(slot: Slot, old: nn.Module, new: nn.Module) -> None:
     # base keeps those that an adapter in between has of its own), ...
     for source, target in ((old, slot.base), (slot.base, new)):
         own = slot.own(source) | slot.own(target)
-        for theirs, ours in ((source._parameters, target._parameters), (source._buffers, target._buffers)):
-            ours.update({key: tensor for key, tensor in theirs.items() if key in ours and key not in own})
+        for kind in ("_parameters", "_buffers"):
+            ours = getattr(target, kind)
+            theirs = getattr(source, kind).items()
+            ours.update({key: tensor for key, tensor in theirs if key in ours and key not in own})
     # ... those of one's own stay behind on a device or in a dtype, ...
     before = own_tensors(old)
     for key, tensor in own_tensors(new).items():
@@ -251,6 +254,23 @@ def _made_by_hand(model: nn.Module) -> list[LoRALayer]:
         for module in model.modules()
         if isinstance(module, LoRALayer) and module.has_adapter and slot_of(module) is None
     ]
+
+
+def any_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` shards `model` or a part of it; just after a forward not all Parameters tell."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and imported if it is in use
+    kinds = getattr(fsdp, "FSDPModule", ())
+    return any(isinstance(module, kinds) for module in model.modules()) or any(map(is_sharded, model.parameters()))
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise ValueError if `fully_shard` shards `model`: it keeps hold of the modules, and of their weights as parts."""
+    if any_sharded(model):
+        raise ValueError(
+            f"{type(model).__name__} is sharded by fully_shard, which allows neither to replace its layers nor to "
+            "merge them; nothing was changed. Inject, load, switch or unload adapters before fully_shard; to merge, "
+            "save the adapter with lora.save_lora and load it in one process that has the whole base"
+        )
 
 
 def check_adapter_name(adapter_name: str) -> None:

@@ -2,8 +2,9 @@
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ from loralib.adapters import (
     active_adapter,
     active_parts,
     add_part,
+    any_sharded,
     base_modules,
     check_adapter_name,
+    check_whole,
     list_adapters,
     own_tensors,
     set_adapter,
@@ -25,9 +28,9 @@ from loralib.adapters import (
 from loralib.architectures import group_spec, unwrapped
 from loralib.formats import Adapter, check_metadata, read_native, read_upstream, write_native
 from loralib.inject import BIAS_MODES, check_bias_mode, own_names, plan_layers, put_adapter
-from loralib.layers import LoRALayer, MergedLinear
+from loralib.layers import LoRALayer, MergedLinear, is_sharded, whole
 from loralib.peft_format import CONFIG, read_peft, write_peft
-from loralib.utils import lora_state_dict, match_modules_to_save
+from loralib.utils import match_modules_to_save, trained_state
 
 __all__ = ["load_lora", "read_metadata", "save_lora"]
 
@@ -44,6 +47,9 @@ def save_lora(
     metadata: dict[str, str] | None = None,
 ) -> None:
     """Write the active adapter of `model` and its configuration to one safetensors file, or to a folder for PEFT.
+
+    Of a model that `fully_shard` shards, every process has to call this: the first one writes, the others wait for it.
+    Otherwise it is enough that one does.
 
     >>> import tempfile, loralib as lora
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -89,10 +95,18 @@ def save_lora(
         raise ValueError(f"{type(model).__name__} has no adapters to save; call lora.inject_lora(model, ...) first")
     adapter = _collect(model, layers, bias, modules_to_save)
     adapter.metadata = metadata or {}
-    if format == "peft":
-        write_peft(path, adapter, model, base_modules(model), layers, single_rank)
+    adapter.tensors = {key: whole(tensor) for key, tensor in adapter.tensors.items()}
+
+    def write() -> None:
+        if format == "peft":
+            write_peft(path, adapter, model, base_modules(model), layers, single_rank)
+        else:
+            write_native(path, adapter)
+
+    if any_sharded(model):
+        _in_first_process(write)
     else:
-        write_native(path, adapter)
+        write()
 
 
 def load_lora(
@@ -107,8 +121,8 @@ def load_lora(
     """Load an adapter into `model`, make it the active one and return the names of its LoRA layers.
 
     A model without the adapter gets the layers, heads and biases that the file describes, and is frozen but for them.
-    If it has the adapter, that must have the same; its `lora_alpha` and `scaling` become the file's. Example: see
-    `save_lora`.
+    If it has the adapter, that must have the same; its `lora_alpha` and `scaling` become the file's. A model that
+    `fully_shard` shards must have it, and every process has to load. Example: see `save_lora`.
 
     Args:
         model: the base model, or one with LoRA layers, in any state (merged, in eval, on any device).
@@ -135,6 +149,8 @@ def load_lora(
     name = (active_adapter(model) or DEFAULT_NAME) if adapter_name is None else adapter_name
     check_adapter_name(name)
     present = _lora_layers(model, name) if name in list_adapters(model) else {}
+    if not present or name != active_adapter(model):
+        check_whole(model)
     adapter = _read(path, modules, present, lora_alpha, enable_lora)
     if not heads:
         _leave_out_heads(adapter)
@@ -155,7 +171,8 @@ def load_lora(
     for layer_name, layer in layers.items():
         layer.lora_alpha = adapter.layers[layer_name]["lora_alpha"]
         layer.scaling = adapter.layers[layer_name]["scaling"]
-    model.load_state_dict(adapter.tensors, strict=False)
+    there = model.state_dict()
+    model.load_state_dict({key: _as_held(there.get(key), t) for key, t in adapter.tensors.items()}, strict=False)
     return list(layers)
 
 
@@ -185,6 +202,29 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     return read_native(path).metadata
 
 
+def _in_first_process(write: Callable[[], None]) -> None:
+    import torch.distributed as dist
+
+    outcome: list = [None]
+    if dist.get_rank() == 0:
+        try:
+            write()
+        except Exception as error:  # for all processes: the others would wait for ever
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+def _as_held(held: Any, tensor: Tensor) -> Tensor:
+    """Return `tensor`, or this process's part of it if `held`, which it is to replace, is sharded."""
+    if not is_sharded(held):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # slow to import, and imported if it is in use
+
+    return distribute_tensor(tensor.to(held.device), held.device_mesh, held.placements, src_data_rank=None)
+
+
 def _collect(
     model: nn.Module, layers: dict[str, LoRALayer], bias: str, modules_to_save: Sequence[str] | str | None
 ) -> Adapter:
@@ -197,7 +237,7 @@ def _collect(
             needed = "lora_only" if name in layers else "all"
             bias = max(bias, needed, key=("none", "lora_only", "all").index)
     saved = list(dict.fromkeys(saved))
-    everything = lora_state_dict(model, bias, saved)
+    everything = trained_state(model, bias, saved)
     own = own_names(modules, layers, bias, saved)
     tensors = {f"{name}.{key}": everything[f"{name}.{key}"] for name, keys in own.items() for key in sorted(keys)}
     return Adapter(tensors, {name: _spec(layer) for name, layer in layers.items()}, bias, saved, _base_model(model))

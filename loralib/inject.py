@@ -16,6 +16,7 @@ from loralib.adapters import (
     adopt,
     base_modules,
     check_adapter_name,
+    check_whole,
     exchange,
     list_adapters,
     own_tensors,
@@ -111,7 +112,8 @@ def inject_lora(
     Raises:
         TypeError: a target is of a class that cannot be adapted, or an argument of a wrong type.
         ValueError: a target matches nothing, the model has an adapter of that name already, its architecture has no
-            default, or an argument is out of range. Nothing has been changed then.
+            default, it is sharded by `fully_shard` (inject before that), or an argument is out of range. Nothing has
+            been changed then.
     """
     _check_arguments(r, lora_alpha, lora_dropout)
     check_bias_mode(bias)
@@ -119,6 +121,7 @@ def inject_lora(
     if enable_lora is not None and len(as_booleans(enable_lora)) != 3:
         raise ValueError(f"enable_lora={list(enable_lora)}: must be three booleans, for q, k and v")
     model = unwrapped(model)
+    check_whole(model)
     modules = base_modules(model)
     if modules_to_save is None:
         modules_to_save = default_modules_to_save(model)

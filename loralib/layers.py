@@ -25,7 +25,8 @@ Two laws hold in every state (training, eval, merged or not, after loading, movi
 
 The registered `weight` is therefore always the base. A merged layer keeps W + scaling * B A beside it, made at first
 use and again whenever A, B, `scaling` or W have changed; the attribute `weight` then reads as that merged value. The
-price is a copy of the adapted weights; `merge_weights=False`, or `merge_and_unload` for deployment, avoids it. Two
+price is a copy of the adapted weights; `merge_weights=False`, or `merge_and_unload` for deployment, avoids it. Layers
+that `torch.distributed.fsdp.fully_shard` shards stay unmerged, as every process would keep the whole copy. Two
 limits: what is written into the attribute `weight` of a merged layer goes to that copy and is lost; and a write that
 leaves no trace in torch's version counters (through `.data` of W anywhere or of A and B off the CPU, or by a fused
 optimizer without a forward before it) shows after the next `train()`, `eval()` or merge only.
@@ -74,6 +75,7 @@ class LoRALayer(nn.Module):
     # Class defaults, because torch's constructors call reset_parameters() before __init__ below has run.
     merged = False
     _disabled = False
+    _sharded = False
     _merge_cache: tuple | None = None
     # The class a subclass extends and the names of its arguments, `bias` aside.
     _plain_class: type[nn.Module]
@@ -144,6 +146,8 @@ class LoRALayer(nn.Module):
     def delta_weight(self) -> Tensor:
         """Return scaling * B A in the layout of `weight`, in float32 or wider.
 
+        Of a layer that `fully_shard` shards, all processes have to ask for it together.
+
         >>> layer = Linear(4, 6, r=2)
         >>> layer.delta_weight().shape, layer.delta_weight().abs().sum().item()
         (torch.Size([6, 4]), 0.0)
@@ -152,7 +156,7 @@ class LoRALayer(nn.Module):
             return torch.zeros_like(self._base_weight)
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         with _full_precision(self.lora_A.device):
-            return self.scaling * self._delta(self.lora_A.to(dtype), self.lora_B.to(dtype))
+            return self.scaling * self._delta(*(whole(tensor).to(dtype) for tensor in (self.lora_A, self.lora_B)))
 
     def reset_parameters(self) -> None:
         """Draw the base and the adapter anew, as a newly constructed layer has them."""
@@ -171,7 +175,7 @@ class LoRALayer(nn.Module):
         """Set training mode, which unmerges, or evaluation mode, which merges if `merge_weights`; return the layer."""
         super().train(mode)
         self._merge_cache = None
-        self.merged = not mode and (self.merged or self.merge_weights)
+        self.merged = not mode and (self.merged or self.merge_weights) and not self._is_sharded()
         return self
 
     def plain_layer(self) -> nn.Module:
@@ -195,6 +199,12 @@ class LoRALayer(nn.Module):
 
     # Merging: `weight` reads as the merged value, which is a cache; nothing registered changes.
 
+    def _is_sharded(self) -> bool:
+        # Remembered, because in a forward, and at the root also after one, fully_shard puts ordinary Parameters in.
+        if any(map(is_sharded, self._parameters.values())):
+            self._sharded, self.merged, self._merge_cache = True, False, None
+        return self._sharded
+
     def _uses_merged_weight(self) -> bool:
         # A compiled graph cannot ask whether the cache is stale, and the cache has no gradient to give to the adapter;
         # the low-rank path is exact in both cases. Tensors put in by torch.func are no Parameters and are not cached.
@@ -207,8 +217,9 @@ class LoRALayer(nn.Module):
         return all(isinstance(tensor, nn.Parameter) for tensor in tensors)
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
-        # Reached for "weight" because nn.Module keeps parameters outside the instance's attributes.
-        if name == "weight" and self.merged and self.has_adapter and not self._disabled:
+        # Reached for "weight" because nn.Module keeps parameters outside the instance's attributes. One who comes here
+        # is fully_shard, before its first forward; what it gets is the base for it from then on.
+        if name == "weight" and self.has_adapter and not self._is_sharded() and self.merged and not self._disabled:
             return self._merged_weight()
         return super().__getattr__(name)
 
@@ -294,6 +305,24 @@ def is_quantized(weight: Tensor) -> bool:
     False
     """
     return type(weight).dequantize is not Tensor.dequantize
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether this process has a part of `tensor` only, a DTensor, as `fully_shard` makes of Parameters.
+
+    >>> is_sharded(nn.Linear(4, 4).weight)
+    False
+    """
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Any) -> Tensor:
+    """Return `tensor`, put together if it is sharded; all processes have to ask for it then.
+
+    >>> whole(torch.ones(2))
+    tensor([1., 1.])
+    """
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:

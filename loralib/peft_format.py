@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from loralib.architectures import default_modules_to_save, fused_layout, group_spec, is_conv1d
 from loralib.formats import Adapter, read_safetensors, read_torch, sort_out, to_bytes, write_atomically
 from loralib.inject import compile_pattern, match_names, match_pattern
-from loralib.layers import LoRALayer, MergedLinear, check_hyperparameters, is_quantized
+from loralib.layers import LoRALayer, MergedLinear, check_hyperparameters, is_quantized, whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -72,7 +72,9 @@ def write_peft(
         layers: its LoRA layers.
         single_rank: write one rank and one alpha for all layers.
     """
-    converted = {name: _to_peft(name, layer) for name, layer in layers.items()}
+    # The adapter's tensors rather than the layers', which may be sharded.
+    factors = {name: [adapter.tensors[f"{name}.{key}"].detach() for key in ("lora_A", "lora_B")] for name in layers}
+    converted = {name: _to_peft(name, layer, *factors[name]) for name, layer in layers.items()}
     if single_rank:
         converted = _with_one_rank(converted)
     use_rslora = not single_rank and _is_rslora(layers.values())
@@ -161,8 +163,7 @@ def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[st
     return Adapter(result, layers, bias, saved + leaves, config["base_model_name_or_path"])
 
 
-def _to_peft(name: str, layer: LoRALayer) -> tuple[Tensor, Tensor, float]:
-    A, B = layer.lora_A.detach(), layer.lora_B.detach()
+def _to_peft(name: str, layer: LoRALayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
     if isinstance(layer, MergedLinear):
         B = layer._full_B(B)
     if isinstance(layer, _CONVS):
@@ -305,7 +306,7 @@ def _is_base_weight(name: str, tensor: Tensor, module: nn.Module | None) -> bool
     weight = module._parameters.get("weight") if module is not None and name.endswith(".weight") else None
     if weight is None or weight.shape != tensor.shape or is_quantized(weight) or not tensor.is_floating_point():
         return False
-    return torch.equal(weight.detach().cpu(), tensor.to(weight.dtype))
+    return torch.equal(whole(weight.detach()).cpu(), tensor.to(weight.dtype))
 
 
 def _adapter_keys(name: str, embedding: bool) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from loralib.adapters import (
     LORA_NAMES,
     active_parts,
     base_modules,
+    check_whole,
     exchange,
     exchanged,
     own_tensors,
@@ -22,7 +23,7 @@ from loralib.adapters import (
 )
 from loralib.architectures import DEFAULT_TARGET_MODULES
 from loralib.inject import check_bias_mode, inject_lora, is_bias, match_names
-from loralib.layers import LoRALayer, is_quantized
+from loralib.layers import LoRALayer, is_quantized, whole
 
 __all__ = [
     "count_parameters",
@@ -86,16 +87,13 @@ def lora_state_dict(
     {'0.bias': (8,), '0.lora_A': (2, 8), '0.lora_B': (8, 2), '1.bias': (4,)}
 
     The tensors are the model's own, not copies. Buffers inside `modules_to_save` are included. The result has no
-    `lora_alpha`; `save_lora` writes a file that does.
+    `lora_alpha`; `save_lora` writes a file that does. Of a model that `fully_shard` shards, whole tensors are put
+    together: every process has to call this, and each gets all.
 
     Raises:
         ValueError: as `mark_only_lora_as_trainable`.
     """
-    trained = trained_names(model, bias, modules_to_save)
-    state = model.state_dict()
-    for path, part in active_parts(model).items():  # which are not all in the model while adapters are disabled
-        state.update({f"{path}.{key}": tensor for key, tensor in part.tensors().items()})
-    return {name: tensor for name, tensor in state.items() if name in trained}
+    return {name: whole(tensor) for name, tensor in trained_state(model, bias, modules_to_save).items()}
 
 
 def merge_lora_weights(model: nn.Module) -> nn.Module:
@@ -107,8 +105,10 @@ def merge_lora_weights(model: nn.Module) -> nn.Module:
     True
 
     Raises:
-        ValueError: an adapter holds NaN or infinity. Nothing has been changed then.
+        ValueError: an adapter holds NaN or infinity, or `model` is sharded by `fully_shard`. Nothing has been changed
+            then.
     """
+    check_whole(model)
     _check_finite(model)
     for layer in _lora_layers(model):
         layer.merged = True
@@ -142,8 +142,10 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     )
 
     Raises:
-        ValueError: an adapter holds NaN or infinity, or a weight is quantised. Nothing has been changed then.
+        ValueError: an adapter holds NaN or infinity, a weight is quantised, or `model` is sharded by `fully_shard`.
+            Nothing has been changed then.
     """
+    check_whole(model)
     _check_finite(model)
     for path, layer in model.named_modules():
         if isinstance(layer, LoRALayer) and layer.has_adapter and is_quantized(layer._base_weight):
@@ -166,7 +168,11 @@ def unload(model: nn.Module) -> nn.Module:
     Sequential(
       (0): Linear(in_features=8, out_features=8, bias=True)
     )
+
+    Raises:
+        ValueError: `model` is sharded by `fully_shard`. Nothing has been changed then.
     """
+    check_whole(model)
     exchange(model, lambda slot: slot.base)
     for module in model.modules():
         module.__dict__.pop("_slot", None)
@@ -239,6 +245,15 @@ def trained_names(model: nn.Module, bias: str, modules_to_save: Sequence[str] | 
     for prefix, part in active_parts(model).items():
         names.update(f"{prefix}.{name}" for name in part.own)
     return names
+
+
+def trained_state(model: nn.Module, bias: str, modules_to_save: Sequence[str] | str | None) -> dict[str, Tensor]:
+    """Return what `lora_state_dict` does, sharded tensors as they are."""
+    trained = trained_names(model, bias, modules_to_save)
+    state = model.state_dict()
+    for path, part in active_parts(model).items():  # which are not all in the model while adapters are disabled
+        state.update({f"{path}.{key}": tensor for key, tensor in part.tensors().items()})
+    return {name: tensor for name, tensor in state.items() if name in trained}
 
 
 def match_modules_to_save(model: nn.Module, modules_to_save: Sequence[str] | str | None) -> list[str]:

@@ -42,7 +42,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
 import run_training
-from common import causal_lm, results, runs, training
+from common import causal_lm, distributed, results, runs, training
 from common.cli import UserError, fill_in, knob, make_output_folder, parse_knobs, require_positive, run
 
 import loralib as lora
@@ -93,7 +93,7 @@ def check(knobs):
     require_positive(knobs, "lr_lora", "lr_full")
     if knobs.pairs < 0 or knobs.pairs == 1:
         raise UserError(f"--pairs {knobs.pairs}: must be 0, or at least 2 for a spread")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if distributed.started() > 1:
         raise UserError("the comparison takes place in one process; start it with python instead of torchrun")
     training.choose_device(knobs.device)
     for method in METHODS:

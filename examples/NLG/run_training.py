@@ -96,6 +96,7 @@ def check(knobs):
     require_positive(knobs, "eval_every", "patience", "max_train_samples", "max_eval_samples")
     require_positive(knobs, "max_valid_samples")
     causal_lm.check_decoding(knobs)
+    training.check_fsdp(knobs)
 
 
 def find_files(knobs):
@@ -191,11 +192,13 @@ def train_model(**overrides):
     output_dir = make_output_folder(knobs.output_dir)
     device = distributed.start(training.choose_device(knobs.device))
     train, valid, test = load_data(knobs)
-    model, tokenizer = causal_lm.load_causal_lm(knobs.model, device)
+    model, tokenizer = causal_lm.load_causal_lm(knobs.model, torch.device("cpu") if knobs.fsdp else device)
     window = pretrained.context_window(model)
     if knobs.seq_len > window:
         raise UserError(f"--seq_len {knobs.seq_len}: the model reads at most {window} tokens; use that or less")
     adapt_model(model, knobs)
+    if knobs.fsdp:
+        distributed.shard(model, device)
 
     parameters = lora.count_parameters(model)
     percent = 100 * parameters.trainable / parameters.total
@@ -223,7 +226,7 @@ def train_model(**overrides):
     if knobs.adapt != "none":
         outcome = training.train(model, TASK, train_samples, valid_samples, knobs, state_path, identity, state)
         results.add_training(record, outcome, device)
-        if distributed.is_main():  # saved before the test, which cannot harm it then
+        if distributed.is_main() or knobs.fsdp:  # saved before the test, which cannot harm it then
             results.add_checkpoint(record, save_model(model, tokenizer, knobs))
         record["after"], texts = evaluate(model, tokenizer, test, knobs)  # evaluation mode merges the adapters
     record["seconds"]["total"] = time.perf_counter() - started

@@ -110,6 +110,7 @@ def check(knobs):
     """Raise a UserError for a knob that is out of range, or does not go with another."""
     require_positive(knobs, "num_epochs", "max_steps", "batch_size", "grad_accumulation", "lr", "seq_len")
     require_positive(knobs, "eval_every", "patience", "max_train_samples", "max_eval_samples", "eval_batch_size")
+    training.check_fsdp(knobs)
     if knobs.init_adapter is not None:
         if knobs.adapt != "lora":
             raise UserError(f"--init_adapter goes with --adapt lora, and this is --adapt {knobs.adapt}; leave it out")
@@ -225,7 +226,8 @@ def train_model(task, **overrides):
     task, output_dir = glue.task_of(knobs.task), make_output_folder(knobs.output_dir)
     device = distributed.start(training.choose_device(knobs.device))
     splits = load_data(task, knobs)
-    loaded = model, tokenizer, heads, _ = classification.load(knobs.model, task, device, knobs.seed)
+    load_on = torch.device("cpu") if knobs.fsdp else device
+    loaded = model, tokenizer, heads, _ = classification.load(knobs.model, task, load_on, knobs.seed)
     train_labels = [example.label for example in splits["train"]]
     if task.labels is None:
         classification.begin_at_the_mean(loaded, train_labels)
@@ -233,6 +235,8 @@ def train_model(task, **overrides):
     if knobs.seq_len > window:
         raise UserError(f"--seq_len {knobs.seq_len}: the model reads at most {window} tokens; use that or less")
     adapt_model(model, heads, knobs)
+    if knobs.fsdp:
+        distributed.shard(model, device)
 
     samples = {split: encode_examples(examples, tokenizer, knobs.seq_len) for split, examples in splits.items()}
     parameters = lora.count_parameters(model)
@@ -263,7 +267,7 @@ def train_model(task, **overrides):
         state,
     )
     results.add_training(record, outcome, device)
-    if distributed.is_main():
+    if distributed.is_main() or knobs.fsdp:  # of sharded weights the first process writes, with the help of all
         results.add_checkpoint(record, save_model(model, tokenizer, knobs))
     record["after"], lines = {}, []
     for split in dev_splits:

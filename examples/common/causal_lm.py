@@ -115,12 +115,13 @@ def generate(model, tokenizer, contexts, knobs):
         raise UserError(
             f"a context of {max(map(len, prompts))} tokens fills the model's {pretrained.context_window(model)}"
         )
-    order = distributed.share(sorted(range(len(prompts)), key=lambda index: len(prompts[index])))  # little padding
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding
+    batches = [order[start : start + knobs.eval_batch_size] for start in range(0, len(order), knobs.eval_batch_size)]
+    batches = distributed.share_batches(batches, model)
     rows, started = {}, time.perf_counter()
-    bar = tqdm(total=len(order), desc="generating", unit="text", disable=not distributed.is_main())
-    with torch.inference_mode(), training.autocast(device, knobs.precision), bar:
-        for start in range(0, len(order), knobs.eval_batch_size):
-            chosen = order[start : start + knobs.eval_batch_size]
+    bar = tqdm(total=sum(map(len, batches)), desc="generating", unit="text", disable=not distributed.is_main())
+    with torch.no_grad(), training.autocast(device, knobs.precision), bar:  # see training.mean_loss
+        for chosen in batches:
             width = max(len(prompts[index]) for index in chosen)
             # On the left, so that every row's last token is the one to continue from.
             paddings = [width - len(prompts[index]) for index in chosen]
@@ -135,13 +136,14 @@ def generate(model, tokenizer, contexts, knobs):
                 # Only a beam search takes it.
                 **({"length_penalty": knobs.length_penalty} if knobs.num_beams > 1 else {}),
                 logits_processor=[_NoRepeatInText(size, width)] if size else [],
+                synced_gpus=distributed.is_sharded(model),  # all go on until the last text has ended
             )
             for index, row in zip(chosen, output[:, width:].tolist(), strict=True):
                 end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
                 rows[index] = row[:end]
             bar.update(len(chosen))
     seconds = time.perf_counter() - started
-    rows = {index: row for part in distributed.collect(rows) for index, row in part.items()}
+    rows = distributed.union(rows)
     texts = [_decode(tokenizer, rows[index]) for index in range(len(prompts))]
     return Generated(texts, sum(map(len, rows.values())), seconds)
 

@@ -3,9 +3,11 @@
     torchrun --nproc_per_node 2 run_training.py
 
 Each process computes its share of every batch, and the gradients are added, so the number of processes changes nothing
-but the speed and the order of sums.
+but the speed and the order of sums. With --fsdp the frozen weights are shared, too: a process holds its part of them,
+and each block is put together where it computes.
 """
 
+import math
 import os
 import sys
 
@@ -13,9 +15,14 @@ import torch
 import torch.distributed as dist
 
 
+def started():
+    """How many processes torchrun started, before or after they have joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def start(device):
     """Join the other processes if torchrun started this one; return the device of this process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if started() == 1:
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -50,6 +57,40 @@ def share(items):
     return items[rank() :: processes()]
 
 
+def share_batches(batches, model):
+    """The batches that this process computes; of a sharded model as many as every other, as it takes all for each."""
+    mine = share(batches)
+    if is_sharded(model) and len(mine) < math.ceil(len(batches) / processes()):
+        mine = [*mine, batches[0]]  # computed twice
+    return mine
+
+
+def shard(model, device):
+    """Divide what is frozen between the processes, block by block; what trains stays whole. Ends on the device."""
+    from torch.distributed.device_mesh import init_device_mesh  # seconds to import
+    from torch.distributed.fsdp import fully_shard
+
+    options = {"mesh": init_device_mesh(device.type, (processes(),))}
+    options["ignored_params"] = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for part in [*_blocks(model), model]:
+        fully_shard(part, **options)
+    model.to(device)
+
+
+def _blocks(module):
+    # What is in a list, but not in a list within such a block.
+    for child in module.children():
+        yield from child if isinstance(child, torch.nn.ModuleList) else _blocks(child)
+
+
+def is_sharded(model):
+    if processes() == 1:
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
 def add_up(tensor):
     """Replace the tensor's values by their sums over all processes."""
     if processes() > 1:
@@ -63,6 +104,11 @@ def largest(number, device):
     tensor = torch.tensor(number, device=device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.item()
+
+
+def union(values):
+    """The dicts of all processes in one."""
+    return {key: value for part in collect(values) for key, value in part.items()}
 
 
 def collect(value):

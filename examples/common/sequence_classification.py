@@ -131,22 +131,23 @@ def _loss_sum(output, labels, label_smoothing):
     return F.cross_entropy(output, labels, label_smoothing=label_smoothing, reduction="sum")
 
 
-@torch.inference_mode()
+@torch.no_grad()  # see training.mean_loss
 def predict(model, samples, knobs, tokenizer, progress=False):
     """The logits of every sample, in order, on the CPU; several processes share the work, and each gets all."""
     device = next(model.parameters()).device
     model.eval()
-    order = distributed.share(sorted(range(len(samples)), key=lambda index: len(samples[index]["input_ids"])))
+    order = sorted(range(len(samples)), key=lambda index: len(samples[index]["input_ids"]))
+    batches = [order[start : start + knobs.eval_batch_size] for start in range(0, len(order), knobs.eval_batch_size)]
+    batches = distributed.share_batches(batches, model)
     rows = {}
-    with tqdm(total=len(order), desc="predicting", unit="text", disable=not progress) as bar:
-        for start in range(0, len(order), knobs.eval_batch_size):
-            chosen = order[start : start + knobs.eval_batch_size]
+    with tqdm(total=sum(map(len, batches)), desc="predicting", unit="text", disable=not progress) as bar:
+        for chosen in batches:
             batch = training.to_device(collate([samples[index] for index in chosen], tokenizer), device)
             with training.autocast(device, knobs.precision):
                 output = logits(model, batch).cpu()
             rows.update(zip(chosen, output, strict=True))
             bar.update(len(chosen))
-    rows = {index: row for part in distributed.collect(rows) for index, row in part.items()}
+    rows = distributed.union(rows)
     return torch.stack([rows[index] for index in range(len(samples))])
 
 

@@ -55,6 +55,7 @@ class Knobs(ComputeKnobs):
     )
     weight_decay: float = knob(0.01, "of AdamW; the paper's")
     label_smoothing: float = knob(0.0, "share of the target that is spread over all classes; the paper takes 0.1")
+    fsdp: bool = knob(False, "under torchrun, divide the frozen weights, for a base too large for one process")
     gradient_checkpointing: bool = knob(False, "compute activations again in the backward pass: less memory, slower")
     eval_every: int | None = knob(None, "steps between validations; by default one after each epoch")
     patience: int | None = knob(None, "stop after so many validations in a row without a new best one")
@@ -88,6 +89,16 @@ class Outcome(NamedTuple):
     step_seconds: float | None  # median; None if the resumed run had no step left
     seconds: float  # in all, with the validations
     optimizer_bytes: int
+
+
+def check_fsdp(knobs):
+    """Raise a UserError if --fsdp does not go with how the script was started, or with what is trained."""
+    if knobs.fsdp and distributed.started() == 1:
+        raise UserError(
+            "--fsdp divides the frozen weights between processes; start it with torchrun --nproc_per_node 2"
+        )
+    if knobs.fsdp and knobs.adapt == "full":
+        raise UserError("--fsdp divides the frozen weights, and --adapt full freezes none; leave one of them out")
 
 
 def choose_device(name):
@@ -289,10 +300,10 @@ def optimizer_step(model, task, batch, optimizer, scaler, knobs):
     model.train()
     for start in range(0, len(batch), size):
         samples = distributed.share(batch[start : start + size])
-        if samples:  # there may be more processes than samples
-            arguments = to_device(task.collate(samples), device)
+        if samples or knobs.fsdp:  # there may be more processes than samples, but sharded blocks take all of them
+            arguments = to_device(task.collate(samples or batch[:1]), device)
             with autocast(device, knobs.precision):
-                part = task.loss_sum(model, arguments, knobs.label_smoothing) / count
+                part = task.loss_sum(model, arguments, knobs.label_smoothing) / count * bool(samples)
             scaler.scale(part).backward()
             loss += part.detach()
     if distributed.processes() > 1:
@@ -315,20 +326,18 @@ def _add_up(loss, parameters):
         parameter.grad = total.view_as(parameter)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode fully_shard would make buffers that cannot be trained with
 def mean_loss(model, task, samples, knobs):
-    """The mean loss of `samples`, without label smoothing, in evaluation mode."""
-    device = next(model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    """The mean loss of `samples`, without label smoothing, in evaluation mode; the same in any number of processes."""
+    device, size = next(model.parameters()).device, knobs.eval_batch_size
     model.eval()
     ordered = sorted(samples, key=lambda sample: len(sample["input_ids"]))
-    for start in range(0, len(ordered), knobs.eval_batch_size):
-        part = distributed.share(ordered[start : start + knobs.eval_batch_size])
-        if part:
-            with autocast(device, knobs.precision):
-                total += task.loss_sum(model, to_device(task.collate(part), device), 0.0)
-    distributed.add_up(total)
-    return total.item() / task.count(samples)
+    sums = {}
+    for start in distributed.share_batches(range(0, len(ordered), size), model):
+        with autocast(device, knobs.precision):
+            sums[start] = task.loss_sum(model, to_device(task.collate(ordered[start : start + size]), device), 0.0)
+    sums = distributed.union({start: loss.item() for start, loss in sums.items()})
+    return math.fsum(sums.values()) / task.count(samples)
 
 
 def _set_checkpointing(model, on):
