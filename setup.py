@@ -7,7 +7,8 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 # sacrebleu and pycocoevalcap (100 MB, with its Java programs) are the official scores of E2E, matplotlib draws charts.
-EXAMPLES = ["transformers>=4.46", "numpy", "tqdm", "scikit-learn", "scipy>=1.14", "matplotlib>=3.8"]
+# The lower bounds are what `.ci/versions oldest` tests.
+EXAMPLES = ["transformers>=4.51", "numpy", "tqdm", "scikit-learn", "scipy>=1.14", "matplotlib>=3.8"]
 EXAMPLES += ["sacrebleu>=2.4", "pycocoevalcap>=1.2"]
 # peft and torchao are what the exchange with PEFT and quantised weights are tested against.
 TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.18", "coverage>=7.4", "peft>=0.21", "torchao>=0.18"]
@@ -22,6 +23,6 @@ setup(
     packages=["loralib"],
     package_data={"loralib": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.4", "safetensors>=0.4"],
+    install_requires=["torch>=2.5", "safetensors>=0.4"],
     extras_require={"examples": EXAMPLES, "test": [*EXAMPLES, *TEST]},
 )

@@ -350,6 +350,8 @@ class Dropout(nn.Dropout):
         dropped = round(self.p * 65536)
         if not self.training or not plain or dropped == 65536 or torch.compiler.is_compiling():
             return super().forward(x)
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):  # in torch 2.5 vmap knows no view as another dtype
+            return super().forward(x)
         # A draw of 64 bits takes as long as one of 32, and 16 decide an element.
         draws = x.new_empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 32768

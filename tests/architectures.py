@@ -43,6 +43,7 @@ LENGTHS = {"max_source_positions": 10, "max_target_positions": 10, "num_mel_bins
 WHISPER = {"d_model": H, **LENGTHS, **SIDES, **TEXT, "suppress_tokens": None, "begin_suppress_tokens": None}
 
 QV, QUERY, FUSED = ["q_proj", "v_proj"], ["query", "value"], ["query_key_value"]
+VIT_QV = QUERY if transformers.__version__.startswith("4.") else QV
 # Parameters of q and v of one layer where both are square; with two key heads of the four; with one.
 SQUARE, GROUPED, SHARED = 2 * R * (H + H), R * (H + H) + R * (H + H // 2), R * (H + H) + R * (H + H // HEADS)
 
@@ -123,7 +124,7 @@ ROWS = {
     "MPT": ("MptForCausalLM", "MptConfig", MPT, ["Wqkv"], 2, 2 * SQUARE, attention),
     "BigCode, one key head": ("GPTBigCodeForCausalLM", "GPTBigCodeConfig", SHORT, ["c_attn"], 2, 2 * SHARED, attention),
     "BigCode, a key head each": ("GPTBigCodeForCausalLM", "GPTBigCodeConfig", {**SHORT, "multi_query": False}, ["c_attn"], 2, 2 * SQUARE, attention),
-    "ViT": ("ViTModel", "ViTConfig", VIT, QV, 4, 2 * SQUARE, pictures),
+    "ViT": ("ViTModel", "ViTConfig", VIT, VIT_QV, 4, 2 * SQUARE, pictures),
     "GPT-J": ("GPTJForCausalLM", "GPTJConfig", {**SHORT, "rotary_dim": 4}, QV, 4, 2 * SQUARE),
     "XLM-RoBERTa": ("XLMRobertaForMaskedLM", "XLMRobertaConfig", BERT, QUERY, 4, 2 * SQUARE),
     "mT5": ("MT5ForConditionalGeneration", "MT5Config", T5, ["q", "v"], 12, 6 * SQUARE, two_sides),

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -185,6 +186,12 @@ def rewritten(file, change_config=None, change_tensors=None):
     save_file(tensors, file, metadata={"loralib": config if isinstance(config, str) else json.dumps(config)})
 
 
+def with_complex_numbers(file):
+    if version("safetensors").startswith("0.") and int(version("safetensors").split(".")[1]) < 7:
+        pytest.skip("safetensors before 0.7 writes no complex numbers")
+    rewritten(file, None, lambda t: t.update({"conv.lora_B": torch.ones(8, 2, dtype=torch.complex64)}))
+
+
 def rename_layer(config):
     config["layers"]["body.7"] = config["layers"].pop("body.0")
 
@@ -227,7 +234,7 @@ DAMAGES = {
         "conv.lora_B: torch.int64 in the file, torch.float32 in the model",
     ),
     "complex numbers": (
-        lambda f: rewritten(f, None, lambda t: t.update({"conv.lora_B": torch.ones(8, 2, dtype=torch.complex64)})),
+        with_complex_numbers,
         "conv.lora_B: torch.complex64 in the file, torch.float32 in the model",
     ),
     "misshapen": (
