@@ -35,7 +35,6 @@ optimizer without a forward before it) shows after the next `train()`, `eval()` 
 import contextlib
 import math
 import numbers
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -280,10 +279,17 @@ def check_hyperparameters(r: int, lora_alpha: float, lora_dropout: float) -> Non
     for name, value in (("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name}={value!r}: must be a number, not {type(value).__name__}")
-    if not abs(lora_alpha) <= sys.float_info.max:  # math.isfinite raises for an integer beyond that
+    if not _is_finite(lora_alpha):
         raise ValueError(f"lora_alpha={lora_alpha}: must be finite")
     if not 0 <= lora_dropout <= 1:
         raise ValueError(f"lora_dropout={lora_dropout}: must be a probability between 0 and 1")
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer that no float reaches
+        return False
 
 
 def constructor_arguments(layer: nn.Module, names: tuple[str, ...]) -> dict:
