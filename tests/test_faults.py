@@ -128,8 +128,9 @@ def test_a_script_that_is_stopped_and_resumed_ends_with_the_same_bits(gpt2, tmp_
 @pytest.mark.parametrize("at", [2, 4, 6, 11, 18], ids=["early", "validation", "end of epoch", "later", "last"])
 def test_state_of_any_step_resumes_exactly(tmp_path, monkeypatch, at):
     """Weights, losses and the history's mean losses, which began before the run was stopped."""
-    weights, outcome = train(tmp_path / "whole")
     handlers = [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)]
+    weights, outcome = train(tmp_path / "whole")
+    assert [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)] == handlers
     with monkeypatch.context() as patch:
         after_step(patch, at, terminate)
         with pytest.raises(stopping.Stopped, match=f"^stopped by SIGTERM after step {at} of 18; ") as stopped:

@@ -42,7 +42,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
 import run_training
-from common import causal_lm, distributed, results, runs, training
+from common import causal_lm, distributed, memory, results, runs, training
 from common.cli import UserError, fill_in, knob, make_output_folder, parse_knobs, require_positive, run
 
 import loralib as lora
@@ -140,7 +140,7 @@ def build_model(run_knobs, device):
     model, tokenizer = causal_lm.load_causal_lm(run_knobs.model, device)
     run_training.adapt_model(model, run_knobs)
     if run_knobs.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        training.set_checkpointing(model, True)
     return model, tokenizer
 
 
@@ -179,16 +179,6 @@ def compare_steps(seconds):
     }
 
 
-def account(total, trained):
-    """The bytes that float32 training with AdamW has to hold, activations aside, and those of what it leaves."""
-    held = {
-        "weights": 4 * total,
-        "gradients": 4 * trained,
-        "optimizer": 8 * trained,  # two moments
-    }
-    return {**held, "together": sum(held.values()), "checkpoint": 4 * trained}
-
-
 def account_gpt2():
     """The accounts of GPT-2 in its four sizes, adapted as in the paper."""
     sizes = {}
@@ -199,8 +189,8 @@ def account_gpt2():
             lora.inject_lora(model, r=PAPER_RANK)
         trained = lora.count_parameters(model).trainable
         sides = {
-            "lora": {"total": base + trained, "trained": trained, "bytes": account(base + trained, trained)},
-            "full": {"total": base, "trained": base, "bytes": account(base, base)},
+            "lora": {"total": base + trained, "trained": trained, "bytes": memory.account(base + trained, trained)},
+            "full": {"total": base, "trained": base, "bytes": memory.account(base, base)},
         }
         ratios = {key: sides["lora"]["bytes"][key] / size for key, size in sides["full"]["bytes"].items()}
         sizes[name] = {**sides, "ratio": {"trained": trained / base, "bytes": ratios}}
@@ -232,7 +222,7 @@ def compare_costs(runs):
     """{cost: that of LoRA, of full fine-tuning, and their ratio}; the held bytes are computed, the rest is measured."""
 
     def costs(record):
-        held = account(record["parameters"]["total"], record["parameters"]["trainable"])
+        held = memory.account(record["parameters"]["total"], record["parameters"]["trainable"])
         return {
             "trained_parameters": record["parameters"]["trainable"],
             "checkpoint_bytes": record["bytes"]["checkpoint"],

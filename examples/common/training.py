@@ -221,7 +221,7 @@ def train(model, task, samples, valid_samples, knobs, state_path, identity, stat
         scaler.load_state_dict(state["scaler"])
         _set_random_state(device, state["random"][distributed.rank()])
     if knobs.gradient_checkpointing:
-        _set_checkpointing(model, True)
+        set_checkpointing(model, True)
     seconds, batches, first_step, saved_step = [], [], step, step if state is not None else None
     bar = tqdm(total=steps, initial=step, desc="training", unit="step", disable=not distributed.is_main())
     with bar, stopping.put_off() as signals:
@@ -281,7 +281,7 @@ def train(model, task, samples, valid_samples, knobs, state_path, identity, stat
                 distributed.largest(0, device)  # whoever ended while the file is written would end the others, too
                 raise stopping.Stopped(signum, _stopped(signum, step, steps) if distributed.is_main() else "")
     if knobs.gradient_checkpointing:
-        _set_checkpointing(model, False)
+        set_checkpointing(model, False)
     if best["step"] < step:
         print(f"the best validation was at step {best['step']}; that is what is kept")
         _put(trainable, best["trainable"])
@@ -340,7 +340,7 @@ def mean_loss(model, task, samples, knobs):
     return math.fsum(sums.values()) / task.count(samples)
 
 
-def _set_checkpointing(model, on):
+def set_checkpointing(model, on):
     # Newer versions of transformers call it activation checkpointing, and warn of the older name.
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if on:  # the reentrant kind finds no gradient where the input of a frozen embedding comes in
