@@ -20,8 +20,8 @@ HERE = Path(__file__).resolve().parent
 COMMON = {"max_steps": 4, "eval_every": 2, "batch_size": 5, "max_train_samples": 40, "eval_batch_size": 3}
 NLG = {**COMMON, "max_eval_samples": 4, "max_new_tokens": 12, "num_beams": 2, "lr": 1e-2}
 NLU = {**COMMON, "task": "mrpc", "max_eval_samples": 20, "lr": 1e-2}
-# Parts of one text leave processes without one. The script, what differs from the above, and after how many steps the
-# run is broken off and resumed.
+# The script, what differs from the above (in parts of one text some processes have none), and after how many steps
+# the run is broken off and resumed.
 RUNS = {
     "nlg": ("nlg", {"grad_accumulation": 5}, None),
     "nlg again": ("nlg", {"grad_accumulation": 5}, None),
