@@ -177,7 +177,7 @@ def read_upstream(
     tensors = read_torch(path)
     if tensors and all(name.startswith("module.") for name in tensors):  # saved from DistributedDataParallel
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    tensors = _under_first_names(tensors, modules)
+    tensors = _under_first_names(path, tensors, modules)
     names = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
     if not names:
         raise ValueError(f"{path} holds no adapter: no name in it ends with '.lora_A', as upstream's do")
@@ -255,13 +255,17 @@ def _is_stored_whole(tensor: Tensor) -> bool:
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
-def _under_first_names(tensors: dict[str, Tensor], modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+def _under_first_names(file: Path, tensors: dict[str, Tensor], modules: dict[str, nn.Module]) -> dict[str, Tensor]:
     # State dicts name the tensors of a module that is used twice under both its names.
     first = {id(module): name for name, module in reversed(modules.items())}
     renamed = {}
     for name, tensor in tensors.items():
         path, dot, key = name.rpartition(".")
-        renamed[first.get(id(modules.get(path)), path) + dot + key] = tensor
+        other = renamed.setdefault(first.get(id(modules.get(path)), path) + dot + key, tensor)
+        if other.dtype != tensor.dtype or not torch.equal(other, tensor):
+            raise ValueError(
+                f"{file}: {name} is another name of a tensor in it, with other values; which one is meant?"
+            )
     return renamed
 
 

@@ -22,7 +22,7 @@ class SmallModel(nn.Module):
         self.head = nn.Linear(8, 3)
 
     def forward(self, index):
-        x = self.conv(self.embed(index).mT).mT
+        x = self.conv(self.embed(index).mT).mT.contiguous()
         image = self.image(x.unflatten(2, (2, 4)).transpose(1, 2))  # (batch, 4, 6, 3)
         q, k, v = self.c_attn(x).chunk(3, 2)
         x = self.norm(q + k.tanh() * v + image.mean((1, 3))[..., None])

@@ -1,7 +1,7 @@
 """Properties of the layers: what every layer case computes, in every state, and what it refuses.
 
 How: the table in reference.py times one test per property, the oracle being the plain torch layer in float64 with
-W + scaling * B A written out; random sequences of operations come from hypothesis. Run alone:
+W + scaling * B A written out. Random sequences of operations are in test_properties.py. Run alone:
 `pytest tests/test_layers.py`; with the compiled ones: `pytest tests/test_layers.py -m "slow or not slow"`.
 """
 
@@ -13,8 +13,6 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from reference import (
     ALPHA,
     CASES,
@@ -242,150 +240,6 @@ def test_gradient_checkpointing(case, state, reentrant):
         out = checkpoint(layer, x if case.is_embedding else x.requires_grad_(), use_reentrant=reentrant)
     out.sum().backward()
     assert torch.equal(layer.lora_A.grad, plain[0]) and torch.equal(layer.lora_B.grad, plain[1])
-
-
-# Both laws after any sequence of operations.
-
-
-class Dense:
-    """The oracle: base, bias, A, B and scaling in float64, with every conversion's rounding applied."""
-
-    def __init__(self, case, layer):
-        self.case, self.dtype, self.scaling, self.state = case, torch.float32, layer.scaling, tensors(layer)
-
-    def convert(self, dtype):
-        self.dtype = dtype
-        self.state = {name: value.to(dtype).double() for name, value in self.state.items()}
-
-    def check(self, layer, x):
-        stored = layer.state_dict()
-        assert stored.keys() == self.state.keys()
-        for name, value in self.state.items():
-            assert stored[name].dtype == self.dtype and torch.equal(stored[name].double(), value), name
-        wanted = dense_forward(self.case, self.state, self.scaling, x)
-        weight = dense_weight(self.case, self.state, self.scaling) if layer.merged else self.state["weight"]
-        # A forward with gradients forgets the merged weight: first and last see one made before the next operation.
-        for context in (torch.no_grad, torch.enable_grad, torch.inference_mode, torch.no_grad):
-            with context():
-                out = layer(x.to(self.dtype) if x.is_floating_point() else x)
-                read = layer.weight
-            # The narrow dtypes have rounded x as well.
-            bound = {torch.float64: 1e-12, torch.float32: 5e-5, torch.bfloat16: 0.4}[self.dtype]
-            torch.testing.assert_close(out.double(), wanted, rtol=bound, atol=bound, check_layout=False)
-            torch.testing.assert_close(read.double(), weight, rtol=bound, atol=bound)
-
-
-OPERATIONS = [
-    "train", "eval", "merge", "unmerge", "edit", "edit data", "base data", "replace", "scaling", "merge_weights",
-    "load", "load adapter", "load assign", "float64", "bfloat16", "deepcopy", "pickle", "torch.save", "reset",
-    "reset adapter", "step", "disabled",
-]  # fmt: skip
-
-
-def operate(name, layer, dense, number):
-    """Do one operation on the layer and its meaning on the oracle; return the layer, which a copy replaces."""
-    generator = torch.Generator().manual_seed(number)
-
-    def draw(key):
-        value = torch.randn(dense.state[key].shape, generator=generator, dtype=torch.float64) / 2
-        if key == "lora_A" and getattr(layer, "padding_idx", None) is not None:
-            value[:, layer.padding_idx] = 0
-        return value.to(dense.dtype)
-
-    def replace(**values):
-        dense.state.update({key: value.double() for key, value in values.items()})
-
-    if name in ("train", "eval"):
-        getattr(layer, name)()
-    elif name == "merge":
-        lora.merge_lora_weights(layer)
-    elif name == "unmerge":
-        lora.unmerge_lora_weights(layer)
-    elif name in ("edit", "edit data", "replace"):
-        values = {key: draw(key) for key in ("lora_A", "lora_B")}
-        for key, value in values.items():
-            parameter = getattr(layer, key)
-            if name == "edit":
-                with torch.no_grad():
-                    parameter.copy_(value)
-            elif name == "edit data":
-                parameter.data.copy_(value)
-            else:
-                setattr(layer, key, nn.Parameter(value))
-        replace(**values)
-    elif name == "base data":
-        value = draw("weight")
-        dict(layer.named_parameters())["weight"].data = value
-        replace(weight=value)
-    elif name == "scaling":
-        layer.scaling = dense.scaling = (number % 7) / 2 - 1
-    elif name == "merge_weights":
-        layer.merge_weights = not layer.merge_weights
-    elif name.startswith("load"):
-        values = {key: draw(key) for key in dense.state if name != "load adapter" or "lora_" in key}
-        layer.load_state_dict({key: value.clone() for key, value in values.items()}, False, assign="assign" in name)
-        replace(**values)
-    elif name in ("float64", "bfloat16"):
-        dtype = getattr(torch, name)
-        layer.to(dtype)
-        dense.convert(dtype)
-    elif name == "deepcopy":
-        layer = copy.deepcopy(layer)
-    elif name == "pickle":
-        layer = pickle.loads(pickle.dumps(layer))
-    elif name == "torch.save":
-        file = io.BytesIO()
-        torch.save(layer, file)
-        file.seek(0)
-        layer = torch.load(file, weights_only=False)
-    elif name.startswith("reset"):
-        layer.reset_parameters() if name == "reset" else layer.reset_lora_parameters()
-        fresh = tensors(layer)
-        assert not fresh["lora_A" if dense.case.is_embedding else "lora_B"].any()
-        replace(**{key: value for key, value in fresh.items() if name == "reset" or "lora_" in key})
-    elif name == "step":
-        x = dense.case.inputs(dense.dtype)
-        optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.01)
-        layer(x).sum().backward()
-        optimizer.step()
-        layer.zero_grad()
-        replace(lora_A=layer.lora_A.detach().clone(), lora_B=layer.lora_B.detach().clone())
-    elif name == "disabled":
-        with lora.disable_adapters(layer):
-            x = dense.case.inputs(dense.dtype)
-            without = {key: value for key, value in dense.state.items() if "lora_" not in key}
-            assert_close(layer(x), dense_forward(dense.case, without, 0, x))
-    return layer
-
-
-@settings(max_examples=25)
-@given(st.lists(st.sampled_from(OPERATIONS), max_size=12), st.integers(0, 2**20))
-@each_kind
-def test_both_laws_after_any_sequence(case, operations, seed):
-    """After every operation of a random sequence, output, stored tensors and readable weight are the oracle's."""
-    torch.manual_seed(seed)
-    layer = case.layer()
-    dense = Dense(case, layer)
-    x = case.inputs(torch.bfloat16)
-    x = x.double() if x.is_floating_point() else x
-    dense.check(layer, x)
-    for number, name in enumerate(operations):
-        layer = operate(name, layer, dense, seed + number)
-        dense.check(layer, x)
-
-
-@pytest.mark.parametrize("first", ["merge", "eval", "train"])
-@pytest.mark.parametrize("name", OPERATIONS)
-@each_kind
-def test_both_laws_after_each_operation(case, name, first):
-    """Every single operation, done in all three states and followed by train(), keeps both laws."""
-    layer = case.layer()
-    dense = Dense(case, layer)
-    x = case.inputs(torch.bfloat16)
-    x = x.double() if x.is_floating_point() else x
-    for number, operation in enumerate([first, name, "train"]):
-        layer = operate(operation, layer, dense, number)
-        dense.check(layer, x)
 
 
 @pytest.mark.parametrize("case", [LINEAR[0]], ids=str)
