@@ -197,9 +197,13 @@ def _conv_from_peft(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 def _from_peft(
     name: str, modules: dict[str, nn.Module], A: Tensor, B: Tensor, config: dict, known: dict | None
 ) -> tuple[dict, Tensor, Tensor]:
+    module = modules.get(name)
+    groups = getattr(module, "groups", 1)
+    if A.dim() > 2 and groups > 1:
+        raise ValueError(f"{name}: a LoRA convolution with groups={groups} has no equal here")
     if A.dim() != B.dim() or A.dim() < 2 or A.shape[0] != B.shape[1] or A.shape[0] == 0:
         raise ValueError(f"{name}: A of {tuple(A.shape)} and B of {tuple(B.shape)} make no product of low rank")
-    module, r = modules.get(name), A.shape[0]
+    r = A.shape[0]
     rank_key, alpha_key = match_pattern(config["rank_pattern"], name), match_pattern(config["alpha_pattern"], name)
     named = config["r"] if rank_key is None else config["rank_pattern"][rank_key]
     if named != r:
@@ -208,9 +212,6 @@ def _from_peft(
     scaling = alpha / (math.sqrt(r) if config["use_rslora"] else r)
     spec = {"r": r, "lora_alpha": alpha, "scaling": scaling, "lora_dropout": config["lora_dropout"]}
     if A.dim() > 2:
-        groups = getattr(module, "groups", 1)
-        if groups > 1:
-            raise ValueError(f"{name}: a LoRA convolution with groups={groups} has no equal here")
         # Before the conversion, whose result grows with the square of the kernel.
         ours = (module.in_channels, *module.kernel_size) if isinstance(module, _CONVS) else None
         if A.shape[1:] != ours:

@@ -209,6 +209,15 @@ DAMAGES = {
     "a list": (lambda f: rewritten(f, lambda c: [1]), "malformed loralib configuration"),
     "later format": (lambda f: rewritten(f, lambda c: c.update(format_version=2)), "format_version is 2"),
     "no layers": (lambda f: rewritten(f, lambda c: c.pop("layers") and None), "malformed loralib configuration"),
+    "empty layers": (lambda f: rewritten(f, lambda c: c.update(layers={})), "it names no layers"),
+    "head as text": (
+        lambda f: rewritten(f, lambda c: c.update(modules_to_save="conv")),
+        "modules_to_save must be a list",
+    ),
+    "head as number": (
+        lambda f: rewritten(f, lambda c: c.update(modules_to_save=[1])),
+        "bias and modules_to_save must be names",
+    ),
     "rank as text": (lambda f: rewritten(f, spec(r="2")), "r='2': the rank must be an integer"),
     "NaN scaling": (lambda f: rewritten(f, spec(scaling=float("nan"))), "must be finite"),
     "unknown key": (lambda f: rewritten(f, spec(device="cuda")), "a layer has .*'device'"),

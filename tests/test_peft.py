@@ -223,6 +223,28 @@ def test_convolution_in_groups_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning")
+def test_convolution_of_peft_in_groups_is_refused(tmp_path):
+    """PEFT adapts it with an A over the channels of one group, which no layer here has."""
+    base = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2))
+    config = peft.LoraConfig(r=2, target_modules=["0"])
+    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="0: a LoRA convolution with groups=2 has no equal here"):
+        lora.load_lora(base, tmp_path)
+    assert type(base[0]) is nn.Conv1d
+
+
+def test_of_several_dropouts_peft_gets_the_largest(tmp_path):
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    ours = randomize(nn.Sequential(lora.Linear(4, 4, r=2, lora_dropout=0.1), lora.Linear(4, 4, r=2, lora_dropout=0.3)))
+    base.load_state_dict({key: value for key, value in ours.state_dict().items() if "lora_" not in key})
+    with pytest.warns(UserWarning, match=r"of \[0.1, 0.3\] the largest was written, which matters to further training"):
+        lora.save_lora(ours, tmp_path, format="peft")
+    theirs, x = theirs_from(base, tmp_path), torch.randn(2, 4)
+    assert theirs.peft_config["default"].lora_dropout == 0.3
+    close(ours.eval()(x), theirs(x), torch.float32)
+
+
 def test_layers_made_by_hand_and_differing_scales_travel(tmp_path):
     """A changed `scaling`, groups by hand and fan_in_fan_out end in one rank and one alpha, or in patterns."""
     torch.manual_seed(0)
@@ -406,6 +428,14 @@ def rewrite(**changes):
     return change
 
 
+def change_tensors(change):
+    def rewritten(folder):
+        tensors = change(load_file(folder / "adapter_model.safetensors"))
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+    return rewritten
+
+
 def drop(name, also=None):
     def change(folder):
         tensors = load_file(folder / "adapter_model.safetensors")
@@ -434,6 +464,9 @@ REFUSED = {
     "rank as text": (rewrite(r="2"), ValueError, "r='2': the rank must be an integer"),
     "alpha": (rewrite(lora_alpha=[1]), ValueError, "lora_alpha=.*must be a number"),
     "product": (drop("query.lora_B.weight", "base_model.model.bert.x"), ValueError, "and no lora_B.weight"),
+    "misshapen": (change_tensors(lambda t: {k: v[:1].clone() for k, v in t.items()}), ValueError, "make no product"),
+    "no LoRA": (change_tensors(lambda t: {"x": torch.ones(1)}), ValueError, "holds no LoRA tensors"),
+    "heads as numbers": (rewrite(modules_to_save=[1]), ValueError, "bias and modules_to_save must be names"),
     "pattern": (rewrite(alpha_pattern={"(": 1}), ValueError, UNREADABLE),
     "bias mode": (rewrite(bias="some"), ValueError, "bias='some': must be one of"),
     "biases missing": (rewrite(bias="all"), ValueError, "classifier.bias: missing|bias: missing in the file"),
