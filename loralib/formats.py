@@ -258,7 +258,7 @@ def _is_stored_whole(tensor: Tensor) -> bool:
 def _under_first_names(file: Path, tensors: dict[str, Tensor], modules: dict[str, nn.Module]) -> dict[str, Tensor]:
     # State dicts name the tensors of a module that is used twice under both its names.
     first = {id(module): name for name, module in reversed(modules.items())}
-    renamed = {}
+    renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         path, dot, key = name.rpartition(".")
         other = renamed.setdefault(first.get(id(modules.get(path)), path) + dot + key, tensor)
