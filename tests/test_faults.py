@@ -231,6 +231,7 @@ def test_two_processes_stop_at_one_step_and_resume_exactly(tmp_path, whole_of_tw
 # Disks
 
 
+ROOM = 8192  # bytes left, so that a file begins and cannot end
 MOUNT, UNMOUNT = shutil.which("mount"), shutil.which("umount")  # before `no_java` empties the path
 
 
@@ -245,9 +246,10 @@ class Disk:
             with open(self.folder / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
                 while True:
                     file.write(bytes(512))
+            os.truncate(self.folder / "filler", (self.folder / "filler").stat().st_size - ROOM)
         else:
             self.limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (512, self.limits[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, self.limits[1]))
 
     def make_room(self):
         if self.mounted:
@@ -282,7 +284,7 @@ def contents(folder):
 
 
 def adapted(value=1.0):
-    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    model = torch.nn.Sequential(torch.nn.Linear(200, 200))  # more than a buffer holds
     lora.inject_lora(model, r=8, target_modules=["0"])
     torch.nn.init.constant_(model[0].lora_B, value)
     return model
@@ -309,7 +311,7 @@ SAVES = {
         "training_state.pt",
         cli.UserError,
     ),
-    "text": (lambda model, path: files.write_json(path, {"all": ["text"] * 200}), "results.json", cli.UserError),
+    "text": (lambda model, path: files.write_json(path, {"all": ["text"] * 2000}), "results.json", cli.UserError),
 }
 
 
@@ -319,6 +321,7 @@ def test_a_full_disk_leaves_what_was_there(disk, save, name, error):
     path = disk.folder / name
     save(adapted(1.0), path)
     before = contents(disk.folder)
+    assert before
     disk.fill()
     with pytest.raises(error, match="No space left on device|File too large") as raised:
         save(adapted(2.0), path)

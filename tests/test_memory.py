@@ -1,6 +1,6 @@
 """The memory that a training is said to need, against counts worked out by hand and against what real ones take.
 
-Run alone: `pytest tests/test_memory.py`; with the measurement, about a minute: `pytest tests/test_memory.py -m slow`.
+Run alone: `pytest tests/test_memory.py`; with the measurement, a minute or two: `pytest tests/test_memory.py -m slow`.
 """
 
 import json
