@@ -692,7 +692,7 @@ def test_data_are_read_or_refused_whatever_marks_and_line_ends(tmp_path, kind, r
         lines.append(text[:at] + odd + text[at:])
     content = header + b"".join(line + b"\n" for line in lines)
     result = read(content)
-    assert read(BOM + content) == result
+    assert read(BOM + content) == result or content.startswith(BOM)
     assert read(content.replace(b"\n", b"\r\n")) == result
     if lines:
         assert read(content[:-1]) == result or not lines[-1]
