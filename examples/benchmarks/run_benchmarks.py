@@ -19,6 +19,7 @@ a ratio is the median of the rounds' ratios, with quartiles. Written to --output
 
 import copy
 import functools
+import gc
 import itertools
 import os
 import subprocess
@@ -193,7 +194,8 @@ def steps(knobs, device, names):
                 "flops": measure.flops(lambda step=step: step.forward().backward()),
             }
             case["systems"][name].update(counts)
-        del made
+        del made, step
+        gc.collect()  # the counters leave circles of references behind, and each model is half a gigabyte
         for name in names:
             peak = measure.peak_bytes(some_steps, name, work, device.type, autocast, device=device)
             case["systems"][name]["peak_bytes"] = peak
