@@ -262,7 +262,9 @@ def _under_first_names(file: Path, tensors: dict[str, Tensor], modules: dict[str
     for name, tensor in tensors.items():
         path, dot, key = name.rpartition(".")
         other = renamed.setdefault(first.get(id(modules.get(path)), path) + dot + key, tensor)
-        if other is not tensor and (other.dtype != tensor.dtype or not torch.equal(other, tensor)):
+        if tensor.is_floating_point() and tensor.float().isnan().any():
+            continue  # it does not equal itself, and is refused for that where the model is looked at
+        if other.dtype != tensor.dtype or not torch.equal(other, tensor):
             raise ValueError(
                 f"{file}: {name} is another name of a tensor in it, with other values; which one is meant?"
             )
