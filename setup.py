@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 EXAMPLES = ["transformers>=4.51", "numpy", "tqdm", "scikit-learn", "scipy>=1.14", "matplotlib>=3.8"]
 EXAMPLES += ["sacrebleu>=2.4", "pycocoevalcap>=1.2"]
 # peft and torchao are what the exchange with PEFT and quantised weights are tested against.
-TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.18", "coverage>=7.4", "peft>=0.21", "torchao>=0.18"]
+TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.18", "pytest-cov>=5", "peft>=0.21", "torchao>=0.18"]
 
 setup(
     name="loralib",

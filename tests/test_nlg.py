@@ -460,7 +460,10 @@ BAD_TRAINING = {
     "no parts": (["--grad_accumulation", "0"], r"--grad_accumulation 0: must be above 0"),
     "repeats": (["--no_repeat_ngram_size", "-1"], r"--no_repeat_ngram_size -1: must be at least 0"),
     "nothing to go on from": (["--resume", ""], r"--resume: there is no .*training_state.pt to go on from"),
-    "output is a file": (["--output_dir", "run_training.py"], r"File exists: 'run_training\.py'"),
+    "output is a file": (
+        ["--output_dir", "run_training.py"],
+        r"--output_dir run_training\.py: .*\(File exists\)",
+    ),
 }
 
 

@@ -541,7 +541,7 @@ BAD_IMPROVEMENT = {
     "malformed data": ({"data_dir": "{bad}"}, r"test\.txt, line 2: expected one `\|\|`"),
     "no resamples": ({"resamples": "0"}, "--resamples 0: must be above 0"),
     "no meanings": ({"max_eval_samples": "0"}, "--max_eval_samples 0: must be above 0"),
-    "output is a file": ({"output_dir": "{bad}/test.txt"}, r"File exists: .*test\.txt"),
+    "output is a file": ({"output_dir": "{bad}/test.txt"}, r"--output_dir .*test\.txt: .*\(File exists\)"),
 }
 BAD = [(run_inference, *case) for case in BAD_INFERENCE.values()]
 BAD += [(evaluate_lora_improvement, *case) for case in BAD_IMPROVEMENT.values()]

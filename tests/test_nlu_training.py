@@ -797,7 +797,7 @@ BAD = {  # of the command line: what, the message
     "rank": ({"lora_dim": 0}, "r=0: the rank to inject must be at least 1"),
     "layers": ({"target_modules": "querry"}, "nothing in the model is called 'querry'; did you"),
     "device": ({"device": "gpu"}, "--device gpu: no such device here"),
-    "output is a file": ({"output_dir": "{some}/file"}, "File exists: '.*file'"),
+    "output is a file": ({"output_dir": "{some}/file"}, r"--output_dir .*file: .*\(File exists\)"),
 }
 
 

@@ -187,8 +187,9 @@ def measure_improvement(task="sst2", **overrides):
     if knobs.output_dir is None:
         knobs.output_dir = str(HERE / "output" / "improvement" / knobs.task)
     rates = check(knobs)
-    task, output_dir = glue.task_of(knobs.task), make_output_folder(knobs.output_dir)
+    task = glue.task_of(knobs.task)
     files = glue.find_files(knobs.data_dir, task)
+    output_dir = make_output_folder(knobs.output_dir)
     records = make_runs(knobs, rates, files, task.metrics[0])
     systems, lines = {}, {}
     for system in SYSTEMS:

@@ -41,8 +41,7 @@ import systems
 import torch
 from common import results, tables, training
 from common.cli import UserError, knob, parse_knobs, require_positive, run
-from common.tables import SYSTEMS as TITLES
-from systems import Step, Work
+from systems import TITLES, Step, Work
 
 import loralib as lora
 
@@ -195,7 +194,7 @@ def steps(knobs, device, names):
             }
             case["systems"][name].update(counts)
         del made, step
-        gc.collect()  # the counters leave circles of references behind, and each model is half a gigabyte
+        gc.collect()  # hooks and wrappers make circles of references, and each model is half a gigabyte
         for name in names:
             peak = measure.peak_bytes(some_steps, name, work, device.type, autocast, device=device)
             case["systems"][name]["peak_bytes"] = peak
