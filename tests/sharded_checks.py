@@ -200,4 +200,5 @@ if __name__ == "__main__":
             outcomes[name] = next(filter(None, errors), None)
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(outcomes), encoding="utf-8")
+    dist.barrier()  # gloo's threads let go of the last exchange, which would abort them at the end
     dist.destroy_process_group()

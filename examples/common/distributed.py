@@ -34,8 +34,13 @@ def start(device):
 
 
 def stop():
-    """Leave the other processes."""
+    """Leave the other processes, once all are done.
+
+    fully_shard keeps gloo's threads alive to the end; one that still held a tensor of the last exchange would abort it
+    (pytorch pull request 179291). While this waits at the barrier, they let go.
+    """
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
