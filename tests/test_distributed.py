@@ -75,7 +75,8 @@ def run_all(tmp_path_factory, tokenizer, no_java):
             knobs = {**(NLG if script == "nlg" else NLU), "model": folders[script], **changes}
             jobs.append((script, {**knobs, "output_dir": str(folder / name)}, steps))
         (folder / "runs.json").write_text(json.dumps(jobs), encoding="utf-8")
-        torchrun(processes, "distributed_runs.py", folder / "runs.json")
+        printed = torchrun(processes, "distributed_runs.py", folder / "runs.json")
+        (folder / "printed.txt").write_text(printed, encoding="utf-8")
         return folder
 
     return made
@@ -147,6 +148,15 @@ def test_runs_of_as_many_processes_write_the_same_bits(several, name):
     assert record(several, name)["checkpoint_sha256"] == record(several, first)["checkpoint_sha256"]
     assert losses(several, name) == losses(several, first)
     assert record(several, name)["first_step"] == (2 if "resumed" in name else 0)
+
+
+def test_one_process_alone_prints_and_writes(one, several):
+    printed = {folder: (folder / "printed.txt").read_text(encoding="utf-8") for folder in (one, several)}
+    for name in RUNS:
+        assert record(several, name)["processes"] > record(one, name)["processes"] == 1
+        assert sorted(os.listdir(several / name)) == sorted(os.listdir(one / name))
+        for folder in (one, several):
+            assert printed[folder].count(f"written      to {folder / name}:") == 1
 
 
 def test_one_process_evaluates_to_the_same_bits(one, several):

@@ -434,6 +434,25 @@ def test_training_on_a_llama_and_chosen_targets(llama, tmp_path):
     assert layers == {"default": {"q_proj", "v_proj"}, "chosen": {"k_proj", "up_proj"}, "all": ALL}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_the_base_is_stored_as_asked_and_the_adapters_in_float32(llama, tmp_path, dtype):
+    if dtype == "int8":
+        pytest.importorskip("torchao", reason="torchao is not installed: pip install '.[test]'")
+    record = run_training.train_model(
+        **{"model": llama, "max_steps": 4, "max_eval_samples": 2, "max_train_samples": 16, "base_dtype": dtype},
+        **{"target_modules": "all-linear", "output_dir": str(tmp_path), "warmup_steps": 0},
+    )
+    adapter = load_file(tmp_path / "adapter.safetensors")
+    assert all(tensor.dtype == torch.float32 and tensor.any() for tensor in adapter.values())
+    assert record["after"]["perplexity"] < record["before"]["perplexity"]
+    base, _ = load(llama)
+    matrices = [m.weight for name, m in base.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
+    total, quantised = (sum(p.numel() for p in some) for some in (base.parameters(), matrices))
+    rows = sum(map(len, matrices))  # of each a scale of four bytes and a zero point of one
+    stored = {"float32": 4 * total, "bfloat16": 2 * total, "int8": 4 * (total - quantised) + quantised + 5 * rows}
+    assert record["bytes"]["model"] == stored[dtype] + 4 * sum(tensor.numel() for tensor in adapter.values())
+
+
 @needs_real_data
 def test_official_files_go_the_same_way(gpt2, tmp_path):
     options = ["--data_dir", os.path.relpath(REAL_DATA, NLG), "--max_train_samples", 50, *SHORT]
@@ -458,6 +477,8 @@ BAD_TRAINING = {
     "long texts": (["--seq_len", "300"], r"--seq_len 300: the model reads at most 256 tokens"),
     "no steps": (["--max_steps", "0"], r"--max_steps 0: must be above 0"),
     "no parts": (["--grad_accumulation", "0"], r"--grad_accumulation 0: must be above 0"),
+    "nothing frozen": (["--base_dtype", "bfloat16", "--adapt", "full"], r"--base_dtype bfloat16 is for frozen weights"),
+    "no linear layers": (["--base_dtype", "int8"], r"--base_dtype int8(: .*GPT2LMHeadModel| needs torchao)"),
     "repeats": (["--no_repeat_ngram_size", "-1"], r"--no_repeat_ngram_size -1: must be at least 0"),
     "nothing to go on from": (["--resume", ""], r"--resume: there is no .*training_state.pt to go on from"),
     "output is a file": (

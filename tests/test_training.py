@@ -9,13 +9,11 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 from common import causal_lm, cli, training
-from nlg_models import DATA, NLG, load, start
+from nlg_models import DATA, load, start
 
 pytestmark = pytest.mark.usefixtures("no_java")
 TASK = training.Task(causal_lm.collate, causal_lm.loss_sum, causal_lm.count_labels)
@@ -338,31 +336,6 @@ def test_script_killed_for_real_goes_on_to_the_same_bits(gpt2, tmp_path):
     for key in ("history", "curve", "checkpoint_sha256", "best_step"):
         assert resumed[key] == whole[key], key
     assert sorted(os.listdir(tmp_path / "killed")) == ["adapter.safetensors", "results.json", "test_texts.jsonl"]
-
-
-# Several processes
-
-
-def test_two_processes_train_and_write_as_one(llama, tmp_path):
-    """torchrun: the same losses up to the order of sums, the same texts, one set of files. Llama has no dropout."""
-    options = ["run_training.py", "--model", llama, "--max_steps", 5, "--batch_size", 5, "--max_eval_samples", 3]
-    options += ["--lora_alpha", 8, "--eval_every", 2, "--output_dir"]
-    with start(*options, tmp_path / "one") as process:
-        _, stderr = process.communicate()
-    assert process.returncode == 0, stderr
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command = [*torchrun, *map(str, options), str(tmp_path / "two")]
-    done = subprocess.run(command, cwd=NLG, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
-    assert (one["processes"], two["processes"]) == (1, 2)
-    for a, b in zip(one["history"], two["history"], strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
-    assert two["before"]["perplexity"] == pytest.approx(one["before"]["perplexity"], rel=1e-6)
-    assert [s["before"] for s in two["samples"]] == [s["before"] for s in one["samples"]]
-    assert done.stdout.count("parameters ") == 1
-    assert sorted(os.listdir(tmp_path / "two")) == sorted(os.listdir(tmp_path / "one"))
 
 
 # Knobs

@@ -77,6 +77,11 @@ class Knobs(causal_lm.DecodingKnobs, training.Knobs):
     output_dir: str = knob(str(HERE / "output"), "folder for what the run writes")
     record: str | None = knob(None, "name under which examples/results/ gets the record, too")
     adapt: str = knob("lora", "what trains: adapters, all parameters, or nothing", ["lora", "full", "none"])
+    base_dtype: str = knob(
+        "float32",
+        "of the frozen weights: half the memory in bfloat16, which computes in it; int8 needs torchao",
+        pretrained.BASE_DTYPES,
+    )
     lora_dim: int = knob(4, "rank; 4 is the paper's for GPT-2 on E2E")
     lora_alpha: float = knob(32.0, "the update is scaled by lora_alpha / lora_dim; the paper's")
     lora_dropout: float = knob(0.0, "probability, on the input of the adapters; the paper takes 0.1")
@@ -97,6 +102,7 @@ def check(knobs):
     require_positive(knobs, "max_valid_samples")
     causal_lm.check_decoding(knobs)
     training.check_fsdp(knobs)
+    pretrained.check_base_dtype(knobs)
 
 
 def find_files(knobs):
@@ -196,6 +202,7 @@ def train_model(**overrides):
     window = pretrained.context_window(model)
     if knobs.seq_len > window:
         raise UserError(f"--seq_len {knobs.seq_len}: the model reads at most {window} tokens; use that or less")
+    pretrained.store_base(model, knobs.base_dtype)
     adapt_model(model, knobs)
     if knobs.fsdp:
         distributed.shard(model, device)

@@ -36,6 +36,13 @@ def account(total, trained):
     return {**held, "together": sum(held.values()), "checkpoint": 4 * trained}
 
 
+def plain_tensors(tensor):
+    """The tensors that hold the numbers of one, several if it is quantised."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [plain for name in tensor.__tensor_flatten__()[0] for plain in plain_tensors(getattr(tensor, name))]
+
+
 class _Live(TorchDispatchMode):
     # What the tensors hold that operations made within the block, or `add` was given, until the last view is gone.
     def __init__(self):
@@ -43,17 +50,14 @@ class _Live(TorchDispatchMode):
         self.sizes, self.now, self.most = {}, 0, 0
 
     def add(self, tensor):
-        if is_traceable_wrapper_subclass(tensor):  # quantised: of several tensors
-            for name in tensor.__tensor_flatten__()[0]:
-                self.add(getattr(tensor, name))
-            return
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self.sizes:
-            self.sizes[key] = storage.nbytes()
-            self.now += self.sizes[key]
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._gone, key)
+        for plain in plain_tensors(tensor):
+            storage = plain.untyped_storage()
+            key = storage._cdata
+            if key not in self.sizes:
+                self.sizes[key] = storage.nbytes()
+                self.now += self.sizes[key]
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, key)
 
     def _gone(self, key):
         self.now -= self.sizes.pop(key)

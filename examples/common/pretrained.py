@@ -1,16 +1,21 @@
 """Models of Hugging Face, from a folder or the hub, whatever they are for."""
 
+import importlib.util
 import math
 import os
 import shutil
 from pathlib import Path
 
 import huggingface_hub
+import torch
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoTokenizer
 
 from common.cli import UserError
+
+BASE_DTYPES = ["float32", "bfloat16", "int8"]
 
 
 def load(auto_class, name, kind, **options):
@@ -29,6 +34,37 @@ def load(auto_class, name, kind, **options):
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"--model {name}: cannot be loaded as a {kind}: {error}") from error
     return model.float(), tokenizer, sorted(report["missing_keys"])
+
+
+def check_base_dtype(knobs):
+    """Raise a UserError if --base_dtype does not go with what is trained, or needs what is not installed."""
+    given = f"--base_dtype {knobs.base_dtype}"
+    if knobs.base_dtype != "float32" and knobs.adapt == "full":
+        raise UserError(f"{given} is for frozen weights, and --adapt full freezes none; leave one of them out")
+    if knobs.base_dtype == "int8" and knobs.fsdp:
+        raise UserError(f"{given} does not go with --fsdp, which divides plain tensors; take bfloat16")
+    if knobs.base_dtype == "int8" and not importlib.util.find_spec("torchao"):
+        raise UserError(f"{given} needs torchao, which is not installed: pip install torchao")
+
+
+def store_base(model, dtype):
+    """Keep the weights of a model that is not adapted yet in one of BASE_DTYPES; the adapters will be float32.
+
+    With int8, one scale for each row, the matrices of `nn.Linear` alone; the model computes in float32 as before.
+    """
+    if dtype == "bfloat16":
+        model.to(torch.bfloat16)
+    if dtype == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        head = model.get_output_embeddings()  # often the same tensor as the input embeddings
+        linear = {name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head}
+        if not linear:
+            raise UserError(
+                f"--base_dtype int8: torchao quantises nn.Linear, and {type(model).__name__} has no such layers but "
+                "its head; take bfloat16"
+            )
+        quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: name in linear)
 
 
 def save(model, tokenizer, folder):

@@ -9,8 +9,9 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from common import distributed
+from common import distributed, memory
 from common.files import (
     REPOSITORY,
     RESULTS,
@@ -50,9 +51,15 @@ def begin(task, knobs, files, parameters, model):
         "base": weights_fingerprint(knobs.model),
         "processes": distributed.processes(),
         "parameters": parameters._asdict(),
-        "bytes": {"model": sum(p.numel() * p.element_size() for p in model.parameters())},
+        "bytes": {"model": sum(map(_stored_bytes, model.parameters()))},
         "seconds": {},
     }
+
+
+def _stored_bytes(parameter):
+    # Of a tensor that several processes divide, all of it.
+    parts = [parameter] if isinstance(parameter, DTensor) else memory.plain_tensors(parameter)
+    return sum(part.nbytes for part in parts)
 
 
 def add_training(record, outcome, device):
