@@ -364,6 +364,8 @@ def remake(name, record, adapt=None):
         known = [line for line, names in measurements().items() if name in names]
         return known[0] if known else command(script_of(record), **{**settings, "record": name})
     left_out = {"lr", "skip_base"} | (runs.LORA_KNOBS if adapt != "lora" else set())
+    if adapt == "full":
+        left_out.add("base_dtype")
     settings = {key: value for key, value in settings.items() if key not in left_out}
     start = name.removesuffix("_lora").removesuffix("_full").removesuffix("_head")
     record_name = f"{start}_{'base' if adapt == 'none' else adapt}"
