@@ -161,9 +161,9 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
-def active_parts(model: nn.Module) -> dict[str, Part]:
-    """Return what the active adapter has in the slots of `model`, by name, whether or not it is disabled just now."""
-    slots = {name: slot_of(module) for name, module in model.named_modules(remove_duplicate=False)}
+def active_parts(modules: dict[str, nn.Module]) -> dict[str, Part]:
+    """Return what the active adapter has in the slots of `modules`, by name, whether or not it is disabled just now."""
+    slots = {name: slot_of(module) for name, module in modules.items()}
     return {name: slot.parts[slot.active] for name, slot in slots.items() if slot and slot.active in slot.parts}
 
 
@@ -260,7 +260,9 @@ def any_sharded(model: nn.Module) -> bool:
     """Whether `fully_shard` shards `model` or a part of it; just after a forward not all Parameters tell."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and imported if it is in use
     kinds = getattr(fsdp, "FSDPModule", ())
-    return any(isinstance(module, kinds) for module in model.modules()) or any(map(is_sharded, model.parameters()))
+    return any(
+        isinstance(module, kinds) or any(map(is_sharded, module._parameters.values())) for module in model.modules()
+    )
 
 
 def check_whole(model: nn.Module) -> None:

@@ -230,7 +230,7 @@ def _collect(
 ) -> Adapter:
     check_bias_mode(bias)
     modules = base_modules(model)
-    own = {name: part.own for name, part in active_parts(model).items()}
+    own = {name: part.own for name, part in active_parts(dict(model.named_modules(remove_duplicate=False))).items()}
     saved = match_modules_to_save(model, modules_to_save) + _owned_whole(modules, own)
     for name, keys in own.items():
         if keys - LORA_NAMES and not any(f"{name}.".startswith(f"{whole}.") for whole in saved):
@@ -245,6 +245,8 @@ def _collect(
 
 def _owned_whole(modules: dict[str, nn.Module], own: dict[str, frozenset[str]]) -> list[str]:
     """The outermost modules all of whose tensors are the adapter's own."""
+    if all(keys <= LORA_NAMES for keys in own.values()):
+        return []
     within: set[str] = set()
     shared: set[str] = set()
     for path, module in modules.items():

@@ -242,7 +242,7 @@ def trained_names(model: nn.Module, bias: str, modules_to_save: Sequence[str] | 
                 names.add(dot + name)
     for prefix in match_modules_to_save(model, modules_to_save):
         names.update(f"{prefix}.{name}" for name in modules[prefix].state_dict())
-    for prefix, part in active_parts(model).items():
+    for prefix, part in active_parts(modules).items():
         names.update(f"{prefix}.{name}" for name in part.own)
     return names
 
@@ -251,7 +251,8 @@ def trained_state(model: nn.Module, bias: str, modules_to_save: Sequence[str] | 
     """Return what `lora_state_dict` does, sharded tensors as they are."""
     trained = trained_names(model, bias, modules_to_save)
     state = model.state_dict()
-    for path, part in active_parts(model).items():  # which are not all in the model while adapters are disabled
+    parts = active_parts(dict(model.named_modules(remove_duplicate=False)))
+    for path, part in parts.items():  # which are not all in the model while adapters are disabled
         state.update({f"{path}.{key}": tensor for key, tensor in part.tensors().items()})
     return {name: tensor for name, tensor in state.items() if name in trained}
 

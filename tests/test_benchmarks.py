@@ -108,8 +108,33 @@ def test_counts_of_a_layer_worked_out_by_hand():
     assert measure.saved_bytes(lambda: layer(x), layer) == 0
     assert measure.saved_bytes(lambda: (y := layer(x).tanh()) * y, layer) == 5 * 6 * 4
     assert measure.flops(lambda: layer(x)) == 2 * 5 * 8 * 6
+    adapted = systems.layer_of("ours", 8, 6, False, 4, 0.0)
+    assert measure.flops(lambda: adapted(x)) == 2 * 5 * (8 * 6 + 4 * (8 + 6))
     x = x.detach()
     assert measure.operations(lambda: x + x) == 1 and measure.operations(lambda: (x + x).tanh()) == 2
+
+
+def test_the_profile_of_narrow_products():
+    x, wide, narrow = torch.randn(300, 400), torch.randn(400, 500), torch.randn(400, 4)
+    found = measure.narrow_products(lambda: (x @ wide, (x @ narrow).exp()), 4, 3)
+    assert 0 < found["share"]["median"] < 0.5
+    ((operation, shapes, share),) = found["largest"]
+    assert (operation, shapes) == ("aten::mm", "[[300, 400], [400, 4]]")
+    assert found["share"]["low"] <= share * 1.5 and share < found["share"]["high"] * 1.5
+    assert measure.narrow_products(lambda: x @ narrow, 3, 1) == {"share": measure.spread([0]), "largest": []}
+
+
+def test_frozen_weights_lie_in_one_place_and_what_trains_does_not():
+    work = WORKS[1]
+    models = {name: systems.build(name, work, CPU) for name in ("floor", "ours", "peft", "full")}
+    before = {name: logits(model, work) for name, model in models.items()}
+    systems.share_frozen(models.values())
+    places = {name: {p.data_ptr() for p in model.parameters()} for name, model in models.items()}
+    for name in ("ours", "peft"):
+        trained = {p.data_ptr() for p in models[name].parameters() if p.requires_grad}
+        assert places[name] - places["floor"] == trained and trained
+    assert not places["full"] & places["floor"]
+    assert all(torch.equal(logits(model, work), before[name]) for name, model in models.items())
 
 
 def test_this_library_keeps_one_byte_an_element_for_dropout():

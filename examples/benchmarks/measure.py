@@ -1,13 +1,16 @@
-"""How a call is measured: times in turn with its rivals, and what it costs in operations, FLOPs and memory."""
+"""How a call is measured: times in turn with its rivals, what it costs in operations, FLOPs and memory, a profile."""
 
 import concurrent.futures
+import json
 import multiprocessing
 import random
 import statistics
 import time
+from collections import Counter
 
 import torch
 from common import results
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -85,9 +88,37 @@ def operations(call):
 
 
 def flops(call):
-    with FlopCounterMode(display=False) as counter:
+    def product(result, one, other, out_shape=None, **options):  # in place, which torch does not count
+        return 2 * one[0] * one[1] * other[1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product}) as counter:
         call()
     return counter.get_total_flops()
+
+
+def narrow_products(call, width, repeats):
+    """What the matrix products with a side of at most `width` take of a call's time, as the profiler counts it.
+
+    {"share": spread over the repeats, "largest": [operation, shapes of the operands, mean share] of some}
+    """
+    shares, largest = [], Counter()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    for _ in range(repeats):
+        with profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
+            call()
+        times = Counter()
+        for event in profiler.key_averages(group_by_input_shape=True):
+            times[event.key, str(event.input_shapes)] += event.self_device_time_total or event.self_cpu_time_total
+        narrow = {key: time / times.total() for key, time in times.items() if _is_narrow(*key, width)}
+        shares.append(sum(narrow.values()))
+        largest.update({key: share / repeats for key, share in narrow.items()})
+    return {"share": spread(shares), "largest": [[*key, share] for key, share in largest.most_common(6)]}
+
+
+def _is_narrow(operation, shapes, width):
+    if operation not in ("aten::mm", "aten::addmm", "aten::addmm_"):
+        return False
+    return any(len(shape) == 2 and min(shape) <= width for shape in json.loads(shapes))
 
 
 def saved_bytes(forward, model):

@@ -185,6 +185,7 @@ def steps(knobs, device, names):
     cases, autocast = {}, knobs.step_precision == "bf16"
     for key, work in STEPS.items():
         made = {name: Step(name, work, device, autocast) for name in names}
+        systems.share_frozen([step.model for step in made.values()])
         case = compare(work.title, made, knobs, device, work=asdict(work))
         for name, step in made.items():
             counts = {
@@ -192,6 +193,8 @@ def steps(knobs, device, names):
                 "operations": measure.operations(step),
                 "flops": measure.flops(lambda step=step: step.forward().backward()),
             }
+            if name not in ("floor", "full"):
+                counts["narrow_products"] = measure.narrow_products(step, 2 * work.r, knobs.rounds)
             case["systems"][name].update(counts)
         del made, step
         gc.collect()  # hooks and wrappers make circles of references, and each model is half a gigabyte
@@ -212,7 +215,7 @@ def generation(knobs, device, names):
     """Greedy generation, with the adapter beside the weights and merged into them."""
     cases = {}
     for key, work in GENERATIONS.items():
-        ids = systems.batch_of(work, device)["input_ids"]
+        ids, apart = systems.batch_of(work, device)["input_ids"], []
         options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
         sides = {"": {}, " merged": {}}
         for name in names:
@@ -228,6 +231,9 @@ def generation(knobs, device, names):
                     keep_apart(model)
                 model.eval()
                 calls[name] = functools.partial(model.generate, ids, **options)
+                if not side:
+                    apart.append(model)
+        systems.share_frozen(apart)
         for side, calls in sides.items():
             title = f"{work.title}, {NEW} new tokens{', merged' if side else ''}"
             cases[key + side] = compare(title, calls, knobs, device, work=asdict(work))
@@ -370,9 +376,9 @@ def plot(record, path):
     stepped = [case for case in record["levels"].get("steps", {}).values() if "through_floor" in case]
     for row, case in enumerate(stepped):
         for place, (name, value) in enumerate(case["through_floor"].items()):
-            axes[0].barh(row + 0.2 * place, value["median"] - 1, 0.18, 1, color=f"C{place}", label=TITLES[name])
+            axes[0].barh(row + 0.2 * place, value["median"], 0.18, color=f"C{place}", label=TITLES[name])
             axes[0].plot([value["low"], value["high"]], [row + 0.2 * place] * 2, color="black", linewidth=0.8)
-    axes[0].set(xlabel="a training step, through one of the frozen model without an adapter", xscale="log")
+    axes[0].set(xlabel="a training step, through one of the frozen model without an adapter")
     axes[0].set_yticks([row + 0.3 for row in range(len(stepped))], [case["title"] for case in stepped])
     handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
     if handles:
