@@ -185,6 +185,8 @@ def unload(model: nn.Module) -> nn.Module:
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Within the `with` block the model computes its base alone, merged or not, and with the heads of the base.
 
+    What comes into the model within the block does compute there: switch, inject and load adapters outside.
+
     >>> import loralib as lora
     >>> layer, x = lora.Linear(4, 4, r=2), torch.ones(1, 4)
     >>> _ = nn.init.ones_(layer.lora_B)
