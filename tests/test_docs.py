@@ -87,9 +87,10 @@ def test_commands_run(document, number, kind, text, checkout):
 
 
 @pytest.mark.parametrize("document, number, kind, text", blocks("sh elsewhere"))
-def test_commands_that_need_more_are_taken_by_their_scripts(document, number, kind, text):
+def test_commands_that_need_more_are_taken_by_their_scripts(document, number, kind, text, monkeypatch):
     folder, *lines = text.replace("\\\n", " ").strip().split("\n")
     folder = REPOSITORY / folder.removeprefix("cd ")
+    monkeypatch.syspath_prepend(folder)
     for line in lines:
         words = shlex.split(line)
         script = next(index for index, word in enumerate(words) if word.endswith(".py"))

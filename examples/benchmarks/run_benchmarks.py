@@ -41,7 +41,7 @@ import systems
 import torch
 from common import results, tables, training
 from common.cli import UserError, knob, parse_knobs, require_positive, run
-from systems import TITLES, Step, Work
+from systems import Step, Work
 
 import loralib as lora
 
@@ -142,7 +142,7 @@ def record_case(title, times, **facts):
     }
     if "floor" in times:
         case["through_floor"] = {name: measure.ratio(times, name, "floor") for name in times if name != "floor"}
-    ratios = ", ".join(f"{TITLES[name]} {value['median']:.3f}" for name, value in case["ratios"].items())
+    ratios = ", ".join(f"{tables.SYSTEMS[name]} {value['median']:.3f}" for name, value in case["ratios"].items())
     print(f"{title}: {1e3 * case['systems']['ours']['seconds']['median']:,.3f} ms; through {ratios}", flush=True)
     return case
 
@@ -358,7 +358,7 @@ def report(record):
     rows = [["ours through", "rival", "median", "quartiles", "bar", "met"]]
     for bar in record["bars"]:
         value = bar["value"]
-        rival = TITLES[bar["rival"]] if bar["rival"] else "seconds"
+        rival = tables.SYSTEMS[bar["rival"]] if bar["rival"] else "seconds"
         quartiles = f"[{value['low']:.3f}, {value['high']:.3f}]"
         met = "yes" if bar["met"] else "no"
         rows.append([bar["title"], rival, f"{value['median']:.3f}", quartiles, f"{bar['most']:g}", met])
@@ -376,7 +376,7 @@ def plot(record, path):
     stepped = [case for case in record["levels"].get("steps", {}).values() if "through_floor" in case]
     for row, case in enumerate(stepped):
         for place, (name, value) in enumerate(case["through_floor"].items()):
-            axes[0].barh(row + 0.2 * place, value["median"], 0.18, color=f"C{place}", label=TITLES[name])
+            axes[0].barh(row + 0.2 * place, value["median"], 0.18, color=f"C{place}", label=tables.SYSTEMS[name])
             axes[0].plot([value["low"], value["high"]], [row + 0.2 * place] * 2, color="black", linewidth=0.8)
     axes[0].set(xlabel="a training step, through one of the frozen model without an adapter")
     axes[0].set_yticks([row + 0.3 for row in range(len(stepped))], [case["title"] for case in stepped])

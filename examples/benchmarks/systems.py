@@ -115,7 +115,6 @@ def upstream(model, work):
 
 
 SYSTEMS: dict[str, Callable] = {"floor": floor, "ours": ours, "upstream": upstream, "peft": peft, "full": full}
-TITLES = {"floor": "no adapter", "ours": "loralib", "upstream": "loralib 0.1.2", "peft": "PEFT", "full": "full"}
 
 
 def load_upstream(folder):

@@ -36,6 +36,9 @@ MULTI_TASK = "nlu_multi_task"
 # Head alone, LoRA and full fine-tuning on official GLUE files.
 OFFICIAL_GLUE = ["nlu_sst2_minilm", "nlu_mrpc_minilm", "nlu_stsb_minilm", "nlu_cola_smollm2"]
 
+BENCHMARK = "benchmark"
+SYSTEMS = {"floor": "no adapter", "ours": "loralib", "upstream": "loralib 0.1.2", "peft": "PEFT", "full": "full"}
+
 
 def read(name, folder):
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
@@ -162,7 +165,40 @@ def accounting(folder):
     return rows
 
 
+def bars(folder):
+    """A row for each bar of the benchmark: this library through a rival, at most so much."""
+    rows = {"": ["through", "median of the ratios [quartiles]", "aim", "met"], "---": ["---", "---:", "---:", "---"]}
+    for bar in read(BENCHMARK, folder)["bars"]:
+        value, met = bar["value"], "yes" if bar["met"] else "no"
+        text = f"{value['median']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+        if bar["rival"] is None:
+            text = f"{1000 * value['median']:.0f} ms [{1000 * value['low']:.0f}, {1000 * value['high']:.0f}]"
+        aim = f"{bar['most']:g}" if bar["rival"] else f"{1000 * bar['most']:.0f} ms"
+        rows[bar["title"], bar["rival"]] = [SYSTEMS.get(bar["rival"], "-"), text, aim, met]
+    return rows
+
+
+def steps(folder):
+    """A row for each work and system: a training step through that of the frozen model, in time and all else."""
+    rows = {"": ["time", "of it products with A and B", "saved for the backward", "peak memory", "operations", "FLOPs"]}
+    rows["---"] = ["---:"] * len(rows[""])
+    for key, case in read(BENCHMARK, folder)["levels"]["steps"].items():
+        base = case["systems"]["floor"]
+        for name, system in case["systems"].items():
+            if name != "floor":
+                time, narrow = case["through_floor"][name], system.get("narrow_products")
+                others = [system[what] / base[what] for what in ("saved_bytes", "peak_bytes", "operations", "flops")]
+                rows[f"{case['title']}: {SYSTEMS[name]}", key] = [
+                    f"{time['median']:.2f} [{time['low']:.2f}, {time['high']:.2f}]",
+                    f"{100 * narrow['share']['median']:.1f} %" if narrow else "-",
+                    *(f"{value:.2f}" for value in others),
+                ]
+    return rows
+
+
 TABLES = {
+    "bars": bars,
+    "steps": steps,
     "figures": figures,
     "e2e": e2e,
     "study": study,
