@@ -34,7 +34,7 @@ STUDY = [
 ]
 MULTI_TASK = "nlu_multi_task"
 # Head alone, LoRA and full fine-tuning on official GLUE files.
-OFFICIAL_GLUE = ["nlu_sst2_minilm", "nlu_mrpc_minilm", "nlu_stsb_minilm", "nlu_cola_smollm2"]
+OFFICIAL_GLUE = ["nlu_sst2_minilm", "nlu_mrpc_minilm", "nlu_stsb_minilm", "nlu_cola_smollm2", "nlu_rte_smollm2"]
 
 BENCHMARK = "benchmark"
 SYSTEMS = {"floor": "no adapter", "ours": "loralib", "upstream": "loralib 0.1.2", "peft": "PEFT", "full": "full"}
