@@ -382,7 +382,8 @@ def plot(record, path):
     axes[0].set_yticks([row + 0.3 for row in range(len(stepped))], [case["title"] for case in stepped])
     handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
     if handles:
-        axes[0].legend(handles.values(), handles.keys(), fontsize=8)
+        above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": len(handles)}
+        axes[0].legend(handles.values(), handles.keys(), fontsize=8, **above)
     others = [
         case for level in ("generation", "operations", "import") for case in record["levels"].get(level, {}).values()
     ]
