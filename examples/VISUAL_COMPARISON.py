@@ -220,6 +220,8 @@ def draw(records, pairs, charts, folder):
     if pairs:
         figures["loss_curves"] = draw_losses(records, pairs, pyplot)
     for name, figure in figures.items():
+        figure.draw_without_rendering()  # places everything, once for both files
+        figure.set_layout_engine("none")
         for form in ("png", "svg"):
             save = functools.partial(figure.savefig, format=form, dpi=120)
             write_atomically(folder / f"{name}.{form}", save)
