@@ -220,10 +220,10 @@ def draw(records, pairs, charts, folder):
     if pairs:
         figures["loss_curves"] = draw_losses(records, pairs, pyplot)
     for name, figure in figures.items():
-        figure.draw_without_rendering()  # places everything, once for both files
+        figure.get_layout_engine().execute(figure)  # places everything, once for both files
         figure.set_layout_engine("none")
         for form in ("png", "svg"):
-            save = functools.partial(figure.savefig, format=form, dpi=120)
+            save = functools.partial(figure.savefig, format=form, dpi=80)
             write_atomically(folder / f"{name}.{form}", save)
         pyplot.close(figure)
     return list(figures)
