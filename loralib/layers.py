@@ -419,6 +419,8 @@ class _Linear(LoRALayer, nn.Linear):
         # Nobody else has the base's output yet, so the update is added in place, by the very product. In two axes: with
         # more, F.linear returns a view, and autograd copies what is written into a view.
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        if rows.dtype == torch.float32 and torch.is_autocast_enabled(rows.device.type):
+            rows = rows.to(torch.get_autocast_dtype(rows.device.type))  # once, for the base and for A
         result = self._base_forward(rows, self._base_weight)
         if not rows.dtype == A.dtype == result.dtype:
             # In the output's dtype: rounding the small matrices is cheaper than a wide copy of x.

@@ -1,6 +1,6 @@
 """What test_distributed.py checks of the library in several processes: models that fully_shard shards.
 
-    torchrun --nproc_per_node 2 sharded_checks.py outcomes.json
+    torchrun --nproc_per_node 2 sharded_checks.py cpu outcomes.json
 
 Each check holds a sharded model against the same one in one piece. outcomes.json gets {check: None, or its error}.
 """
@@ -183,7 +183,11 @@ def check_what_would_replace_or_merge_layers_is_refused(folder):
 
 if __name__ == "__main__":
     # An error in one process alone leaves the others waiting.
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    device = sys.argv[1]
+    torch.set_default_device(device)
+    X = X.to(device)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=60))
     outcomes = {}
     for name, check in list(globals().items()):
         if name.startswith("check_"):
@@ -199,6 +203,6 @@ if __name__ == "__main__":
             dist.all_gather_object(errors, error)
             outcomes[name] = next(filter(None, errors), None)
     if dist.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(outcomes), encoding="utf-8")
+        Path(sys.argv[2]).write_text(json.dumps(outcomes), encoding="utf-8")
     dist.barrier()  # gloo's threads let go of the last exchange, which would abort them at the end
     dist.destroy_process_group()

@@ -12,7 +12,6 @@ import sys
 
 import pytest
 import torch
-import transformers
 from nlg_models import ROOT
 from torch import nn
 
@@ -28,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 CPU = torch.device("cpu")
 WORKS = [
     systems.Work(architecture, layers=1, batch=2, length=5, targets=targets, r=2)
-    for architecture in ("gpt2", "roberta")
+    for architecture in ("gpt2", "roberta", "llama-1b")
     for targets in ("query, value", "all-linear")
 ]
 needs_upstream = pytest.mark.skipif(
@@ -40,18 +39,12 @@ needs_upstream = pytest.mark.skipif(
 def narrow(monkeypatch):
     """The same models at a small width."""
 
-    def base_model(work):
-        torch.manual_seed(0)
-        if work.architecture == "gpt2":
-            off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-            sizes = {"n_embd": 24, "n_head": 2, "initializer_range": 0.2}
-            return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=work.layers, **sizes, **off))
-        sizes = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48, "initializer_range": 0.2}
-        off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        config = transformers.RobertaConfig(num_hidden_layers=work.layers, vocab_size=50265, **sizes, **off)
-        return transformers.RobertaForSequenceClassification(config)
-
-    monkeypatch.setattr(systems, "base_model", base_model)
+    gpt2 = {"n_embd": 24, "n_head": 2, "initializer_range": 0.2}
+    others = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48, "initializer_range": 0.2}
+    llama = others | {"num_key_value_heads": 1, "vocab_size": 50000}
+    sizes = {"gpt2": gpt2, "gpt2-medium": gpt2, "roberta": others, "llama-1b": llama}
+    small = {name: (builder, sizes[name]) for name, (builder, _) in systems.ARCHITECTURES.items()}
+    monkeypatch.setattr(systems, "ARCHITECTURES", small)
     # The models of a process of its own would be wide.
     monkeypatch.setattr(measure, "in_own_process", lambda function, *arguments: function(*arguments))
 
@@ -216,8 +209,9 @@ def test_bars_are_judged_by_the_median():
 
 
 def test_a_bar_names_a_case_that_is_measured():
-    keys = set(run_benchmarks.STEPS)
-    keys |= {key + side for key in run_benchmarks.GENERATIONS for side in ("", " merged")}
+    keys = set()
+    for suite in (run_benchmarks.SMALL, run_benchmarks.LARGE):
+        keys |= set(suite.steps) | {key + side for key in suite.generations for side in ("", " merged")}
     keys |= {"tiny", "import", "inject", "merge", "save", "load", "q, k, v, r=4, 1024 tokens, fp32"}
     assert {bar.case for bar in run_benchmarks.BARS} <= keys
 
@@ -228,10 +222,9 @@ SMALL = systems.Work(layers=1, batch=1, length=4)
 @pytest.fixture
 def small(monkeypatch):
     """The same benchmark on one layer."""
-    monkeypatch.setattr(run_benchmarks, "STEPS", {"gpt2_qv": SMALL})
-    monkeypatch.setattr(run_benchmarks, "GENERATIONS", {"generation_all": SMALL})
+    suite = run_benchmarks.Suite({"gpt2_qv": SMALL}, {"generation_all": SMALL}, SMALL)
+    monkeypatch.setattr(run_benchmarks, "SMALL", suite)
     monkeypatch.setattr(run_benchmarks, "NEW", 2)
-    monkeypatch.setattr(run_benchmarks, "ADAPTED", SMALL)
     monkeypatch.setattr(run_benchmarks, "SHAPES", {"q, k, v": (24, 72, True)})
     monkeypatch.setattr(run_benchmarks, "RANKS", (4,))
     monkeypatch.setattr(run_benchmarks, "TOKENS", (1024,))

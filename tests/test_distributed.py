@@ -167,7 +167,7 @@ def test_one_process_evaluates_to_the_same_bits(one, several):
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_library_on_sharded_models(processes, tmp_path):
-    torchrun(processes, "sharded_checks.py", tmp_path / "outcomes.json")
+    torchrun(processes, "sharded_checks.py", "cpu", tmp_path / "outcomes.json")
     outcomes = json.loads((tmp_path / "outcomes.json").read_text(encoding="utf-8"))
     assert len(outcomes) == 8
     assert not any(outcomes.values()), "\n".join(filter(None, outcomes.values()))

@@ -1,6 +1,7 @@
 """How a call is measured: times in turn with its rivals, what it costs in operations, FLOPs and memory, a profile."""
 
 import concurrent.futures
+import gc
 import json
 import multiprocessing
 import random
@@ -10,6 +11,7 @@ from collections import Counter
 
 import torch
 from common import results
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -102,13 +104,16 @@ def narrow_products(call, width, repeats):
     {"share": spread over the repeats, "largest": [operation, shapes of the operands, mean share] of some}
     """
     shares, largest = [], Counter()
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     for _ in range(repeats):
         with profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
             call()
         times = Counter()
         for event in profiler.key_averages(group_by_input_shape=True):
-            times[event.key, str(event.input_shapes)] += event.self_device_time_total or event.self_cpu_time_total
+            if event.device_type == DeviceType.CPU:  # not a kernel, whose time the operation that started it has
+                time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+                times[event.key, str(event.input_shapes)] += time
         narrow = {key: time / times.total() for key, time in times.items() if _is_narrow(*key, width)}
         shares.append(sum(narrow.values()))
         largest.update({key: share / repeats for key, share in narrow.items()})
@@ -147,11 +152,16 @@ def in_own_process(function, *arguments):
 
 
 def peak_bytes(function, *arguments, device):
-    """The most memory of a process that does nothing but call this; on CUDA the most that tensors took there."""
-    return in_own_process(_peak_bytes, function, arguments, device.type)
-
-
-def _peak_bytes(function, arguments, device):
+    """The most memory of a process that does nothing but call this; on CUDA the most that tensors take there."""
+    if device.type != "cuda":
+        return in_own_process(_peak_bytes, function, arguments)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
     function(*arguments)
-    peak = results.peak_memory_bytes(torch.device(device))
-    return peak.get("cuda", peak["process"])
+    return torch.cuda.max_memory_allocated(device)
+
+
+def _peak_bytes(function, arguments):
+    function(*arguments)
+    return results.peak_memory_bytes(torch.device("cpu"))["process"]

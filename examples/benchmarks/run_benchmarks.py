@@ -6,12 +6,13 @@
     python run_benchmarks.py --levels layers,operations --rounds 3
     python run_benchmarks.py --device cuda --precisions bf16 --step_precision bf16 --record benchmark_cuda
 
-The whole takes about half an hour on two cores, and needs them for itself. Models have real shapes and random weights;
-no figure depends on what they compute. In each round every system does the same work once, in an order drawn anew, and
-a ratio is the median of the rounds' ratios, with quartiles. Written to --output_dir: benchmark.json, benchmark.png.
+The whole takes about half an hour on two cores, and needs them for itself; on CUDA the models are larger. They have
+real shapes and random weights; no figure depends on what they compute. In each round every system does the same work
+once, in an order drawn anew, and a ratio is the median of the rounds' ratios, with quartiles. Written to --output_dir:
+benchmark.json, benchmark.png.
 
     layers      one layer, forward and backward: shapes, ranks, numbers of tokens, dropout, precisions
-    steps       a training step: forward, backward and fused AdamW of GPT-2 and RoBERTa
+    steps       a training step: forward, backward and fused AdamW of GPT-2 and RoBERTa, on CUDA GPT-2 and Llama
     generation  32 tokens, one by one, with the adapter beside the weights and merged into them
     operations  putting an adapter into GPT-2, merging, saving, loading and switching it
     import      what `import` costs after `import torch`
@@ -25,7 +26,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -46,20 +47,53 @@ from systems import Step, Work
 import loralib as lora
 
 HERE = Path(__file__).resolve().parent
-STEPS = {
-    "gpt2_qv": Work(),
-    "gpt2_all": Work(layers=4, batch=4, length=256, targets="all-linear", r=16),
-    "gpt2_all_dropout": Work(layers=4, batch=4, length=256, targets="all-linear", r=16, dropout=0.05),
-    "roberta_qv": Work("roberta"),
-    "roberta_all": Work("roberta", layers=4, batch=4, length=256, targets="all-linear", r=16),
-}
 # Generation of so many tokens after so many.
 PROMPT, NEW = 16, 32
-GENERATIONS = {
-    "generation_qv": Work(batch=1, length=PROMPT),
-    "generation_all": Work(batch=1, length=PROMPT, targets="all-linear", r=16),
-}
-ADAPTED = Work()  # what the operations are of
+PROFILES = 3
+
+
+class Suite(NamedTuple):
+    """What is measured of whole models."""
+
+    steps: dict[str, Work]
+    generations: dict[str, Work]
+    adapted: Work  # what the operations are of
+
+
+SMALL = Suite(
+    {
+        "gpt2_qv": Work(),
+        "gpt2_all": Work(layers=4, batch=4, length=256, targets="all-linear", r=16),
+        "gpt2_all_dropout": Work(layers=4, batch=4, length=256, targets="all-linear", r=16, dropout=0.05),
+        "roberta_qv": Work("roberta"),
+        "roberta_all": Work("roberta", layers=4, batch=4, length=256, targets="all-linear", r=16),
+    },
+    {
+        "generation_qv": Work(batch=1, length=PROMPT),
+        "generation_all": Work(batch=1, length=PROMPT, targets="all-linear", r=16),
+    },
+    Work(),
+)
+# On a GPU, which the small ones would leave waiting for the CPU.
+_MEDIUM = Work("gpt2-medium", layers=24, length=1024)
+_LLAMA = Work("llama-1b", layers=16, batch=4, length=2048, targets="all-linear", r=16)
+LARGE = Suite(
+    {
+        "gpt2_medium_qv": _MEDIUM,
+        "gpt2_medium_all": replace(_MEDIUM, targets="all-linear", r=16),
+        "gpt2_medium_all_dropout": replace(_MEDIUM, targets="all-linear", r=16, dropout=0.05),
+        "llama_qv": replace(_LLAMA, targets="query, value", r=4),
+        "llama_all": _LLAMA,
+        "llama_all_dropout": replace(_LLAMA, dropout=0.05),
+        "llama_bf16_all": replace(_LLAMA, dtype="bfloat16"),
+        "llama_bf16_all_dropout": replace(_LLAMA, dtype="bfloat16", dropout=0.05),
+    },
+    {
+        "generation_medium_all": replace(_MEDIUM, batch=1, length=PROMPT, targets="all-linear", r=16),
+        "generation_llama_all": replace(_LLAMA, batch=1, length=PROMPT, dtype="bfloat16"),
+    },
+    _MEDIUM,
+)
 # (in, out, whether it is a fused q, k, v of which q and v are adapted)
 SHAPES = {"square": (768, 768, False), "q, k, v": (768, 2304, True), "MLP": (768, 3072, False)}
 RANKS, TOKENS, DROPOUTS = (4, 16, 64), (32, 1024), (0.0, 0.1)
@@ -88,6 +122,11 @@ BARS = [
     Bar("unmerged generation", "generation_all", "peft", 0.85),
     *(Bar(what, what, "peft", 0.7) for what in ("inject", "merge", "save", "load")),
     Bar("import beyond torch", "import", None, 0.05),
+    *(
+        Bar(f"{work.title}: {title}", case, "peft", most, what)
+        for case, work in LARGE.steps.items()
+        for title, most, what in (("step", 0.90, "seconds"), ("peak memory", 0.85, "peak_bytes"))
+    ),
 ]
 PRECISIONS = ("fp32", "bf16")
 LEVELS = ("layers", "steps", "generation", "operations", "import")
@@ -97,7 +136,7 @@ LEVELS = ("layers", "steps", "generation", "operations", "import")
 class Knobs:
     levels: str = knob(",".join(LEVELS), "what to measure, comma separated")
     precisions: str = knob("fp32,bf16", "of layers, comma separated")
-    step_precision: str = knob("fp32", "of steps", PRECISIONS)
+    step_precision: str = knob("fp32", "of steps and of generation", PRECISIONS)
     systems: str = knob(",".join(systems.SYSTEMS), "whom to measure, comma separated; ours always")
     rounds: int = knob(9, "how often each system does each piece of work")
     threads: int = knob(2, "of a CPU")
@@ -180,10 +219,10 @@ def forward_and_backward(layer, x, precision):
     layer.zero_grad()
 
 
-def steps(knobs, device, names):
+def steps(knobs, device, names, works):
     """A training step of each work, and what it costs beside time."""
     cases, autocast = {}, knobs.step_precision == "bf16"
-    for key, work in STEPS.items():
+    for key, work in works.items():
         made = {name: Step(name, work, device, autocast) for name in names}
         systems.share_frozen([step.model for step in made.values()])
         case = compare(work.title, made, knobs, device, work=asdict(work))
@@ -193,8 +232,8 @@ def steps(knobs, device, names):
                 "operations": measure.operations(step),
                 "flops": measure.flops(lambda step=step: step.forward().backward()),
             }
-            if name not in ("floor", "full"):
-                counts["narrow_products"] = measure.narrow_products(step, 2 * work.r, knobs.rounds)
+            if name == "ours":  # those of the others are the same
+                counts["narrow_products"] = measure.narrow_products(step, 2 * work.r, PROFILES)
             case["systems"][name].update(counts)
         del made, step
         gc.collect()  # hooks and wrappers make circles of references, and each model is half a gigabyte
@@ -211,12 +250,11 @@ def some_steps(name, work, device, autocast):
         step()
 
 
-def generation(knobs, device, names):
+def generation(knobs, device, names, works):
     """Greedy generation, with the adapter beside the weights and merged into them."""
     cases = {}
-    for key, work in GENERATIONS.items():
+    for key, work in works.items():
         ids, apart = systems.batch_of(work, device)["input_ids"], []
-        options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
         sides = {"": {}, " merged": {}}
         for name in names:
             if name == "full":
@@ -230,7 +268,7 @@ def generation(knobs, device, names):
                 elif name != "peft":
                     keep_apart(model)
                 model.eval()
-                calls[name] = functools.partial(model.generate, ids, **options)
+                calls[name] = functools.partial(generate, model, ids, knobs.step_precision)
                 if not side:
                     apart.append(model)
         systems.share_frozen(apart)
@@ -238,6 +276,12 @@ def generation(knobs, device, names):
             title = f"{work.title}, {NEW} new tokens{', merged' if side else ''}"
             cases[key + side] = compare(title, calls, knobs, device, work=asdict(work))
     return cases
+
+
+def generate(model, ids, precision):
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        model.generate(ids, **options)
 
 
 def merged(name, model):
@@ -254,11 +298,12 @@ def keep_apart(model):
             layer.merge_weights = False
 
 
-def operations(knobs, device, names):
+def operations(knobs, device, names, work):
     """What is done to a whole model, in this library and in PEFT: {what: (how to prepare a model, what is timed)}."""
     import peft
 
-    plain = systems.base_model(ADAPTED).to(device)
+    with torch.device(device):
+        plain = systems.base_model(work)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "adapter.safetensors"
 
@@ -266,15 +311,15 @@ def operations(knobs, device, names):
             return copy.deepcopy(plain)
 
         def adapted():
-            return systems.ours(copied(), ADAPTED)
+            return systems.ours(copied(), work)
 
         def two():
             model = adapted()
-            lora.inject_lora(model, r=ADAPTED.r, adapter_name="second")
+            lora.inject_lora(model, r=work.r, adapter_name="second")
             return model
 
         def adapted_by_peft():
-            return systems.peft(copied(), ADAPTED)
+            return systems.peft(copied(), work)
 
         def two_by_peft():
             model = adapted_by_peft()
@@ -283,7 +328,7 @@ def operations(knobs, device, names):
 
         rivals = {
             "ours": {
-                "inject": (copied, lambda model: systems.ours(model, ADAPTED)),
+                "inject": (copied, lambda model: systems.ours(model, work)),
                 "merge": (adapted, merge),
                 "unmerge": (lambda: merge(adapted()), lora.unmerge_lora_weights),
                 "merge for good": (adapted, lora.merge_and_unload),
@@ -292,7 +337,7 @@ def operations(knobs, device, names):
                 "switch": (two, lambda model: lora.set_adapter(model, "default")),
             },
             "peft": {
-                "inject": (copied, lambda model: systems.peft(model, ADAPTED)),
+                "inject": (copied, lambda model: systems.peft(model, work)),
                 "merge": (adapted_by_peft, lambda model: model.merge_adapter()),
                 "unmerge": (lambda: merge_by_peft(adapted_by_peft()), lambda model: model.unmerge_adapter()),
                 "merge for good": (adapted_by_peft, lambda model: model.merge_and_unload()),
@@ -305,7 +350,7 @@ def operations(knobs, device, names):
         for what in rivals["ours"]:
             calls = {name: rivals[name][what] for name in ("ours", "peft") if name in names}
             times = measure.prepared(calls, knobs.rounds, device, what)
-            cases[what] = record_case(f"{what}: {ADAPTED.title}", times)
+            cases[what] = record_case(f"{what}: {work.title}", times)
     return cases
 
 
@@ -408,11 +453,12 @@ def measure_all(knobs):
     torch.set_num_threads(knobs.threads)
     device, output_dir = training.choose_device(knobs.device), Path(knobs.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    suite = LARGE if device.type == "cuda" else SMALL
     calls = {
         "layers": lambda: layers(knobs, device, names, precisions),
-        "steps": lambda: steps(knobs, device, names),
-        "generation": lambda: generation(knobs, device, names),
-        "operations": lambda: operations(knobs, device, names),
+        "steps": lambda: steps(knobs, device, names, suite.steps),
+        "generation": lambda: generation(knobs, device, names, suite.generations),
+        "operations": lambda: operations(knobs, device, names, suite.adapted),
         "import": lambda: imports(knobs, names),
     }
     found = {level: calls[level]() for level in levels}

@@ -25,40 +25,72 @@ ALPHA = 16
 class Work:
     """What a model is, what of it is adapted, and how many tokens a step sees."""
 
-    architecture: str = "gpt2"  # or "roberta", each of the base's width
+    architecture: str = "gpt2"  # or another of ARCHITECTURES
     layers: int = 12
     batch: int = 8
     length: int = 64
     targets: str = "query, value"  # or "all-linear"
     r: int = 4
     dropout: float = 0.0
+    dtype: str = "float32"  # of the base; adapters are in float32
 
     @property
     def title(self):
         dropout = f", dropout {self.dropout:g}" if self.dropout else ""
+        dtype = f", base in {self.dtype}" if self.dtype != "float32" else ""
         size = f"{self.architecture}, {self.layers} layers, {self.batch} x {self.length} tokens"
-        return f"{size}: {self.targets}, r={self.r}{dropout}"
+        return f"{size}: {self.targets}, r={self.r}{dropout}{dtype}"
+
+
+def gpt2(work, **sizes):
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=work.layers, **sizes, **off))
+
+
+def roberta(work, **sizes):
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    sizes = {"vocab_size": 50265, "type_vocab_size": 1} | sizes
+    config = transformers.RobertaConfig(num_hidden_layers=work.layers, **sizes, **off)
+    return transformers.RobertaForSequenceClassification(config)
+
+
+def llama(work, **sizes):
+    config = transformers.LlamaConfig(num_hidden_layers=work.layers, tie_word_embeddings=True, **sizes)
+    return transformers.LlamaForCausalLM(config)
+
+
+# {name: what builds the model, sizes of it}; dropout of its own would hide that of the adapter.
+ARCHITECTURES = {
+    "gpt2": (gpt2, {}),
+    "gpt2-medium": (gpt2, {"n_embd": 1024, "n_head": 16}),
+    "roberta": (roberta, {}),
+    # The sizes that meta-llama/Llama-3.2-1B has in its config.json, with 16 layers.
+    "llama-1b": (
+        llama,
+        {
+            **{"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192},
+            **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64},
+        },
+    ),
+}
 
 
 def base_model(work):
-    """A GPT-2 or a RoBERTa of the base's width; dropout of its own would hide that of the adapter."""
     torch.manual_seed(0)
-    if work.architecture == "gpt2":
-        off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        config = transformers.GPT2Config(n_layer=work.layers, **off)
-        return transformers.GPT2LMHeadModel(config)
-    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = transformers.RobertaConfig(num_hidden_layers=work.layers, vocab_size=50265, type_vocab_size=1, **off)
-    return transformers.RobertaForSequenceClassification(config)
+    builder, sizes = ARCHITECTURES[work.architecture]
+    return builder(work, **sizes).to(getattr(torch, work.dtype))
 
 
 def batch_of(work, device):
     """Token ids and labels drawn at random: the time of a step does not depend on them."""
     torch.manual_seed(1)
     ids = torch.randint(5, 50000, (work.batch, work.length), device=device)
-    labels = ids if work.architecture == "gpt2" else torch.randint(0, 2, (work.batch,), device=device)
+    labels = torch.randint(0, 2, (work.batch,), device=device) if work.architecture == "roberta" else ids
     return {"input_ids": ids, "labels": labels}
 
+
+# What computes query and value, by the model_type of the config; in GPT-2 the layer of query, key and value.
+QUERY_VALUE = {"gpt2": ["c_attn"], "roberta": ["query", "value"], "llama": ["q_proj", "v_proj"]}
 
 # Builders of the models: base -> model to train, in place or around it.
 
@@ -84,11 +116,10 @@ def ours(model, work):
 def peft(model, work):
     from peft import LoraConfig, get_peft_model
 
-    fused = work.architecture == "gpt2"
-    by_name = ["c_attn"] if fused else ["query", "value"]
-    targets = by_name if work.targets == "query, value" else work.targets
+    fused = work.architecture.startswith("gpt2")
+    targets = QUERY_VALUE[model.config.model_type] if work.targets == "query, value" else work.targets
     options = {"r": work.r, "lora_alpha": ALPHA, "lora_dropout": work.dropout}
-    if targets == "all-linear" and not fused:
+    if targets == "all-linear" and work.architecture == "roberta":
         options["exclude_modules"] = r"classifier\..*"  # which it would adapt in a model without a task_type
     return get_peft_model(model, LoraConfig(target_modules=targets, fan_in_fan_out=fused, **options))
 
@@ -101,14 +132,16 @@ def upstream(model, work):
         last, transposed = name.rsplit(".", 1)[-1], isinstance(layer, Conv1D)
         if not isinstance(layer, (Conv1D, nn.Linear)) or "head" in name or "classifier" in name:
             continue
-        if work.targets == "query, value" and last not in ("c_attn", "query", "value"):
+        if work.targets == "query, value" and last not in QUERY_VALUE[model.config.model_type]:
             continue
         sizes = (layer.nx, layer.nf) if transposed else (layer.in_features, layer.out_features)
         if work.targets == "query, value" and transposed:
             new = module.MergedLinear(*sizes, enable_lora=[True, False, True], fan_in_fan_out=True, **options)
         else:
-            new = module.Linear(*sizes, fan_in_fan_out=transposed, **options)
-        new.weight.data, new.bias.data = layer.weight.data, layer.bias.data
+            new = module.Linear(*sizes, fan_in_fan_out=transposed, bias=layer.bias is not None, **options)
+        new.weight.data = layer.weight.data
+        if layer.bias is not None:
+            new.bias.data = layer.bias.data
         model.get_submodule(name.rsplit(".", 1)[0])._modules[last] = new
     module.mark_only_lora_as_trainable(model)
     return model
@@ -129,7 +162,8 @@ def load_upstream(folder):
 
 
 def build(system, work, device):
-    model = SYSTEMS[system](base_model(work), work)
+    with torch.device(device):  # a GPU draws a large model in a moment
+        model = SYSTEMS[system](base_model(work), work)
     return model.to(device).train()
 
 
