@@ -224,11 +224,11 @@ class LoRALayer(nn.Module):
 
     def _merged_weight(self) -> Tensor:
         cache, made_from = self._merge_cache, self._cache_key()
-        if cache is None or not _same_key(cache[0], made_from) or not self._adapter_equals(*cache[1]):
+        if cache is None or not _same_key(cache[0], made_from) or not all(map(torch.equal, self._compared(), cache[1])):
             # Outside inference mode, so that the tensor can be used in and out of it.
             with torch.inference_mode(False), torch.no_grad():
                 merged = self._merge(self._base_weight.detach())
-                adapter = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+                adapter = [tensor.detach().clone() for tensor in self._compared()]
             cache = made_from, adapter, merged
             if all(
                 isinstance(tensor, nn.Parameter) for tensor in made_from[1]
@@ -251,11 +251,9 @@ class LoRALayer(nn.Module):
         tensors = self._base_weight, self.lora_A, self.lora_B
         return self.scaling, tensors, [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
-    def _adapter_equals(self, A: Tensor, B: Tensor) -> bool:
+    def _compared(self) -> list[Tensor]:
         # Writes through `.data` leave no trace in version counters. Elsewhere than on a CPU the comparison would stall.
-        if self.lora_A.device.type != "cpu":
-            return True
-        return torch.equal(self.lora_A, A) and torch.equal(self.lora_B, B)
+        return [tensor for tensor in (self.lora_A, self.lora_B) if tensor.is_cpu]
 
     def _apply(self: _Layer, *args: Any, **kwargs: Any) -> _Layer:
         self._merge_cache = None

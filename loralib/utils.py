@@ -265,14 +265,19 @@ def match_modules_to_save(model: nn.Module, modules_to_save: Sequence[str] | str
 
 
 def _check_finite(model: nn.Module) -> None:
+    finite: dict[torch.device, dict[str, Tensor]] = {}  # by device, each of which is waited for once
     for prefix, module in model.named_modules():
         if isinstance(module, LoRALayer) and module.has_adapter:
             for name in ("lora_A", "lora_B"):
-                if not torch.isfinite(getattr(module, name)).all():
-                    raise ValueError(
-                        f"{prefix + '.' if prefix else ''}{name} holds NaN or infinity; nothing was merged. "
-                        "Load an earlier adapter, or train again with a lower learning rate"
-                    )
+                tensor, dot = getattr(module, name), prefix and prefix + "."
+                finite.setdefault(tensor.device, {})[dot + name] = tensor.isfinite().all()
+    for answers in finite.values():
+        for name, answer in zip(answers, torch.stack(list(answers.values())).tolist(), strict=True):
+            if not answer:
+                raise ValueError(
+                    f"{name} holds NaN or infinity; nothing was merged. "
+                    "Load an earlier adapter, or train again with a lower learning rate"
+                )
 
 
 @torch.no_grad()

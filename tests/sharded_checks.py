@@ -153,7 +153,7 @@ def check_a_model_that_is_one_layer(folder):
     nn.init.normal_(layers[0].lora_B)
     layers[1].load_state_dict(layers[0].state_dict())
     one, several = layers[0].eval(), fully_shard(layers[1].eval())
-    x = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, 9, generator=torch.Generator().manual_seed(0), device="cpu").to(X.device)
     for _ in range(2):
         assert torch.equal(several.delta_weight(), one.delta_weight())
         with torch.no_grad():

@@ -153,7 +153,10 @@ def test_a_training_of_the_scripts_on_the_device_equals_that_on_the_cpu(gpt2, tm
         run_training.train_model(**knobs, output_dir=str(tmp_path / device))
         record = json.loads((tmp_path / device / "results.json").read_text(encoding="utf-8"))
         found[device] = [record[when]["perplexity"] for when in ("before", "after")]
-    assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-3)
+    assert found["cuda"][0] == pytest.approx(found["cpu"][0], rel=1e-4)
+    # AdamW divides by the gradient's size: where that is rounding only, so is the step.
+    assert found["cuda"][1] == pytest.approx(found["cpu"][1], rel=2e-2)
+    assert found["cuda"][1] < 0.98 * found["cuda"][0]
 
 
 def test_the_library_on_models_sharded_over_nccl(tmp_path):
