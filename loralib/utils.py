@@ -264,20 +264,22 @@ def match_modules_to_save(model: nn.Module, modules_to_save: Sequence[str] | str
     return match_names(base_modules(model), modules_to_save, "modules_to_save") if modules_to_save else []
 
 
+@torch.no_grad()
 def _check_finite(model: nn.Module) -> None:
-    finite: dict[torch.device, dict[str, Tensor]] = {}  # by device, each of which is waited for once
+    found: dict[torch.device, dict[str, Tensor]] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, LoRALayer) and module.has_adapter:
             for name in ("lora_A", "lora_B"):
                 tensor, dot = getattr(module, name), prefix and prefix + "."
-                finite.setdefault(tensor.device, {})[dot + name] = tensor.isfinite().all()
-    for answers in finite.values():
-        for name, answer in zip(answers, torch.stack(list(answers.values())).tolist(), strict=True):
-            if not answer:
-                raise ValueError(
-                    f"{name} holds NaN or infinity; nothing was merged. "
-                    "Load an earlier adapter, or train again with a lower learning rate"
-                )
+                found.setdefault(tensor.device, {})[dot + name] = tensor
+    for tensors in found.values():
+        if torch.cat([tensor.flatten() for tensor in tensors.values()]).isfinite().all():  # a GPU is waited for once
+            continue
+        name = next(name for name, tensor in tensors.items() if not tensor.isfinite().all())
+        raise ValueError(
+            f"{name} holds NaN or infinity; nothing was merged. "
+            "Load an earlier adapter, or train again with a lower learning rate"
+        )
 
 
 @torch.no_grad()
