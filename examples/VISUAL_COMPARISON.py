@@ -139,6 +139,7 @@ def draw_panels(panels, pyplot):
     figure, axes = pyplot.subplots(
         len(panels), figsize=(11, 0.32 * sum(heights)), squeeze=False, height_ratios=heights, layout="constrained"
     )
+    colours = {}
     for axis, panel in zip(axes[:, 0], panels, strict=True):
         place, ticks, drawn = 0, [], {}
         for bars in panel.bars.values():
@@ -155,17 +156,20 @@ def draw_panels(panels, pyplot):
         axis.set_yticks(ticks, panel.bars, fontsize=7)
         axis.invert_yaxis()
         axis.set_title(panel.title, fontsize=9)
-        axis.margins(x=0.12)
+        axis.margins(x=0.15)
         if panel.most:
             axis.set_xlim(right=1.08 * panel.most)
         if panel.logarithmic:
             axis.set_xscale("log")
             axis.set_xlabel("logarithmic", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(
-            drawn.values(), [TITLES[method] for method in drawn], fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)
-        )
+        colours |= drawn
+    add_legend(figure, {TITLES[method]: bar for method, bar in colours.items()})
     return figure
+
+
+def add_legend(figure, handles):
+    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside upper right", ncols=len(handles))
 
 
 def draw_losses(records, pairs, pyplot):
@@ -187,9 +191,9 @@ def draw_losses(records, pairs, pyplot):
         note = f"\ntraining with label smoothing {smoothing:g}, validation without" if smoothing else ""
         axis.set_title(f"{comparison.group_of(records[pair[0]])}\n{files(pair)}{note}", fontsize=7)
         axis.set(xlabel="optimizer step", ylabel="loss")
-        axis.legend(fontsize=7)
     for axis in axes.flat[len(pairs) :]:
         axis.set_visible(False)
+    add_legend(figure, {line.get_label(): line for line in axes.flat[0].lines})
     return figure
 
 
@@ -214,16 +218,18 @@ def draw(records, pairs, charts, folder):
     import matplotlib  # here, since what is printed needs none of it
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["figure.dpi"] = 120  # that of the files, too: the width of text depends on it
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text that can be searched, rather than outlines
     from matplotlib import pyplot
 
     figures = {name: draw_panels(panels, pyplot) for name, panels in charts.items()}
     if pairs:
         figures["loss_curves"] = draw_losses(records, pairs, pyplot)
     for name, figure in figures.items():
-        figure.get_layout_engine().execute(figure)  # places everything, once for both files
-        figure.set_layout_engine("none")
+        figure.get_layout_engine().execute(figure)
+        figure.set_layout_engine(None)  # or each file would be laid out again, twice
         for form in ("png", "svg"):
-            save = functools.partial(figure.savefig, format=form, dpi=80)
+            save = functools.partial(figure.savefig, format=form)
             write_atomically(folder / f"{name}.{form}", save)
         pyplot.close(figure)
     return list(figures)
