@@ -36,7 +36,7 @@ MULTI_TASK = "nlu_multi_task"
 # Head alone, LoRA and full fine-tuning on official GLUE files.
 OFFICIAL_GLUE = ["nlu_sst2_minilm", "nlu_mrpc_minilm", "nlu_stsb_minilm", "nlu_cola_smollm2", "nlu_rte_smollm2"]
 
-BENCHMARK = "benchmark"
+BENCHMARK, BENCHMARK_CUDA = "benchmark", "benchmark_cuda"
 SYSTEMS = {"floor": "no adapter", "ours": "loralib", "upstream": "loralib 0.1.2", "peft": "PEFT", "full": "full"}
 
 
@@ -196,8 +196,27 @@ def steps(folder):
     return rows
 
 
+def steps_cuda(folder):
+    """A row for each work on a GPU: a training step's time and peak of memory, through those of others."""
+    through = [("ours", "peft"), ("ours", "floor"), ("peft", "floor"), ("full", "floor")]
+    peaks = [("ours", "peft"), ("floor", "peft"), ("full", "floor")]
+    titles = [" / ".join(SYSTEMS[name] for name in pair) for pair in through + peaks]
+    rows = {"": [f"time: {title}" for title in titles[:4]] + [f"memory: {title}" for title in titles[4:]]}
+    rows["---"] = ["---:"] * len(rows[""])
+    for case in read(BENCHMARK_CUDA, folder)["levels"]["steps"].values():
+        times = [case["ratios"]["peft"], *(case["through_floor"][name] for name, _ in through[1:])]
+        sizes = {name: system["peak_bytes"] for name, system in case["systems"].items()}
+        rows[case["title"]] = [
+            f"{times[0]['median']:.2f} [{times[0]['low']:.2f}, {times[0]['high']:.2f}]",
+            *(f"{time['median']:.2f}" for time in times[1:]),
+            *(f"{sizes[one] / sizes[other]:.2f}" for one, other in peaks),
+        ]
+    return rows
+
+
 TABLES = {
     "bars": bars,
+    "steps_cuda": steps_cuda,
     "steps": steps,
     "figures": figures,
     "e2e": e2e,
