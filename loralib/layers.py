@@ -335,6 +335,10 @@ def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[o
     return contextlib.nullcontext()
 
 
+def _is_autocast_on(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def _same_key(then: tuple, now: tuple) -> bool:
     return then[0] == now[0] and then[2] == now[2] and all(a is b for a, b in zip(then[1], now[1], strict=True))
 
@@ -417,7 +421,7 @@ class _Linear(LoRALayer, nn.Linear):
         # Nobody else has the base's output yet, so the update is added in place, by the very product. In two axes: with
         # more, F.linear returns a view, and autograd copies what is written into a view.
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        if rows.dtype == torch.float32 and torch.is_autocast_enabled(rows.device.type):
+        if rows.dtype == torch.float32 and _is_autocast_on(rows.device):
             rows = rows.to(torch.get_autocast_dtype(rows.device.type))  # once, for the base and for A
         result = self._base_forward(rows, self._base_weight)
         if not rows.dtype == A.dtype == result.dtype:

@@ -39,6 +39,7 @@ from reference import (
 from torch import nn
 from torch.func import functional_call, stack_module_state
 from torch.nn.utils.parametrize import register_parametrization
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import loralib as lora
@@ -364,6 +365,24 @@ def test_autocast(case, state):
     assert_same_bits(layer.state_dict(), before)
 
 
+@pytest.mark.parametrize("case", [LINEAR[0], LINEAR[2], MERGED[1]], ids=str)
+def test_autocast_rounds_the_input_once(case):
+    """For the base and for A, and to the dtype that was asked for."""
+    layer, x = case.layer(), case.inputs()
+    rounded = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            if function is torch.ops.aten._to_copy.default and arguments[0].shape[-1] == x.shape[-1]:
+                rounded.append(arguments[0].numel())
+            return function(*arguments, **(keywords or {}))
+
+    with torch.autocast("cpu", dtype=torch.float16), Seen():
+        out = layer(x)
+    assert out.dtype == torch.float16 and rounded.count(x.numel()) == 1
+    assert_close(out, expected(case, layer, x))
+
+
 @each_state
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @each_case
@@ -500,14 +519,15 @@ def test_compiled_by_inductor(case):
 
 @each_case
 def test_meta_device(case):
-    """A layer made on the meta device has the same keys and shapes, and works once loaded with assign=True."""
+    """A layer made on the meta device has the same keys and shapes, also of its output, and works once loaded."""
     source = case.layer()
     with torch.device("meta"):
         layer = case.fresh()
     assert all(value.is_meta for value in layer.state_dict().values())
     assert {k: v.shape for k, v in layer.state_dict().items()} == {k: v.shape for k, v in source.state_dict().items()}
-    layer.load_state_dict(source.state_dict(), assign=True)
     x = case.inputs()
+    assert layer(x.to("meta")).shape == source(x).shape
+    layer.load_state_dict(source.state_dict(), assign=True)
     for state in STATES:
         assert_close(put(layer, state)(x), expected(case, source, x))
 
