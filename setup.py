@@ -23,6 +23,6 @@ setup(
     packages=["loralib"],
     package_data={"loralib": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.5", "safetensors>=0.4"],
+    install_requires=["torch>=2.5", "safetensors>=0.4.3"],
     extras_require={"examples": EXAMPLES, "test": [*EXAMPLES, *TEST]},
 )
