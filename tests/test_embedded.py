@@ -176,6 +176,7 @@ def test_the_pretraining_text_has_no_record_of_a_restaurant():
         assert noun not in grammar.SLOTS["Type"]
 
 
+@pytest.mark.slow
 def test_pretraining_repeats_to_the_bit_and_depends_on_the_seed(tmp_path):
     for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
         made = make_model.make_model(tmp_path / folder, steps=2, seed=seed)

@@ -312,6 +312,7 @@ def test_the_tokenizer_keeps_every_character(tokenizer, text):
     assert tokenizer.unk_token_id not in ids
 
 
+@pytest.mark.slow
 def test_pretraining_repeats_to_the_bit_and_depends_on_the_seed(tmp_path):
     for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
         made = make_encoder.make_encoder(tmp_path / folder, steps=2, seed=seed)

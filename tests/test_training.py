@@ -317,6 +317,7 @@ SHORT = ["--max_steps", 12, "--eval_every", 4, "--batch_size", 4, "--max_eval_sa
 SHORT += ["--lora_dropout", 0.2, "--lora_alpha", 8]
 
 
+@pytest.mark.slow
 def test_script_killed_for_real_goes_on_to_the_same_bits(gpt2, tmp_path):
     """SIGKILL after the first validation; the record's losses and the adapter are those of a run left alone."""
     command = ["run_training.py", "--model", gpt2, *SHORT, "--output_dir"]
