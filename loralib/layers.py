@@ -106,6 +106,12 @@ class LoRALayer(nn.Module):
     def _drop(self, x: Tensor) -> Tensor:
         return x if self.merged or not self.training else self.lora_dropout(x)
 
+    def _dropped(self, x: Tensor) -> tuple[Tensor, float]:
+        # With the factor that scales what was kept, which costs less on a narrow product than on x.
+        if self.merged or not self.training or not isinstance(self.lora_dropout, Dropout):
+            return self._drop(x), 1.0
+        return self.lora_dropout.drop(x)
+
     def _add_adapter(self, shape_A: tuple[int, int], shape_B: tuple[int, int]) -> None:
         self.lora_A = nn.Parameter(self.weight.new_zeros(shape_A))
         self.lora_B = nn.Parameter(self.weight.new_zeros(shape_B))
@@ -354,16 +360,25 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        x, factor = self.drop(x)
+        return x if factor == 1 else x.mul_(factor)
+
+    def drop(self, x: Tensor) -> tuple[Tensor, float]:
+        """Return what is kept, and the factor that it still lacks.
+
+        >>> Dropout(0.5).eval().drop(torch.ones(2))
+        (tensor([1., 1.]), 1.0)
+        """
         plain = type(x) is Tensor and not x.is_nested and x.device.type == "cpu"
         dropped = round(self.p * 65536)
         if not self.training or not plain or dropped == 65536 or torch.compiler.is_compiling():
-            return super().forward(x)
+            return super().forward(x), 1.0
         if torch._C._functorch.is_functorch_wrapped_tensor(x):  # in torch 2.5 vmap knows no view as another dtype
-            return super().forward(x)
+            return super().forward(x), 1.0
         # A draw of 64 bits takes as long as one of 32, and 16 decide an element.
         draws = x.new_empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 32768
-        return torch.where(keep, x, 0.0).mul_(65536 / (65536 - dropped))
+        return torch.where(keep, x, 0.0), 65536 / (65536 - dropped)
 
 
 class _Linear(LoRALayer, nn.Linear):
@@ -427,8 +442,9 @@ class _Linear(LoRALayer, nn.Linear):
         if not rows.dtype == A.dtype == result.dtype:
             # In the output's dtype: rounding the small matrices is cheaper than a wide copy of x.
             rows, A, B = (tensor.to(result.dtype) for tensor in (rows, A, B))
-        hidden = F.linear(self._drop(rows), A)
-        result.addmm_(hidden, self._full_B(B).T, alpha=self.scaling)
+        rows, factor = self._dropped(rows)
+        hidden = F.linear(rows, A)
+        result.addmm_(hidden, self._full_B(B).T, alpha=self.scaling * factor)
         return result if x.dim() == 2 else result.view(*x.shape[:-1], -1)
 
     def _lora_forward(self, x: Tensor) -> Tensor:
