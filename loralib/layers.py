@@ -108,9 +108,10 @@ class LoRALayer(nn.Module):
 
     def _dropped(self, x: Tensor) -> tuple[Tensor, float]:
         # With the factor that scales what was kept, which costs less on a narrow product than on x.
-        if self.merged or not self.training or not isinstance(self.lora_dropout, Dropout):
-            return self._drop(x), 1.0
-        return self.lora_dropout.drop(x)
+        dropout = self._modules["lora_dropout"]
+        if self.merged or not self.training or type(dropout) is nn.Identity:
+            return x, 1.0
+        return dropout.drop(x) if isinstance(dropout, Dropout) else (self._drop(x), 1.0)
 
     def _add_adapter(self, shape_A: tuple[int, int], shape_B: tuple[int, int]) -> None:
         self.lora_A = nn.Parameter(self.weight.new_zeros(shape_A))
@@ -341,10 +342,6 @@ def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[o
     return contextlib.nullcontext()
 
 
-def _is_autocast_on(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-
 def _same_key(then: tuple, now: tuple) -> bool:
     return then[0] == now[0] and then[2] == now[2] and all(a is b for a, b in zip(then[1], now[1], strict=True))
 
@@ -436,8 +433,9 @@ class _Linear(LoRALayer, nn.Linear):
         # Nobody else has the base's output yet, so the update is added in place, by the very product. In two axes: with
         # more, F.linear returns a view, and autograd copies what is written into a view.
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        if rows.dtype == torch.float32 and _is_autocast_on(rows.device):
-            rows = rows.to(torch.get_autocast_dtype(rows.device.type))  # once, for the base and for A
+        device = rows.device.type
+        if rows.dtype == torch.float32 and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+            rows = rows.to(torch.get_autocast_dtype(device))  # once, for the base and for A
         result = self._base_forward(rows, self._base_weight)
         if not rows.dtype == A.dtype == result.dtype:
             # In the output's dtype: rounding the small matrices is cheaper than a wide copy of x.
