@@ -29,12 +29,8 @@ def whole_products(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def ids(value):
-    return str(value)
-
-
-@pytest.mark.parametrize("case", CASES, ids=ids)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=ids)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_a_layer_computes_the_dense_formula(case, dtype):
     layer, x = case.layer(dtype).cuda(), case.inputs(dtype).cuda()
     base = snapshot(layer)
@@ -50,7 +46,7 @@ def test_a_layer_computes_the_dense_formula(case, dtype):
     assert_close(layer(x.cpu()), expected(case, layer, x.cpu()))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.is_embedding], ids=ids)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.is_embedding], ids=str)
 @pytest.mark.parametrize("half", HALVES)
 def test_under_autocast(case, half):
     """Outputs in the half precision, gradients of float32 parameters in float32, both near the formula's."""
@@ -69,7 +65,7 @@ def test_under_autocast(case, half):
         assert (ours - wanted).norm() < 0.03 * wanted.norm()
 
 
-@pytest.mark.parametrize("case", [*(case for case in KINDS if not case.is_embedding), EMBEDDING[0]], ids=ids)
+@pytest.mark.parametrize("case", [*(case for case in KINDS if not case.is_embedding), EMBEDDING[0]], ids=str)
 def test_gradients_are_those_of_finite_differences(case):
     layer, x = case.layer(torch.float64).cuda(), case.inputs(torch.float64).cuda()
     names = ["lora_A", "lora_B"]

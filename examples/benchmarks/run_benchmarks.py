@@ -231,9 +231,8 @@ def steps(knobs, device, names, works):
                 "saved_bytes": measure.saved_bytes(step.forward, step.model),
                 "operations": measure.operations(step),
             }
-            if (
-                device.type == "cpu"
-            ):  # torch 2.11 cannot count CUDA's attention with fewer heads of keys than of queries
+            # Not on CUDA, whose attention with fewer heads of keys than of queries torch 2.11 cannot count.
+            if device.type == "cpu":
                 counts["flops"] = measure.flops(lambda step=step: step.forward().backward())
             if name == "ours":  # those of the others are the same
                 counts["narrow_products"] = measure.narrow_products(step, 2 * work.r, PROFILES)
