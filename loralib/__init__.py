@@ -17,7 +17,7 @@ ParameterCount(trainable=104, total=444)
 from loralib.adapters import active_adapter, delete_adapter, list_adapters, set_adapter
 from loralib.checkpoint import load_lora, read_metadata, save_lora
 from loralib.inject import inject_lora
-from loralib.layers import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoRALayer, MergedLinear
+from loralib.layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Embedding, Linear, LoRALayer, MergedLinear
 from loralib.utils import (
     count_parameters,
     disable_adapters,
@@ -35,6 +35,7 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "Conv3d",
+    "ConvLoRA",
     "Embedding",
     "Linear",
     "LoRALayer",

@@ -1,20 +1,20 @@
-"""Several adapters on one base: what each puts into the model, and which of them is there.
+"""Several adapters on one base: what each has of its own in a module, and which of them is there.
 
-A model that adapters were put into has slots: places where each adapter has a module of its own (a LoRA layer, or a
-layer with a bias or a weight of its own), and where the original module goes back when no adapter is active. Switching
-exchanges these modules. They share submodules and all other Parameters with the original, so an adapter costs its own
-tensors only, and `state_dict()` holds the active adapter alone, under the plain names.
+An adapter is tensors, not modules. A module in which adapters have something of their own (A and B, a bias, the
+tensors of a head) keeps a `Place`: for each adapter its tensors and settings, and for the base the tensors that the
+active adapter's stand in for. Switching exchanges entries of `_parameters` and `_buffers`, and the class of the module
+(`loralib.layers.adapted`); the module stays the object it is. So an adapter costs its own tensors only, and
+`state_dict()` holds the active adapter alone, under the plain names.
 """
 
-import contextlib
-import copy
 import sys
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import types
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
-from loralib.layers import LoRALayer, is_sharded
+from loralib.layers import _Adapted, _identity, _InPlace, adapted, is_sharded
 
 __all__ = ["active_adapter", "delete_adapter", "list_adapters", "set_adapter"]
 
@@ -22,36 +22,178 @@ DEFAULT_NAME = "default"
 LORA_NAMES = frozenset({"lora_A", "lora_B"})
 
 
-class Part(NamedTuple):
-    """What an adapter puts into one slot: the module, and which Parameters and buffers of it are the adapter's own."""
+class Form:
+    """What a module is while an adapter (or none) is active: its class, and the attributes that are set then."""
 
-    module: nn.Module
-    own: frozenset[str]
+    def __init__(self, cls: Any, settings: dict[str, Any] | None = None):
+        self.cls, self.settings = cls, settings or {}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The adapter's own tensors, by their names in the module."""
-        return {key: tensor.detach() for key, tensor in own_tensors(self.module).items() if key in self.own}
+    def __reduce__(self) -> tuple:  # a class made by `adapted` has no name to be found under
+        return _form, (vars(self.cls).get("_recipe") or (_named, (self.cls,)), self.settings)
 
 
-class Slot:
-    """One place of a model: the module that was there first, each adapter's part by name, and the active adapter."""
+def _form(recipe: tuple, settings: dict) -> Form:
+    make, arguments = recipe
+    return Form(make(*arguments), settings)
 
-    def __init__(self, base: nn.Module):
-        self.base = base
+
+def _named(cls: type[nn.Module]) -> type[nn.Module]:
+    return cls
+
+
+class Part:
+    """What an adapter has in one module: the names of its own tensors, and, while it is not active, those tensors."""
+
+    def __init__(self, own: frozenset[str], tensors: dict[str, Tensor], form: Form | None):
+        self.own, self.tensors, self.form = own, tensors, form
+
+
+class Place:
+    """The adapters of one module.
+
+    Attributes:
+        plain: the class that the module had at first, and has again when the place is gone.
+        base: its form while no adapter is in it.
+        now: its form at present, without the settings, which are the module's.
+        parts: by adapter.
+        active: the adapter whose part is in the module; None for the base.
+        replaced: the tensors of the base that the active adapter's stand in for.
+        suspended: whether heads and biases are exchanged for a while: `replaced` then holds the adapter's.
+        adapters, current: the adapters of the whole model, and the one that it computes with.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.plain = type(module)
         self.parts: dict[str, Part] = {}
         self.active: str | None = None
-        base.__dict__["_slot"] = self  # past nn.Module, which would register modules inside
+        self.replaced: dict[str, Any] = {}
+        self.suspended = False
+        self.adapters: frozenset[str] = frozenset()
+        self.current: str | None = None
+        if isinstance(module, _Adapted):  # made by hand: without its adapter it is a layer of rank 0
+            rank_zero = {"r": 0, "scaling": 0.0, "lora_dropout": _identity, "merged": False, "_aside": None}
+            here = {key: getattr(module, key) for key in module.settings if hasattr(module, key)}
+            self.base = Form(type(module), {**here, **rank_zero})
+            if module.has_adapter:
+                self.parts[DEFAULT_NAME] = Part(LORA_NAMES, {}, None)
+                self.active = self.current = DEFAULT_NAME
+        else:
+            self.base = Form(adapted(type(module), None))
+            change_class(module, self.plain, self.base.cls)
+        self.now = Form(self.base.cls)
+        vars(module)["_place"] = self
 
-    def add(self, name: str, module: nn.Module, own: frozenset[str]) -> None:
-        module.__dict__["_slot"] = self
-        self.parts[name] = Part(module, own)
+    def tensors(self, module: nn.Module, name: str) -> dict[str, Tensor]:
+        """The own tensors of adapter `name`, by their names in the module."""
+        part = self.parts[name]
+        if name != self.active:
+            return part.tensors
+        there = {**_tensors(module), **(self.replaced if self.suspended else {})}
+        return {key: there[key] for key in part.own}
 
-    def module(self, name: str | None) -> nn.Module:
-        """What belongs here while adapter `name` (None: no adapter) is active."""
-        return self.parts[name].module if name in self.parts else self.base
+    def base_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the base that are not in the module at present."""
+        return {} if self.suspended else self.replaced
 
-    def own(self, module: nn.Module) -> frozenset[str]:
-        return next((part.own for part in self.parts.values() if part.module is module), frozenset())
+    def put(self, module: nn.Module, name: str | None) -> None:
+        """Make `name` the adapter that is in the module; the base, if it has no part here."""
+        self.resume(module)
+        name = name if name in self.parts else None
+        if name == self.active:
+            return
+        if self.active is not None:
+            part = self.parts[self.active]
+            if isinstance(module, _Adapted):
+                module.unmerge()
+                part.form = Form(self.now.cls, _take_settings(module))
+            part.tensors = self.tensors(module, self.active)
+            for key in part.own - self.replaced.keys():
+                delattr(module, key)
+            for key, tensor in self.replaced.items():
+                setattr(module, key, tensor)
+            self.replaced = {}
+        self.active = name
+        form = self.base
+        if name is not None:
+            part = self.parts[name]
+            there = _tensors(module)
+            self.replaced = {key: there[key] for key in part.tensors if key in there}
+            for key, tensor in part.tensors.items():
+                setattr(module, key, tensor)
+            part.tensors, form, part.form = {}, part.form or self.base, None
+        _take_settings(module)
+        change_class(module, self.now.cls, form.cls)
+        for key, value in form.settings.items():
+            setattr(module, key, value)
+        if isinstance(form.settings.get("lora_dropout"), nn.Module):
+            form.settings["lora_dropout"].train(module.training)
+        self.now = Form(form.cls)
+
+    def suspend(self, module: nn.Module) -> None:
+        """Put the base's heads and biases in for a while."""
+        if self.active is not None and not self.suspended:
+            self._exchange(module)
+            self.suspended = True
+
+    def resume(self, module: nn.Module) -> None:
+        if self.suspended:
+            self._exchange(module)
+            self.suspended = False
+
+    def follow(self, fn: Callable) -> None:
+        """Do to the tensors that are not in the module what `nn.Module._apply` does to those that are."""
+        for store in (self.replaced, *(part.tensors for part in self.parts.values())):
+            holder = nn.Module()
+            for key, tensor in store.items():
+                (holder._parameters if isinstance(tensor, nn.Parameter) else holder._buffers)[key] = tensor
+            holder._apply(fn)
+            store.update(_tensors(holder))
+
+    def leave(self, module: nn.Module) -> None:
+        """Make the module what it was before it had a place."""
+        self.put(module, None)
+        del vars(module)["_place"]
+        change_class(module, self.base.cls, self.plain)
+
+    def _exchange(self, module: nn.Module) -> None:
+        there = _tensors(module)
+        for key, tensor in self.replaced.items():
+            setattr(module, key, tensor)
+            self.replaced[key] = there[key]
+
+
+def _tensors(module: nn.Module) -> dict[str, Any]:
+    return {**module._buffers, **module._parameters}
+
+
+def _take_settings(module: nn.Module) -> dict[str, Any]:
+    taken = {}
+    for key in _Adapted.settings:
+        for store in (vars(module), module._modules):
+            if key in store:
+                taken[key] = store.pop(key)
+    return taken
+
+
+def change_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
+    """Give `module`, of class `old` or of a class that somebody derived from it since, the class `new`."""
+    if old is new:
+        return
+    before = type(module)
+    module.__class__ = _derived(before, old, new)
+    # What wraps the forward of one module holds that of its class, as accelerate's hooks do.
+    for key in ("forward", "_old_forward"):
+        method = vars(module).get(key)
+        if isinstance(method, types.MethodType) and method.__self__ is module and method.__func__ is before.forward:
+            vars(module)[key] = types.MethodType(type(module).forward, module)
+
+
+def _derived(cls: type, old: type, new: type) -> type:
+    if cls is old or old not in cls.__mro__:
+        return new if cls is old else cls
+    bases = tuple(_derived(base, old, new) for base in cls.__bases__)
+    members = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+    return types.new_class(cls.__name__, bases, exec_body=lambda body: body.update(members))
 
 
 def list_adapters(model: nn.Module) -> list[str]:
@@ -72,32 +214,30 @@ def list_adapters(model: nn.Module) -> list[str]:
     >>> lora.list_adapters(model)
     ['sst2']
     """
-    names = {name for slot in _slots(model) for name in slot.parts}
+    names = {name for _, place in places(model) for name in place.parts}
     return sorted(names | ({DEFAULT_NAME} if _made_by_hand(model) else set()))
 
 
 def active_adapter(model: nn.Module) -> str | None:
     """Return the name of the adapter that `model` computes with; None if it has none. Example: `list_adapters`."""
-    for slot in _slots(model):
-        return slot.active
+    found = places(model)
+    if found:
+        return found[0][1].current
     return DEFAULT_NAME if _made_by_hand(model) else None
 
 
 def set_adapter(model: nn.Module, adapter_name: str) -> None:
     """Make `adapter_name` the adapter that `model` computes with, trains and saves, its head and biases included.
 
-    Nothing is copied or loaded; the modes (training, merged) carry over. In eval the layers of an adapter that merges
-    (`merge_weights`) are merged at the next forward, which takes a copy of the adapted weights; adapters that take
-    turns are better loaded with `merge_weights=False`. Example: see `list_adapters`.
+    Nothing is copied or loaded; the modes (training, merged) carry over. Example: see `list_adapters`.
 
     Raises:
         ValueError: `model` has no such adapter, or is sharded by `fully_shard`. Nothing has been changed then.
     """
-    _check_present(model, adapter_name)
-    slots = _slots(model)
-    exchange(model, lambda slot: slot.module(adapter_name))
-    for slot in slots:
-        slot.active = adapter_name
+    found = places(model)
+    if not any(adapter_name in place.parts for _, place in found):
+        check_present(model, adapter_name)
+    put(model, adapter_name, found)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -106,153 +246,121 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     Raises:
         ValueError: `model` has no such adapter, or it is the active one. Nothing has been changed then.
     """
-    _check_present(model, adapter_name)
+    check_present(model, adapter_name)
     if adapter_name == active_adapter(model):
         raise ValueError(
             f"adapter {adapter_name!r} is active; call lora.set_adapter(model, ...) with another one first "
             f"({', '.join(list_adapters(model))}), or lora.unload(model) to drop all"
         )
-    for slot in _slots(model):
-        slot.parts.pop(adapter_name, None)
-        if not slot.parts:
-            del slot.base.__dict__["_slot"]
+    for module, place in places(model):
+        place.parts.pop(adapter_name, None)
+        place.adapters -= {adapter_name}
+        if not place.parts:
+            place.leave(module)
 
 
-def add_part(slot: Slot, name: str, own: frozenset[str], layer: LoRALayer | None, copies: dict[int, Tensor]) -> None:
-    """Give adapter `name` its part in `slot`: `layer`, or else the base again, with copies of what is to be its `own`.
+def add_part(
+    module: nn.Module, name: str, own: frozenset[str], form: Form | None, adapter: dict, copies: dict[int, Tensor]
+) -> None:
+    """Give adapter `name`, which is not active, its part in `module`: `adapter`'s A and B, and copies of what else is
+    to be its `own`.
 
     `copies` is one dict for all parts of an adapter: tensors that are tied in the base have one copy.
     """
-    base = slot.base
-    module = layer or copy.copy(base)
-    module._parameters, module._buffers = dict(module._parameters), dict(module._buffers)
-    shared = own_tensors(base)
-    for key, tensor in own_tensors(module).items():
-        if key in own:
-            is_parameter = isinstance(tensor, nn.Parameter)
-            if tensor is shared.get(key):
-                copied = tensor.detach().clone()
-                tensor = copies.setdefault(id(tensor), nn.Parameter(copied) if is_parameter else copied)
-                setattr(module, key, tensor)
-            tensor.requires_grad = is_parameter and tensor.is_floating_point()
-    slot.add(name, module, own)
+    place = vars(module).get("_place") or Place(module)
+    there = {**_tensors(module), **place.base_tensors()}
+    before = place.parts.get(name)
+    tensors = {**(before.tensors if before else {}), **adapter}
+    for key in own - tensors.keys():
+        tensor = there[key]
+        is_parameter = isinstance(tensor, nn.Parameter)
+        if id(tensor) not in copies:
+            copy = tensor.detach().clone()
+            copies[id(tensor)] = nn.Parameter(copy, copy.is_floating_point()) if is_parameter else copy
+        tensors[key] = copies[id(tensor)]
+    place.parts[name] = Part(own, tensors, before.form if before and form is None else form)
+
+
+def make_plain(layer: _Adapted) -> None:
+    """Make a layer that was made by hand the layer of torch that it is without its adapter."""
+    layer.unmerge()
+    if getattr(layer, "fan_in_fan_out", False):
+        layer.weight = nn.Parameter(layer.base_weight().detach().T.contiguous(), requires_grad=False)
+    for key in LORA_NAMES & layer._parameters.keys():
+        delattr(layer, key)
+    _take_settings(layer)
+    # What torch.nn.utils.parametrize made of its class stays.
+    change_class(layer, type(layer).__mro__[hasattr(layer, "parametrizations")], layer._base_class)
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return the Parameters and saved buffers of a module itself, by name."""
+    """Return the Parameters and saved buffers of a module itself, by name; those of the base, without A and B."""
     buffers = {key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set}
-    return {key: value for key, value in {**module._parameters, **buffers}.items() if value is not None}
+    found = {key: value for key, value in {**module._parameters, **buffers}.items() if value is not None}
+    if isinstance(module, _InPlace):
+        if module._place is not None:
+            found.update(module._place.base_tensors())
+        if isinstance(module, _Adapted) and "weight" in found:
+            found["weight"] = found["weight"] if module._aside is None else module.base_weight()
+        if module._place is not None or isinstance(module, _Adapted):
+            found = {key: value for key, value in found.items() if key not in LORA_NAMES}
+    return found
 
 
-def slot_of(module: nn.Module) -> Slot | None:
-    return module.__dict__.get("_slot")
+def places(model: nn.Module) -> list[tuple[nn.Module, Place]]:
+    """Return the modules of `model` that have a place, with it."""
+    return [(module, vars(module)["_place"]) for module in model.modules() if "_place" in vars(module)]
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of `model` by name, under all their names, as they are while no adapter is active."""
+    """Return the modules of `model` by name, under all their names, without those that adapters have brought."""
     modules: dict[str, nn.Module] = {}
-    layer: str | tuple = ()  # the last adapted one: what is in it follows it
+    layer: str | tuple = ()  # the last adapted one: its dropout is nobody's target
     for name, module in model.named_modules(remove_duplicate=False):
         if not name.startswith(layer):
-            slot = slot_of(module)
-            modules[name] = slot.base if slot else module
-            if isinstance(module, LoRALayer):  # its dropout is nobody's target
+            modules[name] = module
+            if isinstance(module, _Adapted):
                 layer = name + "."
     return modules
 
 
-def active_parts(modules: dict[str, nn.Module]) -> dict[str, Part]:
-    """Return what the active adapter has in the slots of `modules`, by name, whether or not it is disabled just now."""
-    slots = {name: slot_of(module) for name, module in modules.items()}
-    return {name: slot.parts[slot.active] for name, slot in slots.items() if slot and slot.active in slot.parts}
+def active_parts(modules: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
+    """Return the own tensors of the active adapter in `modules`, by name, whether or not it is disabled just now."""
+    found = {name: vars(module).get("_place") for name, module in modules.items()}
+    return {
+        name: place.tensors(modules[name], place.active)
+        for name, place in found.items()
+        if place is not None and place.active is not None
+    }
 
 
 def adopt(model: nn.Module) -> None:
-    """Make slots for the LoRA layers that `model` was built with, so that other adapters can take their place."""
+    """Make places for the LoRA layers that `model` was built with, so that other adapters can take their place."""
     for layer in _made_by_hand(model):
-        base = copy.copy(layer)
-        base._parameters = {key: value for key, value in layer._parameters.items() if key not in LORA_NAMES}
-        base._modules = {**layer._modules, "lora_dropout": nn.Identity()}
-        base.r, base.scaling = 0, 0.0
-        slot = Slot(base)
-        slot.add(DEFAULT_NAME, layer, LORA_NAMES)
-        slot.active = DEFAULT_NAME
+        Place(layer)
 
 
-def exchange(model: nn.Module, choose: Callable[[Slot], nn.Module]) -> None:
-    """Put `choose(slot)` into every slot of `model`."""
-    found = ((slot, module) for module in model.modules() if (slot := slot_of(module)) is not None)
-    changes = [(slot, module, choose(slot)) for slot, module in found if choose(slot) is not module]
-    if changes:
+def put(model: nn.Module, adapter_name: str | None, found: list[tuple[nn.Module, Place]] | None = None) -> None:
+    """Put adapter `adapter_name`, or the base for None, into every place of `model`."""
+    found = places(model) if found is None else found
+    adapters = frozenset(name for _, place in found for name in place.parts)
+    changing = [(module, place) for module, place in found if place.active != adapter_name or place.suspended]
+    if any(adapter_name in place.parts or place.active for _, place in changing):
         check_whole(model)
-    for slot, old, new in changes:
-        _hand_over(slot, old, new)
-    replace_modules(model, {id(old): new for _, old, new in changes})
+    merged = any(module._aside is not None for module, _ in changing if isinstance(module, _Adapted))
+    for _, place in found:
+        place.adapters, place.current = adapters, adapter_name
+    for module, place in changing:
+        place.put(module, adapter_name)
+        if isinstance(module, _Adapted) and (merged or (module.merge_weights and not module.training)):
+            module.merge()
 
 
-@contextlib.contextmanager
-def exchanged(model: nn.Module, choose: Callable[[Slot], nn.Module]) -> Iterator[None]:
-    """Within the block the slots hold what `choose` says, afterwards the active adapter's modules again."""
-    exchange(model, choose)
-    try:
-        yield
-    finally:
-        exchange(model, lambda slot: slot.module(slot.active))
-
-
-def without_heads(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Within the block the slots hold the base wherever the active adapter owns more than `lora_A` and `lora_B`."""
-    return exchanged(model, lambda slot: slot.base if _owns_more(slot) else slot.module(slot.active))
-
-
-def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
-    """Put `replacements[id(module)]` in the place of `module`, everywhere below `model`."""
-    if replacements:
-        for parent in list(model.modules()):
-            for name, child in parent._modules.items():
-                parent._modules[name] = replacements.get(id(child), child)
-
-
-def _owns_more(slot: Slot) -> bool:
-    return slot.active in slot.parts and bool(slot.parts[slot.active].own - LORA_NAMES)
-
-
-def _hand_over(slot: Slot, old: nn.Module, new: nn.Module) -> None:
-    # The modules outside the model miss what is done to it. Shared Parameters and buffers may have been replaced (the
-    # base keeps those that an adapter in between has of its own), ...
-    for source, target in ((old, slot.base), (slot.base, new)):
-        own = slot.own(source) | slot.own(target)
-        for kind in ("_parameters", "_buffers"):
-            ours = getattr(target, kind)
-            theirs = getattr(source, kind).items()
-            ours.update({key: tensor for key, tensor in theirs if key in ours and key not in own})
-    # ... those of one's own stay behind on a device or in a dtype, ...
-    before = own_tensors(old)
-    for key, tensor in own_tensors(new).items():
-        like = before.get(key)
-        device = next(iter(before.values()), tensor).device if like is None else like.device
-        dtype = tensor.dtype if like is None else like.dtype
-        if (tensor.device, tensor.dtype) != (device, dtype) and not tensor.is_meta:
-            tensor.data = tensor.data.to(device, dtype)
-    # ... and the modes are those of the last time.
-    if isinstance(new, LoRALayer) and new.training != old.training:
-        new.train(old.training)
-    new.training = old.training
-    if isinstance(old, LoRALayer):
-        old._merge_cache = None
-        if isinstance(new, LoRALayer):
-            new.merged = old.merged
-
-
-def _slots(model: nn.Module) -> list[Slot]:
-    return [slot for slot in map(slot_of, model.modules()) if slot is not None]
-
-
-def _made_by_hand(model: nn.Module) -> list[LoRALayer]:
+def _made_by_hand(model: nn.Module) -> list[_Adapted]:
     return [
         module
         for module in model.modules()
-        if isinstance(module, LoRALayer) and module.has_adapter and slot_of(module) is None
+        if isinstance(module, _Adapted) and module.has_adapter and module._place is None
     ]
 
 
@@ -281,7 +389,8 @@ def check_adapter_name(adapter_name: str) -> None:
         raise ValueError(f"adapter_name={adapter_name!r}: must be a string that is not empty")
 
 
-def _check_present(model: nn.Module, adapter_name: str) -> None:
+def check_present(model: nn.Module, adapter_name: str) -> None:
+    """Raise ValueError if `model` has no adapter of that name."""
     names = list_adapters(model)
     if adapter_name not in names:
         raise ValueError(f"no adapter {adapter_name!r}; the model has {', '.join(map(repr, names)) or 'none'}")

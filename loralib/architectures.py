@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from loralib.layers import is_conv1d
+
 # Query and value projections, which section 4.2 of the paper adapts, by `config.model_type`. Of the names given, a
 # model has those of its version of transformers.
 DEFAULT_TARGET_MODULES = {
@@ -37,8 +39,25 @@ _WITH_HEAD = (
 # What training wraps around a model, and where the model is in it.
 _WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
 
-# Subclasses of nn.Linear that compute what nn.Linear computes.
-_LINEAR_BY_ANOTHER_NAME = ("FalconLinear",)
+# Subclasses of nn.Linear that compute what nn.Linear computes, in a forward of their own.
+LINEAR_BY_ANOTHER_NAME = ("FalconLinear",)
+
+# Layers whose weight the module around them reads past their forward: by its class, the names.
+_READ_FROM_OUTSIDE = {
+    "MultiheadAttention": ("out_proj",),
+    "TransformerEncoderLayer": ("linear1", "linear2"),  # in its fast path, in eval
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    **dict.fromkeys(["MambaMixer", "FalconMambaMixer", "JambaMambaMixer"], ("dt_proj", "conv1d")),
+    "MobileBertLMPredictionHead": ("dense",),
+    "LongcatFlashTopkRouter": ("classifier",),
+}
+
+
+def is_read_from_outside(owner: nn.Module, name: str) -> bool:
+    """Whether `owner` reads the weight of its layer `name` (its full name) without calling the layer."""
+    attribute = name.rpartition(".")[2]
+    return any(attribute in _READ_FROM_OUTSIDE.get(cls.__name__, ()) for cls in type(owner).__mro__)
+
 
 # How many rows of a fused projection belong to q, k and v, and in how many turns they are laid out, by the class that
 # owns the projection and the projection's name.
@@ -96,16 +115,6 @@ def output_layer(model: nn.Module) -> nn.Module | None:
     """Return the layer that a Hugging Face language model ends with, if there is one."""
     get = getattr(model, "get_output_embeddings", None)
     return get() if callable(get) else None
-
-
-def is_conv1d(module: Any) -> bool:
-    """Whether `module` is the Hugging Face class `Conv1D`, a linear layer with a transposed weight."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and module.weight.dim() == 2
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether `module` computes exactly what `nn.Linear` does; a subclass may compute something else."""
-    return type(module) is nn.Linear or type(module).__name__ in _LINEAR_BY_ANOTHER_NAME
 
 
 def fused_layout(owner: nn.Module, name: str, module: Any) -> Layout | None:

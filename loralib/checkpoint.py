@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from loralib.adapters import (
     DEFAULT_NAME,
     LORA_NAMES,
-    Slot,
     active_adapter,
     active_parts,
     add_part,
@@ -22,13 +21,13 @@ from loralib.adapters import (
     check_whole,
     list_adapters,
     own_tensors,
+    put,
     set_adapter,
-    slot_of,
 )
 from loralib.architectures import group_spec, unwrapped
 from loralib.formats import Adapter, check_metadata, read_native, read_upstream, write_native
-from loralib.inject import BIAS_MODES, check_bias_mode, own_names, plan_layers, put_adapter
-from loralib.layers import LoRALayer, MergedLinear, is_sharded, whole
+from loralib.inject import BIAS_MODES, Plan, check_bias_mode, own_names, plan_layers, put_adapter
+from loralib.layers import _Adapted, _Groups, is_sharded, quiet_state, whole
 from loralib.peft_format import CONFIG, read_peft, write_peft
 from loralib.utils import match_modules_to_save, trained_state
 
@@ -90,7 +89,7 @@ def save_lora(
     if format == "peft" and path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; give the name of a folder for format='peft'")
     model = unwrapped(model)
-    layers = _lora_layers(model, None)
+    layers = _lora_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapters to save; call lora.inject_lora(model, ...) first")
     adapter = _collect(model, layers, bias, modules_to_save)
@@ -115,7 +114,7 @@ def load_lora(
     adapter_name: str | None = None,
     lora_alpha: float | None = None,
     enable_lora: Sequence[bool] = (True, False, True),
-    merge_weights: bool = True,
+    merge_weights: bool = False,
     heads: bool = True,
 ) -> list[str]:
     """Load an adapter into `model`, make it the active one and return the names of its LoRA layers.
@@ -148,32 +147,40 @@ def load_lora(
     modules = base_modules(model)
     name = (active_adapter(model) or DEFAULT_NAME) if adapter_name is None else adapter_name
     check_adapter_name(name)
-    present = _lora_layers(model, name) if name in list_adapters(model) else {}
-    if not present or name != active_adapter(model):
+    if name not in list_adapters(model):
         check_whole(model)
-    adapter = _read(path, modules, present, lora_alpha, enable_lora)
-    if not heads:
-        _leave_out_heads(adapter)
-    if present:
-        layers, problems = present, _differences(present, adapter.layers)
+        adapter = _read_for(path, modules, {}, lora_alpha, enable_lora, heads)
+        plans, problems = _plan(modules, adapter.layers, merge_weights)
+        own, misfits = _fit(modules, {name: plan.shapes for name, plan in plans.items()}, adapter, False)
+        _refuse(path, model, problems + misfits)
+        put_adapter(model, name, plans, own)
+        layers = _lora_layers(model)
     else:
-        layers, problems = _plan(modules, adapter.layers, merge_weights)
-    own, misfits = _fit(modules, layers, adapter, name if heads else None)
-    problems += misfits
-    if problems:
-        what = f"{path} does not fit {type(model).__name__}; nothing was loaded"
-        raise ValueError("\n  ".join([what + ":", *problems]))
-    if present:
+        before = active_adapter(model)
         set_adapter(model, name)
+        try:
+            layers = _lora_layers(model)
+            adapter = _read_for(path, modules, layers, lora_alpha, enable_lora, heads)
+            shapes = {key: (layer.lora_A.shape, layer.lora_B.shape) for key, layer in layers.items()}
+            own, misfits = _fit(modules, shapes, adapter, heads)
+            _refuse(path, model, _differences(layers, adapter.layers) + misfits)
+        except BaseException:
+            put(model, before)
+            raise
         _add_own(model, modules, own, name)
-    else:
-        put_adapter(model, name, layers, own)
     for layer_name, layer in layers.items():
         layer.lora_alpha = adapter.layers[layer_name]["lora_alpha"]
         layer.scaling = adapter.layers[layer_name]["scaling"]
-    there = model.state_dict()
+    with quiet_state():
+        there = model.state_dict()
     model.load_state_dict({key: _as_held(there.get(key), t) for key, t in adapter.tensors.items()}, strict=False)
     return list(layers)
+
+
+def _refuse(path: Path, model: nn.Module, problems: list[str]) -> None:
+    if problems:
+        what = f"{path} does not fit {type(model).__name__}; nothing was loaded"
+        raise ValueError("\n  ".join([what + ":", *problems]))
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
@@ -226,11 +233,11 @@ def _as_held(held: Any, tensor: Tensor) -> Tensor:
 
 
 def _collect(
-    model: nn.Module, layers: dict[str, LoRALayer], bias: str, modules_to_save: Sequence[str] | str | None
+    model: nn.Module, layers: dict[str, _Adapted], bias: str, modules_to_save: Sequence[str] | str | None
 ) -> Adapter:
     check_bias_mode(bias)
     modules = base_modules(model)
-    own = {name: part.own for name, part in active_parts(dict(model.named_modules(remove_duplicate=False))).items()}
+    own = {name: frozenset(tensors) for name, tensors in active_parts(modules).items()}
     saved = match_modules_to_save(model, modules_to_save) + _owned_whole(modules, own)
     for name, keys in own.items():
         if keys - LORA_NAMES and not any(f"{name}.".startswith(f"{whole}.") for whole in saved):
@@ -257,14 +264,27 @@ def _owned_whole(modules: dict[str, nn.Module], own: dict[str, frozenset[str]]) 
     return [path for path in modules if path in whole and path.rpartition(".")[0] not in whole]
 
 
+def _read_for(
+    path: Path,
+    modules: dict[str, nn.Module],
+    present: dict[str, _Adapted],
+    lora_alpha: float | None,
+    enable_lora: Sequence[bool],
+    heads: bool,
+) -> Adapter:
+    adapter = _read(path, modules, {name: _groups(layer) for name, layer in present.items()}, lora_alpha, enable_lora)
+    if not heads:
+        _leave_out_heads(adapter)
+    return adapter
+
+
 def _read(
     path: Path,
     modules: dict[str, nn.Module],
-    present: dict[str, LoRALayer],
+    groups: dict[str, dict],
     lora_alpha: float | None,
     enable_lora: Sequence[bool],
 ) -> Adapter:
-    groups = {name: _groups(layer) for name, layer in present.items()}
     if path.suffix in UPSTREAM_SUFFIXES and path.is_file():
         return read_upstream(path, modules, lora_alpha, enable_lora, groups)
     if lora_alpha is not None:
@@ -284,7 +304,7 @@ def _leave_out_heads(adapter: Adapter) -> None:
     adapter.modules_to_save = []
 
 
-def _differences(present: dict[str, LoRALayer], specs: dict[str, dict]) -> list[str]:
+def _differences(present: dict[str, _Adapted], specs: dict[str, dict]) -> list[str]:
     problems = [f"{name}: the file adapts it, the model does not" for name in specs if name not in present]
     problems += [f"{name}: the model adapts it, the file does not" for name in present if name not in specs]
     for name in sorted(specs.keys() & present.keys()):
@@ -298,23 +318,23 @@ def _differences(present: dict[str, LoRALayer], specs: dict[str, dict]) -> list[
 
 def _plan(
     modules: dict[str, nn.Module], specs: dict[str, dict], merge_weights: bool
-) -> tuple[dict[str, LoRALayer], list[str]]:
-    layers, problems = {}, []
+) -> tuple[dict[str, Plan], list[str]]:
+    plans, problems = {}, []
     order = {name: position for position, name in enumerate(modules)}
     for name in sorted(specs, key=lambda name: order.get(name, len(order))):
         try:
-            layers.update(plan_layers(modules, {name: specs[name]}, merge_weights))
+            plans.update(plan_layers(modules, {name: specs[name]}, merge_weights))
         except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             problems.append(f"{name}: {error}")
-    return layers, problems
+    return plans, problems
 
 
 def _fit(
-    modules: dict[str, nn.Module], layers: dict[str, LoRALayer], adapter: Adapter, whole_adapter: str | None
+    modules: dict[str, nn.Module], shapes: dict[str, tuple], adapter: Adapter, whole_adapter: bool
 ) -> tuple[dict[str, frozenset[str]], list[str]]:
     """What would be the adapter's own in the model, and everything that speaks against it.
 
-    `whole_adapter` is the name of the adapter that the file must hold all of, if it must.
+    `shapes` are those of A and B, by layer; `whole_adapter` says whether the file must hold all of the active adapter.
     """
     if adapter.bias not in BIAS_MODES:
         return {}, [f"bias={adapter.bias!r}: must be one of {', '.join(map(repr, BIAS_MODES))}"]
@@ -324,31 +344,34 @@ def _fit(
         if name not in modules
     ]
     saved = [name for name in adapter.modules_to_save if name in modules]
-    own = own_names(modules, layers, adapter.bias, saved)
-    wanted = {}
+    own = own_names(modules, shapes, adapter.bias, saved)
+    wanted: dict[str, tuple] = {}  # shape, dtype, and whether it is trained
     for path, keys in own.items():
-        there = own_tensors(layers.get(path, modules[path]))
+        there = {
+            key: (tuple(tensor.shape), tensor.dtype, isinstance(tensor, nn.Parameter))
+            for key, tensor in own_tensors(modules[path]).items()
+        }
+        for key, shape in zip(("lora_A", "lora_B"), shapes.get(path, ()), strict=False):
+            there[key] = tuple(shape), torch.float32, True
         wanted.update({f"{path}.{key}": there[key] for key in keys})
     # What the model's adapter has beyond the file would silently stay as it is.
-    for path, module in modules.items():
-        slot = slot_of(module)
-        if slot and whole_adapter in slot.parts:
-            problems += [
-                f"{path}.{key}: the model's adapter has it, the file does not"
-                for key in sorted(slot.parts[whole_adapter].own - LORA_NAMES - own.get(path, frozenset()))
-            ]
+    for path, tensors in (active_parts(modules) if whole_adapter else {}).items():
+        problems += [
+            f"{path}.{key}: the model's adapter has it, the file does not"
+            for key in sorted(tensors.keys() - LORA_NAMES - own.get(path, frozenset()))
+        ]
     tensors = adapter.tensors
     problems += [f"{name}: missing in the file" for name in sorted(wanted.keys() - tensors.keys())]
     problems += [f"{name}: unexpected in the file" for name in sorted(tensors.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & tensors.keys()):
-        theirs, ours = tensors[name], wanted[name]
-        if theirs.shape != ours.shape:
-            problems.append(f"{name}: {tuple(theirs.shape)} in the file, {tuple(ours.shape)} in the model")
-        if theirs.is_floating_point() != ours.is_floating_point():
-            problems.append(f"{name}: {theirs.dtype} in the file, {ours.dtype} in the model")
-        elif isinstance(ours, nn.Parameter) and not _is_finite(theirs):
+        theirs, (shape, dtype, trained) = tensors[name], wanted[name]
+        if tuple(theirs.shape) != shape:
+            problems.append(f"{name}: {tuple(theirs.shape)} in the file, {shape} in the model")
+        if theirs.is_floating_point() != dtype.is_floating_point:
+            problems.append(f"{name}: {theirs.dtype} in the file, {dtype} in the model")
+        elif trained and not _is_finite(theirs):
             problems.append(f"{name}: NaN or infinity in the file; load an earlier adapter")
-    if any(layer._base_weight.is_meta for layer in layers.values()):
+    if any(own_tensors(modules[path])["weight"].is_meta for path in shapes):
         problems.append("the model is on the meta device, which holds no values; load the base first")
     return own, problems
 
@@ -361,29 +384,23 @@ def _is_finite(tensor: Tensor) -> bool:
 def _add_own(
     model: nn.Module, modules: dict[str, nn.Module], own: dict[str, frozenset[str]], adapter_name: str
 ) -> None:
-    # Layers made by hand train heads and biases in place; with slots the base is shared and must not be written to.
-    if not any(slot_of(module) for module in modules.values()):
+    # Layers made by hand train heads and biases in place; with places the base is shared and must not be written to.
+    parts = active_parts(modules)
+    missing = {path: keys | parts.get(path, {}).keys() for path, keys in own.items()}
+    missing = {path: keys for path, keys in missing.items() if keys != parts.get(path, {}).keys()}
+    if not any("_place" in vars(module) for module in modules.values()) or not missing:
         return
+    put(model, None)
     copies: dict = {}
-    for path, keys in own.items():
-        slot = slot_of(modules[path]) or Slot(modules[path])
-        part = slot.parts.get(adapter_name)
-        if part is None or not keys <= part.own:
-            layer = part.module if part and isinstance(part.module, LoRALayer) else None
-            add_part(slot, adapter_name, keys | (part.own if part else frozenset()), layer, copies)
-    set_adapter(model, adapter_name)
+    for path, keys in missing.items():
+        add_part(modules[path], adapter_name, frozenset(keys), None, {}, copies)
+    put(model, adapter_name)
 
 
-def _lora_layers(model: nn.Module, adapter_name: str | None) -> dict[str, LoRALayer]:
-    """The LoRA layers of an adapter, by name; None means the active one."""
-    layers = {}
-    for name, module in model.named_modules():
-        slot = slot_of(module)
-        if slot:
-            module = slot.module(adapter_name or slot.active)
-        if isinstance(module, LoRALayer) and module.has_adapter:
-            layers[name] = module
-    return layers
+def _lora_layers(model: nn.Module) -> dict[str, _Adapted]:
+    """The LoRA layers of the active adapter, by name."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, _Adapted)}
+    return {name: module for name, module in found.items() if module.has_adapter}
 
 
 def _base_model(model: nn.Module) -> str | None:
@@ -392,12 +409,12 @@ def _base_model(model: nn.Module) -> str | None:
     return os.path.basename(os.path.abspath(name)) if name and os.path.isdir(name) else name
 
 
-def _spec(layer: LoRALayer) -> dict:
+def _spec(layer: _Adapted) -> dict:
     spec = {"r": layer.r, "lora_alpha": layer.lora_alpha, "scaling": layer.scaling}
     return {**spec, "lora_dropout": getattr(layer.lora_dropout, "p", 0.0), **_groups(layer)}
 
 
-def _groups(layer: LoRALayer) -> dict:
-    if not isinstance(layer, MergedLinear):
+def _groups(layer: _Adapted) -> dict:
+    if not isinstance(layer, _Groups):
         return {}
     return group_spec(layer.enable_lora, layer.group_sizes, layer.interleave)

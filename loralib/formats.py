@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from loralib.architectures import fused_layout, group_spec, is_conv1d
+from loralib.architectures import fused_layout, group_spec
 from loralib.inject import is_bias
-from loralib.layers import as_booleans, check_hyperparameters
+from loralib.layers import as_booleans, check_hyperparameters, is_conv1d
 
 METADATA_KEY = "loralib"
 FORMAT_VERSION = 1

@@ -1,9 +1,11 @@
-"""Put LoRA into an existing model: replace chosen layers by LoRA layers that share their Parameters."""
+"""Put LoRA into an existing model: chosen layers become LoRA layers where they stand."""
 
 import difflib
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,40 +13,40 @@ from torch import nn
 from loralib.adapters import (
     DEFAULT_NAME,
     LORA_NAMES,
-    Slot,
+    Form,
     add_part,
     adopt,
     base_modules,
     check_adapter_name,
     check_whole,
-    exchange,
     list_adapters,
     own_tensors,
-    set_adapter,
-    slot_of,
+    put,
 )
 from loralib.architectures import (
+    LINEAR_BY_ANOTHER_NAME,
     default_modules_to_save,
     default_target_modules,
     fused_layout,
     group_spec,
-    is_conv1d,
-    is_linear,
+    is_read_from_outside,
     output_layer,
     unwrapped,
 )
 from loralib.layers import (
-    Conv1d,
-    Conv2d,
-    Conv3d,
-    Embedding,
-    Linear,
-    LoRALayer,
-    MergedLinear,
+    _Adapted,
+    _Groups,
+    _identity,
+    _Kernel,
+    _Matrix,
+    _Table,
+    adapted,
     as_booleans,
+    check_groups,
     check_hyperparameters,
-    constructor_arguments,
+    is_conv1d,
     is_quantized,
+    matrix_shape,
 )
 
 __all__ = ["inject_lora"]
@@ -52,10 +54,12 @@ __all__ = ["inject_lora"]
 BIAS_MODES = ("none", "all", "lora_only")
 ALL_LINEAR = "all-linear"
 
-# By exact class: a subclass may compute something else, and some parents (nn.MultiheadAttention) bypass its forward.
-_LAYERS: dict[type[nn.Module], type[LoRALayer]] = {
-    cls._plain_class: cls for cls in (Linear, Embedding, Conv1d, Conv2d, Conv3d)
+_KINDS: dict[type[nn.Module], type[_Adapted]] = {
+    **{nn.Linear: _Matrix, nn.Embedding: _Table},
+    **dict.fromkeys([nn.Conv1d, nn.Conv2d, nn.Conv3d], _Kernel),
 }
+_FORWARDS = [cls.forward for cls in _KINDS]
+_FUSED_KEYS = ("enable_lora", "group_sizes", "interleave")
 
 
 def inject_lora(
@@ -71,7 +75,7 @@ def inject_lora(
     use_rslora: bool = False,
     bias: str = "none",
     enable_lora: Sequence[bool] | None = None,
-    merge_weights: bool = True,
+    merge_weights: bool = False,
     adapter_name: str = DEFAULT_NAME,
 ) -> list[str]:
     """Replace layers of `model` by LoRA layers, freeze everything but their adapters and return the replaced names.
@@ -144,20 +148,20 @@ def inject_lora(
         _check_arguments(spec["r"], spec["lora_alpha"], lora_dropout)
         if use_rslora:
             spec["scaling"] = spec["lora_alpha"] / math.sqrt(spec["r"])
-    present = [name for name, module in model.named_modules() if isinstance(module, LoRALayer)]
+    present = [name for name, module in model.named_modules() if isinstance(module, _Adapted)]
     if adapter_name in list_adapters(model):
         raise ValueError(
             f"the model already has LoRA layers of an adapter {adapter_name!r} ({_some(present)}); "
             "call lora.unload(model) first, or give another adapter_name"
         )
-    layers = plan_layers(modules, specs, merge_weights)
-    widest = max(min(_matrix_shape(layer)) for layer in layers.values())
+    plans = plan_layers(modules, specs, merge_weights)
+    widest = max(_widest(plan) for plan in plans.values())
     largest = max(spec["r"] for spec in specs.values())
     if largest > widest:
         raise ValueError(
             f"r={largest}: an update of that rank is low-rank for none of the targets; at most {widest} here"
         )
-    put_adapter(model, adapter_name, layers, own_names(modules, names, bias, saved))
+    put_adapter(model, adapter_name, plans, own_names(modules, names, bias, saved))
     return names
 
 
@@ -236,50 +240,63 @@ def own_names(
     return {path: keys for path, keys in own.items() if keys}
 
 
-def plan_layers(
-    modules: dict[str, nn.Module], specs: dict[str, dict], merge_weights: bool = True
-) -> dict[str, LoRALayer]:
-    """Return a LoRA layer for each name in `specs`, its adapter still on the meta device; nothing is changed."""
+class Plan(NamedTuple):
+    """A layer to be: its form while the adapter is active, and the shapes of A and B."""
+
+    form: Form
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+
+    @property
+    def groups(self) -> dict:
+        """The settings of a fused projection, as `group_spec` gives them."""
+        settings = self.form.settings
+        if "enable_lora" not in settings:
+            return {}
+        return group_spec(*(settings[key] for key in ("enable_lora", "group_sizes", "interleave")))
+
+
+def plan_layers(modules: dict[str, nn.Module], specs: dict[str, dict], merge_weights: bool = False) -> dict[str, Plan]:
+    """Return what each layer named in `specs` is to become; nothing is changed."""
     if "" in specs:
-        raise ValueError(f"{type(modules['']).__name__} itself cannot be replaced; put it into a model")
-    layers = {}
+        raise ValueError(f"{type(modules['']).__name__} itself cannot be adapted; put it into a model")
+    plans = {}
     for name, spec in specs.items():
         if name not in modules:
             raise ValueError("the model has no such layer")
-        layer = layers[name] = _wrap(name, modules[name], spec, merge_weights)
-        if not layer.has_adapter:
-            raise ValueError(f"{name} would get no adapter: r={layer.r}, enable_lora={spec.get('enable_lora')}")
-        if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer) and not layer.merge_weights:
-            # In eval it reads the weights past every forward, unless there is a hook inside of it.
-            layer.lora_dropout.register_forward_pre_hook(_no_fast_path)
-    return layers
+        plans[name] = _plan(name, modules[name], modules[name.rpartition(".")[0]], spec, merge_weights)
+    deaf = [name for name, plan in plans.items() if not plan.form.cls.branches and _drops(plan)]
+    if deaf:
+        warnings.warn(
+            f"lora_dropout does nothing in {_some(deaf)}: a forward of their own reads the sum of weight and update",
+            stacklevel=4,
+        )
+    return plans
 
 
-def put_adapter(
-    model: nn.Module, adapter_name: str, layers: dict[str, LoRALayer], own: dict[str, frozenset[str]]
-) -> None:
-    """Put the planned `layers`, and copies of what else is the adapter's own, into `model`, and freeze all the rest.
+def put_adapter(model: nn.Module, adapter_name: str, plans: dict[str, Plan], own: dict[str, frozenset[str]]) -> None:
+    """Put the planned layers, and copies of what else is the adapter's own, into `model`, and freeze all the rest.
 
     The adapters of the layers get memory and are drawn.
     """
-    for layer in layers.values():
-        weight = layer._base_weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        for name in LORA_NAMES & layer._parameters.keys():
-            empty = torch.empty(getattr(layer, name).shape, device=weight.device, dtype=dtype)
-            layer._parameters[name] = nn.Parameter(empty)
-        layer.reset_lora_parameters()
     adopt(model)
-    exchange(model, lambda slot: slot.base)
+    put(model, None)
     model.requires_grad_(False)
+    modules, done = base_modules(model), set()
     copies: dict = {}
-    modules = base_modules(model)
     for name, keys in own.items():
-        module = modules[name]
-        slot = slot_of(module) or Slot(module)
-        if adapter_name not in slot.parts:  # one module can have two names
-            add_part(slot, adapter_name, keys, layers.get(name), copies)
-    set_adapter(model, adapter_name)
+        module, plan = modules[name], plans.get(name)
+        if id(module) in done:  # one module can have two names
+            continue
+        done.add(id(module))
+        adapter = {}
+        if plan is not None:
+            weight = own_tensors(module)["weight"]
+            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            A, B = (nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)) for shape in plan.shapes)
+            plan.form.cls.draw(A, B)
+            adapter = {"lora_A": A, "lora_B": B}
+        add_part(module, adapter_name, keys, plan.form if plan else None, adapter, copies)
+    put(model, adapter_name)
 
 
 def _targets(
@@ -358,55 +375,63 @@ def compile_pattern(key: str) -> re.Pattern:
     return re.compile(rf"(.*\.)?({key})$")
 
 
-def _wrap(name: str, module: nn.Module, spec: dict, merge_weights: bool) -> LoRALayer:
-    weight = module._parameters.get("weight")
-    merge_weights = merge_weights and not (weight is not None and is_quantized(weight))
-    spec = dict(spec, device="meta", merge_weights=merge_weights)
-    scaling = spec.pop("scaling", None)
-    transposed = is_conv1d(module) or getattr(module, "fan_in_fan_out", False)
-    if is_conv1d(module) or is_linear(module):
-        cls: type[LoRALayer] | None = Linear
-    elif isinstance(module, LoRALayer):  # made by hand, without its adapter
-        cls = _LAYERS[module._plain_class]
-    else:
-        cls = _LAYERS.get(type(module))
-    if cls is Linear and "enable_lora" in spec:
-        cls = MergedLinear
-    if cls is Embedding:
-        spec.pop("lora_dropout")
-    if cls is None:
-        allowed = ", ".join(f"nn.{plain.__name__}" for plain in _LAYERS)
+def _plan(name: str, module: nn.Module, owner: nn.Module, spec: dict, merge_weights: bool) -> Plan:
+    place = vars(module).get("_place")
+    cls: Any = place.plain if place else type(module)
+    if issubclass(cls, _Adapted):  # made by hand
+        cls = cls._base_class
+    kind = next((kind for plain, kind in _KINDS.items() if issubclass(cls, plain)), None)
+    if is_conv1d(module) or cls.__name__ in LINEAR_BY_ANOTHER_NAME:
+        kind = _Matrix
+    if kind is None:
+        allowed = ", ".join(f"nn.{plain.__name__}" for plain in _KINDS)
         raise TypeError(
-            f"{name} is a {type(module).__name__}, which LoRA cannot adapt; {allowed} and Conv1D it can. "
+            f"{name} is a {cls.__name__}, which LoRA cannot adapt; {allowed} and Conv1D it can. "
             "exclude_modules leaves layers out"
         )
+    weight = own_tensors(module).get("weight")
     if weight is None:
-        raise TypeError(f"{name} is a {type(module).__name__} whose weight is computed, which LoRA cannot adapt")
-    if transposed:
-        spec["fan_in_fan_out"] = True
-    if is_conv1d(module):
-        arguments: dict = dict(zip(("in_features", "out_features"), weight.shape, strict=True))
-    else:
-        arguments = constructor_arguments(module, cls._plain_arguments)
-    layer = cls(**arguments, **spec)
-    layer._parameters.update({key: value for key, value in module._parameters.items() if key not in LORA_NAMES})
-    # The very dicts: hooks come and go with either module.
-    hooks = {key: value for key, value in vars(module).items() if "_hooks" in key or key == "_is_full_backward_hook"}
-    vars(layer).update(hooks)
-    if scaling is not None:
-        layer.scaling = scaling
-    return layer.train(module.training)
+        raise TypeError(f"{name} is a {cls.__name__} whose weight is computed, which LoRA cannot adapt")
+    taken = sorted(vars(module).keys() & set(_Adapted.settings)) if not issubclass(type(module), _Adapted) else []
+    if taken:
+        raise TypeError(
+            f"{name} is a {cls.__name__} with attributes that a LoRA layer has too ({', '.join(taken)}); "
+            "exclude_modules leaves layers out"
+        )
+    quantized = is_quantized(weight)
+    r, dropout = spec["r"], 0.0 if kind is _Table else spec["lora_dropout"]
+    settings = {
+        "r": r,
+        "lora_alpha": spec["lora_alpha"],
+        "scaling": spec.get("scaling", spec["lora_alpha"] / r if r else 0.0),
+        "lora_dropout": nn.Dropout(dropout) if dropout > 0 else _identity,
+        "merged": False,
+        "merge_weights": merge_weights and not quantized,
+    }
+    if is_conv1d(module) or getattr(module, "fan_in_fan_out", False):
+        settings["fan_in_fan_out"] = True
+    if kind is _Matrix and "enable_lora" in spec:
+        kind = _Groups
+        settings.update(check_groups(matrix_shape(module)[1], **{k: spec[k] for k in _FUSED_KEYS if k in spec}))
+    shapes = kind.shapes(module, settings)
+    if 0 in shapes[0]:
+        raise ValueError(f"{name} would get no adapter: r={r}, enable_lora={spec.get('enable_lora')}")
+    branch = quantized or cls.forward in _FORWARDS or cls.__name__ in ("Conv1D", *LINEAR_BY_ANOTHER_NAME)
+    # A forward that was put on the object may have kept that of its class, and would go past the branch.
+    forward = vars(module).get("forward")
+    follows = forward is None or "_old_forward" in vars(module) or getattr(forward, "__self__", None) is module
+    computed = not quantized and (not branch or not follows or is_read_from_outside(owner, name))
+    return Plan(Form(adapted(cls, kind, branch and follows, computed), settings), shapes)
 
 
-def _no_fast_path(*_: object) -> None:
-    pass
+def _widest(plan: Plan) -> int:
+    # The largest rank that the matrix can have.
+    groups, (A, B) = plan.form.settings.get("group_sizes"), plan.shapes
+    return min(A[1], max(groups) if groups else B[0])
 
 
-def _matrix_shape(layer: LoRALayer) -> tuple[int, int]:
-    if isinstance(layer, MergedLinear):
-        return layer.in_features, max(layer.group_sizes)
-    weight = layer._base_weight
-    return weight.shape[0], weight[0].numel()
+def _drops(plan: Plan) -> bool:
+    return plan.form.settings["lora_dropout"] is not _identity
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:

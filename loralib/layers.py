@@ -1,16 +1,16 @@
 """Layers with a low-rank update: y = W x + b + scaling * B A x, scaling = lora_alpha / r.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, section 4.1. W and b belong to the
-replaced layer and stay frozen; A and B are trained. The axes below: i `in_features`, o `out_features`, r the rank,
+plain layer and stay frozen; A and B are trained. The axes below: i `in_features`, o `out_features`, r the rank,
 V `num_embeddings`, d `embedding_dim`, g the rows of one adapted group of a fused projection (all of one size, unless
 `group_sizes` says otherwise), n the number of adapted groups.
 
-| layer        | weight                | lora_A    | lora_B    | starts as        |
-|--------------|-----------------------|-----------|-----------|------------------|
-| Linear       | (o, i)                | (r, i)    | (o, r)    | A random, B zero |
-| MergedLinear | (o, i)                | (n r, i)  | (n g, r)  | A random, B zero |
-| Embedding    | (V, d)                | (r, V)    | (d, r)    | A zero, B normal |
-| Conv*        | (o, i/groups, k...)   | see _Conv | see _Conv | A random, B zero |
+| layer        | weight                | lora_A      | lora_B      | starts as        |
+|--------------|-----------------------|-------------|-------------|------------------|
+| Linear       | (o, i)                | (r, i)      | (o, r)      | A random, B zero |
+| MergedLinear | (o, i)                | (n r, i)    | (n g, r)    | A random, B zero |
+| Embedding    | (V, d)                | (r, V)      | (d, r)      | A zero, B normal |
+| Conv*        | (o, i/groups, k...)   | see _Kernel | see _Kernel | A random, B zero |
 
 The sizes of `MergedLinear(128, 384, r=2, enable_lora=[True, False, True])`, fused q, k and v with q and v adapted:
     weight (384, 128), three groups of g = 128 rows; n = 2
@@ -19,48 +19,61 @@ The sizes of `MergedLinear(128, 384, r=2, enable_lora=[True, False, True])`, fus
     B as one block matrix (384, 4): q in [0:128, 0:2], zeros for k, v in [256:384, 2:4]
     x (..., 128) -> x A^T (..., 4) -> (x A^T) B^T (..., 384)
 
+How the classes are built. `LoRALayer` is a plain class that holds hyperparameters, as in loralib 0.1.2. `_Adapted` is
+the machinery: branch, merging, state. A kind (`_Matrix`, `_Groups`, `_Table`, `_Kernel`) is the arithmetic of one kind
+of layer. A LoRA layer is a kind mixed into a `torch.nn` class, `class Linear(_Matrix, nn.Linear, LoRALayer)`, and
+`adapted(cls, kind)` makes such a class for any other class of layers, so that a layer of a model can be adapted where
+it stands, by giving it another class.
+
 Two laws hold in every state (training, eval, merged or not, after loading, moving, copying):
 1. `forward` is the base plus scaling * B A (dropout aside), up to the dtype's rounding.
-2. `state_dict()` holds the base weight, never the merged one; merging never writes to it, so unmerging is exact.
+2. `state_dict()` holds the base weight, never the merged one; unmerging gives back the very Parameter.
 
-The registered `weight` is therefore always the base. A merged layer keeps W + scaling * B A beside it, made at first
-use and again whenever A, B, `scaling` or W have changed; the attribute `weight` then reads as that merged value. The
-price is a copy of the adapted weights; `merge_weights=False`, or `merge_and_unload` for deployment, avoids it. Layers
-that `torch.distributed.fsdp.fully_shard` shards stay unmerged, as every process would keep the whole copy. Two
-limits: what is written into the attribute `weight` of a merged layer goes to that copy and is lost; and a write that
-leaves no trace in torch's version counters (through `.data` of W anywhere or of A and B off the CPU, or by a fused
-optimizer without a forward before it) shows after the next `train()`, `eval()` or merge only.
+Merging puts another Parameter, W + scaling * B A, in the place of `weight` and keeps the base aside. Its price is a
+copy of the adapted weights while it lasts. A forward that finds A, B, `scaling` or W changed since merges anew. What is
+written into the merged `weight` itself counts, as in 0.1.2: unmerging then leaves what was written, less the update.
+Layers that `torch.distributed.fsdp.fully_shard` shards stay unmerged, as every process would keep the whole copy. One
+limit: on a GPU, a write into A, B or W through `.data` leaves no trace, and shows after the next `eval()` or merge.
 """
 
 import contextlib
+import functools
+import itertools
 import math
 import numbers
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+import types
+import warnings
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoRALayer", "MergedLinear"]
+# Plain, because mypy does not take a class of modules for hashable.
+_cached: Any = functools.cache
+_Layer = TypeVar("_Layer", bound="_InPlace")
 
-_Layer = TypeVar("_Layer", bound="LoRALayer")
+
+def _identity(x: Tensor) -> Tensor:
+    return x
 
 
-class LoRALayer(nn.Module):
-    """The half that all LoRA layers share: scaling, merging, state; mixed into a `torch.nn` layer in front of it.
+class LoRALayer:
+    """The hyperparameters of a LoRA layer, for anyone's multiple inheritance, as in loralib 0.1.2.
 
-    >>> layer = Linear(4, 6, r=2, lora_alpha=4)
-    >>> isinstance(layer, LoRALayer), layer.scaling, layer.merged
-    (True, 2.0, False)
-
-    A subclass registers `lora_A` and `lora_B` with `_add_adapter` and defines `_base_forward`, `_lora_forward` (or
-    `_adapted_forward` as a whole) and `_delta`.
+    >>> class Scale(nn.Module, LoRALayer):
+    ...     def __init__(self):
+    ...         nn.Module.__init__(self)
+    ...         LoRALayer.__init__(self, r=2, lora_alpha=4, lora_dropout=0.0, merge_weights=True)
+    >>> Scale().r, Scale().merged
+    (2, False)
 
     Args:
         r: rank of the update; 0 means a plain layer without adapter.
         lora_alpha: numerator of `scaling`.
-        lora_dropout: probability of dropping an input of the low-rank branch (never of the base) in training.
+        lora_dropout: probability of dropping an input of the low-rank branch (never of the base) in training. The
+            attribute is an `nn.Dropout`, or for 0 a function that returns its input.
         merge_weights: whether `eval()` merges.
 
     Raises:
@@ -68,28 +81,94 @@ class LoRALayer(nn.Module):
         ValueError: `r` is negative, `lora_alpha` not finite, or `lora_dropout` outside [0, 1].
     """
 
-    weight: Tensor
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    # Class defaults, because torch's constructors call reset_parameters() before __init__ below has run.
-    merged = False
-    _disabled = False
-    _sharded = False
-    _merge_cache: tuple | None = None
-    # The class a subclass extends and the names of its arguments, `bias` aside.
-    _plain_class: type[nn.Module]
-    _plain_arguments: tuple[str, ...]
-
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool):
+        lora_alpha = _as_number(lora_alpha)
         check_hyperparameters(r, lora_alpha, lora_dropout)
         self.r = r
         self.lora_alpha = lora_alpha
-        self.scaling = lora_alpha / r if r > 0 else 0.0
-        self.lora_dropout = Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
+        self.lora_dropout: Any = nn.Dropout(lora_dropout) if lora_dropout > 0 else _identity
         self.merged = False
         self.merge_weights = merge_weights
 
-    # What a subclass supplies.
+
+class _InPlace(nn.Module):
+    """What a module whose class was exchanged has beyond its own class: copies, moves and the adapter's name."""
+
+    # What the adapters of the module are: `loralib.adapters.Place`.
+    _place: Any = None
+    # How `adapted` made the class, for pickles: a function and its arguments.
+    _recipe: tuple[Callable, tuple] | None = None
+
+    def _apply(self: _Layer, fn: Callable, recurse: bool = True) -> _Layer:
+        super()._apply(fn, recurse)
+        if self._place is not None:
+            self._place.follow(fn)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        recipe = vars(type(self)).get("_recipe")
+        return super().__reduce_ex__(protocol) if recipe is None else (_restore, recipe, self.__getstate__())
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._place is not None and hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["adapter"] = self._place.current
+        if self._place is not None and len(self._place.adapters) > 1:
+            _tell_once(
+                f"state_dict() of this model holds its base and the active adapter, {self._place.current!r}, and none "
+                "of the others; save each with lora.save_lora after lora.set_adapter"
+            )
+
+    def _load_from_state_dict(self, state: dict, prefix: str, metadata: dict, *args: Any) -> None:
+        made_with, place = metadata.get("adapter"), self._place
+        if made_with is not None and place is not None and made_with in place.adapters - {place.current}:
+            args[-1].append(
+                f"{prefix[:-1]}: the checkpoint was made under the adapter {made_with!r}, the model computes with "
+                f"{place.current!r}; call lora.set_adapter(model, {made_with!r}) first"
+            )
+            return
+        super()._load_from_state_dict(state, prefix, metadata, *args)
+
+
+class _Merged(NamedTuple):
+    """What merging has put aside, and where the merged weight came from."""
+
+    base: nn.Parameter
+    weight: nn.Parameter
+    made_from: tuple
+    sums: tuple[Tensor, ...]
+
+
+class _Adapted(_InPlace):
+    """A `torch.nn` layer with a low-rank update: the machinery that all kinds share.
+
+    A kind defines `_base_forward`, `_lora_forward` (or `_adapted_forward` as a whole), `_delta` and `shapes`.
+    """
+
+    # The attributes that an adapter puts on a layer.
+    settings = (
+        *("r", "lora_alpha", "scaling", "lora_dropout", "merged", "merge_weights"),
+        *("enable_lora", "group_sizes", "interleave", "fan_in_fan_out", "_aside", "_disabled"),
+    )
+    weight: Tensor
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_alpha: float
+    scaling: float
+    lora_dropout: Any
+    merge_weights: bool
+    # Class defaults, because torch's constructors call reset_parameters() before LoRALayer.__init__ has run.
+    r = 0
+    merged = False
+    _aside: _Merged | None = None
+    _disabled = False
+    _sharded = False
+    # Whether the forward adds the update to the base's output; otherwise the base's forward reads the sum.
+    branches = True
+    # The class that computes the base, and the arguments that its constructor takes beside `bias`.
+    _base_class: Any
+
+    # What a kind supplies.
 
     def _base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """The plain layer's output with `weight` in place of its own."""
@@ -103,30 +182,25 @@ class LoRALayer(nn.Module):
         """B A in the layout of `weight`, unscaled."""
         raise NotImplementedError
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return x if self.merged or not self.training else self.lora_dropout(x)
+    @classmethod
+    def shapes(cls, layer: Any, settings: dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B for a plain `layer`, given the attributes that it will get."""
+        raise NotImplementedError
 
-    def _dropped(self, x: Tensor) -> tuple[Tensor, float]:
-        # With the factor that scales what was kept, which costs less on a narrow product than on x.
-        dropout = self._modules["lora_dropout"]
-        if self.merged or not self.training or type(dropout) is nn.Identity:
-            return x, 1.0
-        return dropout.drop(x) if isinstance(dropout, Dropout) else (self._drop(x), 1.0)
-
-    def _add_adapter(self, shape_A: tuple[int, int], shape_B: tuple[int, int]) -> None:
-        self.lora_A = nn.Parameter(self.weight.new_zeros(shape_A))
-        self.lora_B = nn.Parameter(self.weight.new_zeros(shape_B))
-        self.weight.requires_grad = False
-
-    def _reset_base(self) -> None:
-        super().reset_parameters()  # type: ignore[misc]  # the torch layer's, which comes next in the MRO
+    def _add_adapter(self, r: int, **more: Any) -> None:
+        self.scaling = self.lora_alpha / r if r > 0 else 0.0
+        vars(self).update(more)
+        shapes = self.shapes(self, {"r": r, **more})
+        if 0 not in shapes[0]:
+            self.lora_A, self.lora_B = (nn.Parameter(self.weight.new_zeros(shape)) for shape in shapes)
+            self.weight.requires_grad = False
 
     # What is the same for every layer.
 
     @property
     def has_adapter(self) -> bool:
         """Whether the layer has LoRA parameters (false for r = 0 and for a `MergedLinear` with nothing enabled)."""
-        return "lora_A" in self._parameters or hasattr(self, "lora_A")
+        return self.r > 0 and ("lora_A" in self._parameters or hasattr(self, "lora_A"))
 
     def _tensor(self, name: str) -> Any:
         # Several times quicker than the attribute. That serves what torch.nn.utils turned into something computed, and
@@ -134,20 +208,55 @@ class LoRALayer(nn.Module):
         parameters = self._parameters
         return parameters[name] if name in parameters else getattr(self, name)
 
-    @property
-    def _base_weight(self) -> Tensor:
-        return self._tensor("weight")
+    def base_weight(self) -> Any:
+        """Return the weight without the update, in every mode."""
+        if self._aside is not None:
+            self._take_over()
+        return self._tensor("weight") if self._aside is None else self._aside.base
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.merged and self._uses_merged_weight():
-            return self._base_forward(x, self.weight)
-        if self._disabled or not self.has_adapter:
-            return self._base_forward(x, self._base_weight)
-        return self._adapted_forward(x)
-
-    def _adapted_forward(self, x: Tensor) -> Tensor:
-        result = self._base_forward(x, self._base_weight)
+    def _adapted_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        result = self._base_forward(x, weight)
         return result + self._lora_forward(x).to(result.dtype)
+
+    def _plain_forward(self, x: Tensor) -> Tensor:
+        return self._base_class.forward(self, x)
+
+    def _merged_forward(self, x: Tensor) -> Tensor:
+        aside = self._aside
+        if aside is None or not self.has_adapter:  # merged by hand, disabled, or stripped of its adapter
+            return self._plain_forward(x)
+        weight, A, B = (self._parameters.get(name) for name in ("weight", "lora_A", "lora_B"))
+        if weight is None or A is None or B is None:  # computed by torch.nn.utils, or a replica of nn.DataParallel
+            return self._plain_forward(x)
+        _, of_A, of_B = aside.made_from[1]
+        replaced = A is not of_A or B is not of_B
+        if weight is not aside.weight:
+            if _is_view(weight, aside.base):  # put in by torch.func, as the next ones
+                return self._adapted_forward(x, weight)
+            if _is_view(weight, aside.weight):
+                return self._adapted_forward(x, aside.base) if replaced else self._plain_forward(x)
+            if replaced or not isinstance(weight, nn.Parameter):
+                raise RuntimeError(
+                    f"{self} is merged, and was given another weight by torch.func or by hand: whether the update is "
+                    "in it already cannot be told; call lora.unmerge_lora_weights(model) before that"
+                )
+            return self._plain_forward(x)  # a merged weight of the user's, as in 0.1.2
+        if not isinstance(A, nn.Parameter) or not isinstance(B, nn.Parameter):
+            return self._adapted_forward(x, aside.base)
+        # A compiled graph cannot see that the merged weight is stale; an exported one never is.
+        compiled = torch.compiler.is_compiling() and not _is_exporting()
+        if compiled or (aside.base.requires_grad and torch.is_grad_enabled()):
+            return self._adapted_forward(x, aside.base)
+        if not self.merged:  # somebody has set it
+            self._unmerge()
+            return self._adapted_forward(x, self._tensor("weight"))
+        # Neither while somebody records what is computed, as torch.export, torch.jit.trace and torch.fx do.
+        records = (
+            torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or not isinstance(x, Tensor)
+        )
+        if not records and not _same(self._made_from(aside.base), aside.made_from):
+            self.merge()
+        return self._plain_forward(x)
 
     def delta_weight(self) -> Tensor:
         """Return scaling * B A in the layout of `weight`, in float32 or wider.
@@ -159,91 +268,93 @@ class LoRALayer(nn.Module):
         (torch.Size([6, 4]), 0.0)
         """
         if not self.has_adapter:
-            return torch.zeros_like(self._base_weight)
+            return torch.zeros_like(self.base_weight())
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         with _full_precision(self.lora_A.device):
             return self.scaling * self._delta(*(whole(tensor).to(dtype) for tensor in (self.lora_A, self.lora_B)))
 
-    def reset_parameters(self) -> None:
-        """Draw the base and the adapter anew, as a newly constructed layer has them."""
-        merged, self.merged = self.merged, False  # torch writes through `weight`, which has to mean the base
-        self._reset_base()
-        self.reset_lora_parameters()
-        self.merged = merged
+    @staticmethod
+    def draw(A: Tensor, B: Tensor) -> None:
+        """Draw an adapter: A as `nn.Linear` draws its weight, B zero; the update is then zero (section 4.1)."""
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        nn.init.zeros_(B)
 
     def reset_lora_parameters(self) -> None:
-        """Draw the adapter anew: A as `nn.Linear` draws its weight, B zero; the update is then zero (section 4.1)."""
+        """Draw the adapter anew; the update is then zero."""
         if self.has_adapter:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            nn.init.zeros_(self.lora_B)
+            self.draw(self.lora_A, self.lora_B)
 
-    def train(self: _Layer, mode: bool = True) -> _Layer:
-        """Set training mode, which unmerges, or evaluation mode, which merges if `merge_weights`; return the layer."""
-        super().train(mode)
-        self._merge_cache = None
-        self.merged = not mode and (self.merged or self.merge_weights) and not self._is_sharded()
-        return self
+    def _reset_base(self) -> None:
+        self._base_class.reset_parameters(self)
 
-    def plain_layer(self) -> nn.Module:
-        """Return the `torch.nn` layer that this one is without its adapter, on the same Parameter objects.
+    # Merging puts another Parameter in the base's place.
 
-        >>> Linear(4, 6, r=2).plain_layer()
-        Linear(in_features=4, out_features=6, bias=True)
-        """
-        plain = self._plain_class(**constructor_arguments(self, self._plain_arguments), device="meta")
-        plain._parameters = {name: self._parameters[name] for name in plain._parameters}
-        return plain.train(self.training)
+    def merge(self) -> None:
+        """Put W + scaling * B A in the place of `weight`, anew if it is there already."""
+        if self._aside is not None:
+            self._unmerge()
+        if self._disabled or not self.has_adapter:
+            self.merged = True
+        weight, *adapter = (self._parameters.get(name) for name in ("weight", "lora_A", "lora_B"))
+        # `merged` without anything aside: merged by hand. No Parameter: torch.nn.utils computes it, and the branch
+        # follows what it computes.
+        if self.merged or self.is_sharded() or weight is None or None in adapter:
+            return
+        # Outside inference mode, so that the tensor can be used in and out of it.
+        with torch.inference_mode(False), torch.no_grad():
+            merged = nn.Parameter(self._sum(weight.detach()), requires_grad=False)
+            self._aside = _Merged(weight, merged, self._made_from(weight), _sums(merged))
+        self._parameters["weight"] = merged
+        self.merged = True
 
-    def extra_repr(self) -> str:
-        parts = [super().extra_repr(), f"r={self.r}", f"lora_alpha={self.lora_alpha}"]
-        if self.has_adapter and self.scaling != self.lora_alpha / self.r:
-            parts.append(f"scaling={self.scaling:.6g}")
-        return ", ".join(parts + self._extra_repr() + (["merged"] if self.merged else []))
+    def unmerge(self) -> None:
+        """Put the base Parameter back; what was merged by hand has the update subtracted, as in 0.1.2."""
+        if self._aside is not None:
+            self._unmerge()
+        elif self.merged and self.has_adapter and not self._disabled:
+            self._subtract(self._tensor("weight"))
+        self.merged = False
 
-    def _extra_repr(self) -> list[str]:
-        return []
+    def _unmerge(self) -> None:
+        self._take_over()
+        if self._aside is not None:
+            self._parameters["weight"] = self._aside.base
+        self._aside, self.merged = None, False
 
-    # Merging: `weight` reads as the merged value, which is a cache; nothing registered changes.
+    def _take_over(self) -> None:
+        """Let what was written into the merged weight count for the base, as it does in 0.1.2."""
+        aside, weight = self._aside, self._parameters.get("weight")
+        if aside is None or not self.has_adapter:  # without an adapter the merged weight is the weight
+            self._aside = None
+            return
+        if weight is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: `weight` was taken away while it was merged (by torch.nn.utils?), and the "
+                "base cannot be told from it; call train() or lora.unmerge_lora_weights(model) before that"
+            )
+        if weight is aside.weight and all(map(torch.equal, _sums(weight), aside.sums)):
+            return
+        base = weight
+        if weight is aside.weight:
+            aside.base.data.copy_(weight.data)
+            base = aside.base
+        self._subtract(base)
+        self._parameters["weight"], self._aside, self.merged = base, None, False
+        self.merge()
 
-    def _is_sharded(self) -> bool:
-        # Remembered, because in a forward, and at the root also after one, fully_shard puts ordinary Parameters in.
-        if any(map(is_sharded, self._parameters.values())):
-            self._sharded, self.merged, self._merge_cache = True, False, None
-        return self._sharded
+    def _subtract(self, weight: Tensor) -> None:
+        with torch.no_grad():
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            weight.data = (weight.to(dtype) - self.delta_weight()).to(weight.dtype)
 
-    def _uses_merged_weight(self) -> bool:
-        # A compiled graph cannot ask whether the cache is stale, and the cache has no gradient to give to the adapter;
-        # the low-rank path is exact in both cases. Tensors put in by torch.func are no Parameters and are not cached.
-        if self._disabled or not self.has_adapter or torch.compiler.is_compiling():
-            return False
-        tensors = self._base_weight, self.lora_A, self.lora_B
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            self._merge_cache = None  # a fused optimizer step may follow, which leaves no trace in version counters
-            return False
-        return all(isinstance(tensor, nn.Parameter) for tensor in tensors)
+    def _made_from(self, base: Tensor) -> tuple:
+        tensors = base, self._tensor("lora_A"), self._tensor("lora_B")
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        # Writes through `.data` leave no trace in version counters. Elsewhere than on a CPU one would have to wait.
+        bits = [int(_bits(tensor).sum()) for tensor in tensors[1:] if tensor.is_cpu]
+        return self.scaling, tensors, versions, bits
 
-    def __getattr__(self, name: str) -> Tensor | nn.Module:
-        # Reached for "weight" because nn.Module keeps parameters outside the instance's attributes. One who comes here
-        # is fully_shard, before its first forward; what it gets is the base for it from then on.
-        if name == "weight" and self.has_adapter and not self._is_sharded() and self.merged and not self._disabled:
-            return self._merged_weight()
-        return super().__getattr__(name)
-
-    def _merged_weight(self) -> Tensor:
-        cache, made_from = self._merge_cache, self._cache_key()
-        if cache is None or not _same_key(cache[0], made_from) or not all(map(torch.equal, self._compared(), cache[1])):
-            # Outside inference mode, so that the tensor can be used in and out of it.
-            with torch.inference_mode(False), torch.no_grad():
-                merged = self._merge(self._base_weight.detach())
-                adapter = [tensor.detach().clone() for tensor in self._compared()]
-            cache = made_from, adapter, merged
-            if all(
-                isinstance(tensor, nn.Parameter) for tensor in made_from[1]
-            ):  # torch.func's must not outlive its call
-                self._merge_cache = cache
-        return cache[2]
-
-    def _merge(self, base: Tensor) -> Tensor:
+    def _sum(self, base: Tensor) -> Tensor:
         if is_quantized(base):
             base = base.dequantize()
         dtype = torch.promote_types(torch.promote_types(base.dtype, self.lora_A.dtype), torch.float32)
@@ -254,20 +365,172 @@ class LoRALayer(nn.Module):
     def _add_delta(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return weight + self.scaling * self._delta(A, B)
 
-    def _cache_key(self) -> tuple:
-        tensors = self._base_weight, self.lora_A, self.lora_B
-        return self.scaling, tensors, [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+    def is_sharded(self) -> bool:
+        """Whether `fully_shard` shards the layer."""
+        # Remembered, because in a forward, and at the root also after one, fully_shard puts ordinary Parameters in.
+        self._sharded = self._sharded or any(map(is_sharded, self._parameters.values()))
+        return self._sharded
 
-    def _compared(self) -> list[Tensor]:
-        # Writes through `.data` leave no trace in version counters. Elsewhere than on a CPU the comparison would stall.
-        return [tensor for tensor in (self.lora_A, self.lora_B) if tensor.is_cpu]
+    # What nn.Module does with a layer.
 
-    def _apply(self: _Layer, *args: Any, **kwargs: Any) -> _Layer:
-        self._merge_cache = None
-        return super()._apply(*args, **kwargs)
+    def _apply(self: "_Adapted", fn: Callable, recurse: bool = True) -> "_Adapted":
+        with self._unmerged():
+            super()._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        base = self.base_weight()
+        if self._aside is not None:
+            destination[f"{prefix}weight"] = base if keep_vars else base.detach()
+            _tell_once(
+                "state_dict() of a merged layer holds the base weight, without the update, beside lora_A and lora_B; "
+                "for an export of the sum call lora.merge_and_unload(model) first"
+            )
+
+    def _load_from_state_dict(self, state: dict, prefix: str, metadata: dict, *args: Any) -> None:
+        with self._unmerged():
+            super()._load_from_state_dict(state, prefix, metadata, *args)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and self._aside is not None and is_sharded(value):
+            # fully_shard has taken the merged weight apart: its part is to be the base's.
+            from torch.distributed.tensor import distribute_tensor  # slow to import, and imported if it is in use
+
+            base = self._aside.base.detach()
+            part = distribute_tensor(base, value.device_mesh, value.placements, src_data_rank=None)
+            value.to_local().detach().copy_(part.to_local())
+            self._aside, self.merged = None, False
+        super().__setattr__(name, value)
+
+    @contextlib.contextmanager
+    def _unmerged(self) -> Iterator[None]:
+        merged = self._aside is not None
+        if merged:
+            self._unmerge()
+        try:
+            yield
+        finally:
+            if merged:
+                self.merge()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_merge_cache": None}
+        state = dict(super().__getstate__())
+        if self._aside is not None:
+            base = self.base_weight()
+            if self._aside is not None:
+                state["_parameters"] = {**self._parameters, "weight": base}
+                state.update(merged=False, _aside=None, _merge_again=True)
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        state = dict(state)
+        merged = state.pop("_merge_again", False)
+        super().__setstate__(state)
+        if merged:
+            self.merge()
+
+    def extra_repr(self) -> str:
+        parts = [self._base_class.extra_repr(self), f"r={self.r}", f"lora_alpha={self.lora_alpha}"]
+        if self.has_adapter and self.scaling != self.lora_alpha / self.r:
+            parts.append(f"scaling={self.scaling:.6g}")
+        return ", ".join([part for part in parts if part] + self._extra_repr() + (["merged"] if self.merged else []))
+
+    def _extra_repr(self) -> list[str]:
+        return []
+
+
+# The methods of every LoRA layer. They stand in each class itself, before those of torch, so that for whoever extends
+# a layer `super(lora.Linear, self)` is torch's class, as in 0.1.2.
+
+
+def _forward(self: Any, input: Any = None, x: Any = None) -> Tensor:
+    """Return the base's output plus that of the update. The argument is `input`, as torch names it, or `x` (0.1.2)."""
+    input = x if input is None else input
+    if self.merged or self._aside is not None:
+        return self._merged_forward(input)
+    if self._disabled or not self.has_adapter:
+        return self._plain_forward(input)
+    return self._adapted_forward(input, self._tensor("weight"))
+
+
+def _train(self: Any, mode: bool = True) -> Any:
+    """Set training mode, which unmerges, or evaluation mode, which merges if `merge_weights`; return the layer."""
+    self._base_class.train(self, mode)
+    if mode:
+        if self._aside is not None or self.merge_weights:
+            self.unmerge()
+    elif self.merge_weights or self.merged:
+        self.merge()
+    return self
+
+
+def _reset_parameters(self: Any) -> None:
+    """Draw the base and the adapter anew, as a newly constructed layer has them."""
+    with self._unmerged():
+        self._reset_base()
+        self.reset_lora_parameters()
+
+
+def _computed_weight(self: Any) -> Tensor:
+    """W + scaling * B A, differentiable: for layers whose weight is read past their forward, or by a forward that is
+    nobody's but theirs."""
+    weight = self._parameters.get("weight")
+    if weight is None or self.merged or self._disabled or not self.has_adapter:
+        return weight
+    return self._sum(weight)
+
+
+def _repr_with_settings(self: Any) -> str:
+    return f"{self._base_class.__repr__(self)[:-1]}, {_Adapted.extra_repr(self).removeprefix(', ')})"
+
+
+@_cached  # type: ignore[untyped-decorator]
+def adapted(cls: Any, kind: Any, branch: bool = True, computed: bool = False) -> Any:
+    """Return the class that a module of class `cls` gets while adapters are in it.
+
+    >>> adapted(nn.Linear, _Matrix) is Linear
+    True
+
+    Args:
+        cls: the module's own class.
+        kind: what the update is to it, or None for a module that has none, but a bias or a weight of its own.
+        branch: whether the forward adds the update to the output of `cls`.
+        computed: whether `weight`, read by anyone else, is the sum.
+    """
+    if kind is not None and branch and not computed and (cls, kind) in _PUBLIC:
+        return _PUBLIC[cls, kind]
+    members: dict = {"__module__": __name__, "__doc__": cls.__doc__}
+    members["_recipe"] = adapted, (cls, kind, branch, computed)
+    if kind is None:
+        return types.new_class(cls.__name__, (_InPlace, cls), exec_body=lambda body: body.update(members))
+    members.update(_base_class=cls, train=_train, reset_parameters=_reset_parameters, branches=branch)
+    if branch:
+        members["forward"] = _forward
+        if issubclass(kind, _Matrix):
+            transposed = _conv1d_product if cls.__name__ == "Conv1D" else None
+            members["_product"] = _linear_product if cls.forward is nn.Linear.forward else transposed
+    else:
+        members["forward"] = cls.forward
+    if computed:
+        members["weight"] = property(_computed_weight)
+    if cls.__repr__ is not nn.Module.__repr__:
+        members["__repr__"] = _repr_with_settings
+    # Under the class of ours that it is like, if there is one, so that isinstance(layer, lora.Linear) is true.
+    like = next((_PUBLIC[plain, kind] for plain in cls.__mro__ if (plain, kind) in _PUBLIC), kind)
+    return types.new_class(cls.__name__, (like, cls, LoRALayer), exec_body=lambda body: body.update(members))
+
+
+@_cached  # type: ignore[untyped-decorator]
+def _with_convolution(cls: Any, convolution: Any) -> Any:
+    members: dict = {"__module__": __name__, "_base_class": convolution}
+    members["_recipe"] = _with_convolution, (cls, convolution)
+    return types.new_class(cls.__name__, (cls, convolution), exec_body=lambda body: body.update(members))
+
+
+def _restore(make: Callable, arguments: tuple) -> nn.Module:
+    cls = make(*arguments)
+    return cls.__new__(cls)
 
 
 def check_hyperparameters(r: int, lora_alpha: float, lora_dropout: float) -> None:
@@ -281,7 +544,7 @@ def check_hyperparameters(r: int, lora_alpha: float, lora_dropout: float) -> Non
         raise TypeError(f"r={r!r}: the rank must be an integer, not {type(r).__name__}")
     if r < 0:
         raise ValueError(f"r={r}: the rank must be 0 (no adapter) or a positive integer")
-    for name, value in (("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
+    for name, value in (("lora_alpha", _as_number(lora_alpha)), ("lora_dropout", lora_dropout)):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name}={value!r}: must be a number, not {type(value).__name__}")
     if not _is_finite(lora_alpha):
@@ -290,23 +553,17 @@ def check_hyperparameters(r: int, lora_alpha: float, lora_dropout: float) -> Non
         raise ValueError(f"lora_dropout={lora_dropout}: must be a probability between 0 and 1")
 
 
+def _as_number(value: Any) -> Any:
+    """Return the number in a tensor of one element, which 0.1.2 takes for `lora_alpha`; anything else as it is."""
+    constant = isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad
+    return value.item() if constant else value
+
+
 def _is_finite(number: float) -> bool:
     try:
         return math.isfinite(number)
     except OverflowError:  # an integer that no float reaches
         return False
-
-
-def constructor_arguments(layer: nn.Module, names: tuple[str, ...]) -> dict:
-    """Return the arguments that `layer` was made with: the attributes `names`, and `bias` as a boolean.
-
-    >>> constructor_arguments(nn.Linear(4, 6), ("in_features", "out_features"))
-    {'in_features': 4, 'out_features': 6, 'bias': True}
-    """
-    arguments = {name: getattr(layer, name) for name in names}
-    if "bias" in layer._parameters:
-        arguments["bias"] = layer.bias is not None
-    return arguments
 
 
 def is_quantized(weight: Tensor) -> bool:
@@ -342,77 +599,84 @@ def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[o
     return contextlib.nullcontext()
 
 
-def _same_key(then: tuple, now: tuple) -> bool:
-    return then[0] == now[0] and then[2] == now[2] and all(a is b for a, b in zip(then[1], now[1], strict=True))
+def _is_exporting() -> bool:
+    return getattr(torch.compiler, "is_exporting", lambda: False)()
 
 
-class Dropout(nn.Dropout):
-    """`nn.Dropout`, but on a CPU several times quicker, and one byte an element kept for the backward instead of four.
-
-    There `p` is rounded to a multiple of 1 / 65536, and what is kept is scaled by what was kept: the mean is x's.
-
-    >>> dropout = Dropout(0.5)
-    >>> sorted(set(dropout(torch.ones(100)).tolist())), dropout.eval()(torch.ones(2)).tolist()
-    ([0.0, 2.0], [1.0, 1.0])
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, factor = self.drop(x)
-        return x if factor == 1 else x.mul_(factor)
-
-    def drop(self, x: Tensor) -> tuple[Tensor, float]:
-        """Return what is kept, and the factor that it still lacks.
-
-        >>> Dropout(0.5).eval().drop(torch.ones(2))
-        (tensor([1., 1.]), 1.0)
-        """
-        plain = type(x) is Tensor and not x.is_nested and x.device.type == "cpu"
-        dropped = round(self.p * 65536)
-        if not self.training or not plain or dropped == 65536 or torch.compiler.is_compiling():
-            return super().forward(x), 1.0
-        if torch._C._functorch.is_functorch_wrapped_tensor(x):  # in torch 2.5 vmap knows no view as another dtype
-            return super().forward(x), 1.0
-        # A draw of 64 bits takes as long as one of 32, and 16 decide an element.
-        draws = x.new_empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 32768
-        return torch.where(keep, x, 0.0), 65536 / (65536 - dropped)
+def _same(then: tuple, now: tuple) -> bool:
+    unchanged = then[0] == now[0] and then[2:] == now[2:]
+    return bool(unchanged) and all(a is b for a, b in zip(then[1], now[1], strict=True))
 
 
-class _Linear(LoRALayer, nn.Linear):
-    """What `Linear` and `MergedLinear` share; they differ in the (o, A's rows) matrix that B stands for, `_full_B`."""
+def _is_view(tensor: Tensor, of: Tensor) -> bool:
+    if tensor is of:
+        return True
+    known = not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return known and tensor.shape == of.shape and tensor.data_ptr() == of.data_ptr()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as whole numbers, in its first axis and one for all others: their sums tell of writes."""
+    tensor = tensor.detach().flatten(1) if tensor.dim() > 1 else tensor.detach()[None]
+    tensor = tensor.contiguous()
+    # Words of 8 bytes where they fit, since torch adds those ten times quicker.
+    size = tensor.element_size()
+    fits = tensor.shape[1] * size % 8 == 0 and tensor.storage_offset() * size % 8 == 0
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[size] if size < 8 and not fits else torch.int64)
+
+
+def _sums(tensor: Tensor) -> tuple[Tensor, ...]:
+    if tensor.is_meta:
+        return ()
+    bits = _bits(tensor)
+    return bits.sum(0), bits.sum(1)
+
+
+_told = False
+_quiet = False
+
+
+def _tell_once(message: str) -> None:
+    global _told
+    if not _told and not _quiet:
+        _told = True
+        warnings.warn(message, stacklevel=5)
+
+
+@contextlib.contextmanager
+def quiet_state() -> Iterator[None]:
+    """Within the block `state_dict()` does not say what it holds: for those who know."""
+    global _quiet
+    before, _quiet = _quiet, True
+    try:
+        yield
+    finally:
+        _quiet = before
+
+
+class _Matrix(_Adapted):
+    """A linear layer. `_Groups` differs in the (o, A's rows) matrix that B stands for, `_full_B`."""
 
     fan_in_fan_out = False
-    _plain_class = nn.Linear
-    _plain_arguments = ("in_features", "out_features")
+    in_features: int
+    out_features: int
+    # The base's own formula for the rows of a matrix, or None where only its class knows.
+    _product: Any = None
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float,
-        fan_in_fan_out: bool,
-        merge_weights: bool,
-        shapes: tuple[tuple[int, int], tuple[int, int]],
-        **kwargs: Any,
-    ):
-        check_hyperparameters(r, lora_alpha, lora_dropout)
-        nn.Linear.__init__(self, in_features, out_features, **kwargs)
-        LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
-        self.fan_in_fan_out = fan_in_fan_out
-        if fan_in_fan_out:
-            self.weight = nn.Parameter(self.weight.new_empty(in_features, out_features))
-        if 0 not in shapes[0]:
-            self._add_adapter(*shapes)
-        # A second time, as upstream does: the same seed then gives the same layer.
-        self.reset_parameters()
+    @classmethod
+    def shapes(cls, layer: Any, settings: dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        inputs, outputs = matrix_shape(layer)
+        return (settings["r"], inputs), (outputs, settings["r"])
 
     def _full_B(self, B: Tensor) -> Tensor:
         return B
 
+    def _transpose_weight(self) -> None:
+        # In a new Parameter rather than by a view of the old one: safetensors wants contiguous tensors.
+        self.weight = nn.Parameter(self.weight.new_empty(self.in_features, self.out_features))
+
     def _reset_base(self) -> None:
-        if not self.fan_in_fan_out:
+        if not (self.fan_in_fan_out and self._base_class is nn.Linear):
             return super()._reset_base()
         # nn.Linear would take the fan-in from the wrong axis of a transposed weight.
         like = {"device": self.weight.device, "dtype": self.weight.dtype}
@@ -420,35 +684,44 @@ class _Linear(LoRALayer, nn.Linear):
         with torch.no_grad():
             self.weight.copy_(plain.weight.T)
             if self.bias is not None:
-                self.bias.copy_(plain.bias)
+                self._tensor("bias").copy_(plain.bias)
+
+    def _plain_forward(self, x: Tensor) -> Tensor:
+        if self.fan_in_fan_out and self._base_class is nn.Linear:
+            return F.linear(x, self._tensor("weight").T, self._tensor("bias"))
+        return super()._plain_forward(x)
 
     def _base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self._product is None and weight is self._tensor("weight"):
+            return self._base_class.forward(self, x)
         return F.linear(x, weight.T if self.fan_in_fan_out else weight, self._tensor("bias"))
 
-    def _adapted_forward(self, x: Tensor) -> Tensor:
+    def _adapted_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         A, B = self._tensor("lora_A"), self._tensor("lora_B")
-        if type(A) is not nn.Parameter or x.is_nested or torch.compiler.is_compiling():
-            # Tensors of torch.func may be stacked and x not, nested ones have no shape, compilers fuse by themselves.
-            return super()._adapted_forward(x)
+        # Tensors of torch.func may be stacked and x not, nested ones have no shape, compilers fuse by themselves.
+        plain = type(A) is nn.Parameter and isinstance(x, Tensor) and not x.is_nested
+        if not plain or self._product is None or torch.compiler.is_compiling() or isinstance(self.scaling, Tensor):
+            return super()._adapted_forward(x, weight)
         # Nobody else has the base's output yet, so the update is added in place, by the very product. In two axes: with
         # more, F.linear returns a view, and autograd copies what is written into a view.
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        dropped = self.lora_dropout(x)
+        rows = _as_rows(x)
         device = rows.device.type
         if rows.dtype == torch.float32 and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
             rows = rows.to(torch.get_autocast_dtype(device))  # once, for the base and for A
-        result = self._base_forward(rows, self._base_weight)
-        if not rows.dtype == A.dtype == result.dtype:
+        result = self._product(rows, weight)
+        narrow = rows if dropped is x else _as_rows(dropped)
+        if not narrow.dtype == A.dtype == result.dtype:
             # In the output's dtype: rounding the small matrices is cheaper than a wide copy of x.
-            rows, A, B = (tensor.to(result.dtype) for tensor in (rows, A, B))
-        rows, factor = self._dropped(rows)
-        hidden = F.linear(rows, A)
-        result.addmm_(hidden, self._full_B(B).T, alpha=self.scaling * factor)
+            narrow, A, B = (tensor.to(result.dtype) for tensor in (narrow, A, B))
+        result.addmm_(F.linear(narrow, A), self._full_B(B).T, alpha=self.scaling)
         return result if x.dim() == 2 else result.view(*x.shape[:-1], -1)
 
     def _lora_forward(self, x: Tensor) -> Tensor:
         # The scaling sits on the narrow product rather than in torch.add(alpha=), whose alpha inductor drops when it
         # fuses the sum with a product (2.13).
-        hidden = F.linear(self._drop(x), self.lora_A.to(x.dtype)) * self.scaling
+        x = self.lora_dropout(x)
+        hidden = F.linear(x, self.lora_A.to(x.dtype)) * self.scaling
         return F.linear(hidden, self._full_B(self.lora_B.to(x.dtype)))
 
     def _delta(self, A: Tensor, B: Tensor) -> Tensor:
@@ -460,17 +733,39 @@ class _Linear(LoRALayer, nn.Linear):
         factors = (A.T, B.T) if self.fan_in_fan_out else (B, A)
         return torch.addmm(weight, *factors, alpha=self.scaling)
 
-    def plain_layer(self) -> nn.Module:
-        plain = super().plain_layer()
-        if self.fan_in_fan_out:
-            plain.weight = nn.Parameter(self._base_weight.detach().T.contiguous(), requires_grad=False)
-        return plain
-
     def _extra_repr(self) -> list[str]:
         return ["fan_in_fan_out=True"] if self.fan_in_fan_out else []
 
 
-class Linear(_Linear):
+def _linear_product(layer: Any, rows: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(rows, weight.T if layer.fan_in_fan_out else weight, layer._tensor("bias"))
+
+
+def _conv1d_product(layer: Any, rows: Tensor, weight: Tensor) -> Tensor:
+    return torch.addmm(layer._tensor("bias"), rows, weight)
+
+
+def is_conv1d(module: Any) -> bool:
+    """Whether `module` is the Hugging Face class `Conv1D`, a linear layer with a transposed weight."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def matrix_shape(module: Any) -> tuple[int, int]:
+    """Return how many inputs and outputs a linear layer has.
+
+    >>> matrix_shape(nn.Linear(4, 6))
+    (4, 6)
+    """
+    if is_conv1d(module):
+        return module.weight.shape[0], module.weight.shape[1]
+    return module.in_features, module.out_features
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+class Linear(_Matrix, nn.Linear, LoRALayer):
     """`nn.Linear` with a low-rank update: (..., in_features) -> (..., out_features).
 
     >>> layer = Linear(8, 6, r=2, lora_alpha=4)
@@ -487,6 +782,9 @@ class Linear(_Linear):
         TypeError, ValueError: see `LoRALayer`.
     """
 
+    _base_class, _product = nn.Linear, _linear_product
+    forward, train, reset_parameters = _forward, _train, _reset_parameters
+
     def __init__(
         self,
         in_features: int,
@@ -498,13 +796,79 @@ class Linear(_Linear):
         merge_weights: bool = True,
         **kwargs: Any,
     ):
-        shapes = (r, in_features), (out_features, r)
-        super().__init__(
-            in_features, out_features, r, lora_alpha, lora_dropout, fan_in_fan_out, merge_weights, shapes, **kwargs
-        )
+        check_hyperparameters(r, lora_alpha, lora_dropout)
+        nn.Linear.__init__(self, in_features, out_features, **kwargs)
+        LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
+        if fan_in_fan_out:
+            self._transpose_weight()
+        self._add_adapter(r, fan_in_fan_out=fan_in_fan_out)
+        # A second time, as upstream does: the same seed then gives the same layer.
+        self.reset_parameters()
 
 
-class MergedLinear(_Linear):
+class _Groups(_Matrix):
+    """A linear layer that computes several projections at once."""
+
+    enable_lora: list[bool]
+    group_sizes: list[int]
+    interleave: int
+
+    @classmethod
+    def shapes(cls, layer: Any, settings: dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        pairs = zip(settings["group_sizes"], settings["enable_lora"], strict=True)
+        sizes, r = [size for size, enabled in pairs if enabled], settings["r"]
+        return (r * len(sizes), matrix_shape(layer)[0]), (sum(sizes), r)
+
+    def __setstate__(self, state: dict) -> None:
+        if "group_sizes" not in state:  # of loralib 0.1.2
+            groups = len(state["enable_lora"])
+            state = {**state, "group_sizes": [state["out_features"] // groups] * groups, "interleave": 1}
+        super().__setstate__({key: value for key, value in state.items() if key != "lora_ind"})
+
+    def _full_B(self, B: Tensor) -> Tensor:
+        # Each block on its group's rows and columns, zero elsewhere: (n g, r) -> (o, n r).
+        blocks, first = [], 0
+        for size, enabled in zip(self.group_sizes, self.enable_lora, strict=True):
+            blocks.append(B.narrow(0, first, size) if enabled else B.new_empty(size, 0))
+            first += size if enabled else 0
+        full = torch.block_diag(*blocks)
+        if self.interleave > 1:
+            starts = itertools.accumulate(self.group_sizes, initial=0)
+            groups = [full.narrow(0, *rows) for rows in zip(starts, self.group_sizes, strict=False)]
+            full = torch.cat([rows.unflatten(0, (self.interleave, -1)) for rows in groups], 1).flatten(0, 1)
+        return full
+
+    def _rows(self) -> Tensor:
+        # For each row of lora_B the row of the output that it belongs to.
+        turns = torch.arange(sum(self.group_sizes), device=self.lora_B.device).view(self.interleave, -1)
+        groups = turns.split([size // self.interleave for size in self.group_sizes], dim=1)
+        return torch.cat([rows.flatten() for rows, on in zip(groups, self.enable_lora, strict=True) if on])
+
+    @property
+    def lora_ind(self) -> Tensor:
+        """Which rows of the output have an update, as booleans."""
+        return self.zero_pad(torch.ones(len(self.lora_B), dtype=torch.bool, device=self.lora_B.device))
+
+    def zero_pad(self, x: Tensor) -> Tensor:
+        """Return the rows `x` of the adapted groups among zeros for the others: (n g, ...) -> (o, ...)."""
+        result = x.new_zeros(sum(self.group_sizes), *x.shape[1:])
+        result[self._rows()] = x
+        return result
+
+    def merge_AB(self) -> Tensor:
+        """Return B A in the layout of `weight`, unscaled, as 0.1.2's method of that name does."""
+        return self._delta(self.lora_A, self.lora_B)
+
+    def _extra_repr(self) -> list[str]:
+        parts = [f"enable_lora={self.enable_lora}"]
+        if len(set(self.group_sizes)) > 1:
+            parts.append(f"group_sizes={self.group_sizes}")
+        if self.interleave > 1:
+            parts.append(f"interleave={self.interleave}")
+        return [*parts, *super()._extra_repr()]
+
+
+class MergedLinear(_Groups, nn.Linear, LoRALayer):
     """A linear layer that computes several projections at once, some of them with a low-rank update of their own.
 
     (..., in_features) -> (..., out_features), the output being `len(enable_lora)` groups, such as q, k and v of GPT-2's
@@ -536,6 +900,9 @@ class MergedLinear(_Linear):
         ValueError: see `LoRALayer`; or the groups do not add up to `out_features` or do not divide by `interleave`.
     """
 
+    _base_class, _product = nn.Linear, _linear_product
+    forward, train, reset_parameters = _forward, _train, _reset_parameters
+
     def __init__(
         self,
         in_features: int,
@@ -551,39 +918,24 @@ class MergedLinear(_Linear):
         **kwargs: Any,
     ):
         check_hyperparameters(r, lora_alpha, lora_dropout)
-        enable_lora = as_booleans(enable_lora)
-        group_sizes = _group_sizes(out_features, enable_lora, group_sizes, interleave)
-        enabled_sizes = [size for size, enabled in zip(group_sizes, enable_lora, strict=True) if enabled]
-        shapes = (r * len(enabled_sizes), in_features), (sum(enabled_sizes), r)
-        super().__init__(
-            in_features, out_features, r, lora_alpha, lora_dropout, fan_in_fan_out, merge_weights, shapes, **kwargs
-        )
-        self.enable_lora = enable_lora
-        self.group_sizes = group_sizes
-        self.interleave = interleave
-
-    def _full_B(self, B: Tensor) -> Tensor:
-        # Each block on its group's rows and columns, zero elsewhere: (n g, r) -> (o, n r).
-        groups = list(zip(self.group_sizes, self.enable_lora, strict=True))
-        blocks = iter(B.split([size for size, enabled in groups if enabled]))
-        full = torch.block_diag(*(next(blocks) if enabled else B.new_empty(size, 0) for size, enabled in groups))
-        if self.interleave > 1:
-            turns = [rows.unflatten(0, (self.interleave, -1)) for rows in full.split(self.group_sizes)]
-            full = torch.cat(turns, 1).flatten(0, 1)
-        return full
-
-    def _extra_repr(self) -> list[str]:
-        parts = [f"enable_lora={self.enable_lora}"]
-        if len(set(self.group_sizes)) > 1:
-            parts.append(f"group_sizes={self.group_sizes}")
-        if self.interleave > 1:
-            parts.append(f"interleave={self.interleave}")
-        return [*parts, *super()._extra_repr()]
+        groups = check_groups(out_features, enable_lora, group_sizes, interleave)
+        nn.Linear.__init__(self, in_features, out_features, **kwargs)
+        LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
+        if fan_in_fan_out:
+            self._transpose_weight()
+        self._add_adapter(r, fan_in_fan_out=fan_in_fan_out, **groups)
+        self.reset_parameters()
 
 
-def _group_sizes(
-    out_features: int, enable_lora: list[bool], group_sizes: Sequence[int] | None, interleave: int
-) -> list[int]:
+def check_groups(
+    out_features: int, enable_lora: Sequence[bool], group_sizes: Sequence[int] | None = None, interleave: int = 1
+) -> dict:
+    """Return the settings of a fused projection, complete; raise if they do not fit.
+
+    >>> check_groups(6, [True, False, True])
+    {'enable_lora': [True, False, True], 'group_sizes': [2, 2, 2], 'interleave': 1}
+    """
+    enable_lora = as_booleans(enable_lora)
     groups = len(enable_lora)
     if isinstance(interleave, bool) or not isinstance(interleave, numbers.Integral):
         raise TypeError(f"interleave={interleave!r}: must be an integer, not {type(interleave).__name__}")
@@ -604,26 +956,73 @@ def _group_sizes(
         )
     if any(size % interleave for size in group_sizes):
         raise ValueError(f"interleave={interleave}: must divide every size of a group, {list(group_sizes)}")
-    return list(group_sizes)
+    return {"enable_lora": enable_lora, "group_sizes": list(group_sizes), "interleave": interleave}
 
 
 def as_booleans(enable_lora: Sequence[bool]) -> list[bool]:
-    """Return `enable_lora` as a list; raise if it is none of booleans.
+    """Return `enable_lora` as a list; raise if it is none of booleans, those of numpy and torch included.
 
     >>> as_booleans((True, False, True))
     [True, False, True]
     """
-    if isinstance(enable_lora, str) or not isinstance(enable_lora, Sequence):
+    given = getattr(enable_lora, "tolist", lambda: enable_lora)()
+    if isinstance(given, str) or not isinstance(given, Sequence):
         raise TypeError(f"enable_lora={enable_lora!r}: must be a list of booleans, one per group")
-    if not all(isinstance(enabled, bool) for enabled in enable_lora):
+    booleans = [getattr(enabled, "item", lambda enabled=enabled: enabled)() for enabled in given]
+    if not all(isinstance(enabled, bool) for enabled in booleans):
         raise TypeError(
             f"enable_lora={list(enable_lora)}: every entry must be True or False, "
-            f"for example {[bool(enabled) for enabled in enable_lora]}"
+            f"for example {[bool(enabled) for enabled in booleans]}"
         )
-    return list(enable_lora)
+    return booleans
 
 
-class Embedding(LoRALayer, nn.Embedding):
+class _Table(_Adapted):
+    """An embedding."""
+
+    embedding_dim: int
+    padding_idx: int | None
+    max_norm: float | None
+    norm_type: float
+    scale_grad_by_freq: bool
+    sparse: bool
+
+    @classmethod
+    def shapes(cls, layer: Any, settings: dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (settings["r"], layer.num_embeddings), (layer.embedding_dim, settings["r"])
+
+    @staticmethod
+    def draw(A: Tensor, B: Tensor) -> None:
+        """Draw an adapter: A zero, B normal."""
+        nn.init.zeros_(A)
+        nn.init.normal_(B)
+
+    def _plain_forward(self, x: Tensor) -> Tensor:
+        # The rows of a merged weight are bounded already, and bounding happens in place.
+        if self._aside is not None and self.max_norm is not None:
+            return self._look_up(x, self._tensor("weight"), None)
+        return super()._plain_forward(x)
+
+    def _base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._look_up(x, weight, self.max_norm)
+
+    def _look_up(self, x: Tensor, weight: Tensor, max_norm: float | None) -> Tensor:
+        return F.embedding(x, weight, self.padding_idx, max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
+
+    def _lora_forward(self, x: Tensor) -> Tensor:
+        rows = F.embedding(x, self.lora_A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        return F.linear(rows * self.scaling, self.lora_B)
+
+    def _sum(self, base: Tensor) -> Tensor:
+        if self.max_norm is not None:
+            base = torch.renorm(base, self.norm_type, 0, self.max_norm)
+        return super()._sum(base)
+
+    def _delta(self, A: Tensor, B: Tensor) -> Tensor:
+        return (B @ A).T
+
+
+class Embedding(_Table, nn.Embedding, LoRALayer):
     """`nn.Embedding` with a low-rank update: integer (...) -> (..., embedding_dim).
 
     The initialisation is the reverse of `Linear`'s: A, which is looked up, starts at zero and B is normal. The authors
@@ -642,16 +1041,8 @@ class Embedding(LoRALayer, nn.Embedding):
         TypeError, ValueError: see `LoRALayer`.
     """
 
-    _plain_class = nn.Embedding
-    _plain_arguments = (
-        "num_embeddings",
-        "embedding_dim",
-        "padding_idx",
-        "max_norm",
-        "norm_type",
-        "scale_grad_by_freq",
-        "sparse",
-    )
+    _base_class = nn.Embedding
+    forward, train, reset_parameters = _forward, _train, _reset_parameters
 
     def __init__(
         self,
@@ -665,60 +1056,179 @@ class Embedding(LoRALayer, nn.Embedding):
         check_hyperparameters(r, lora_alpha, 0.0)
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, 0.0, merge_weights)
-        if r > 0:
-            self._add_adapter((r, num_embeddings), (embedding_dim, r))
+        self._add_adapter(r)
         if kwargs.get("_weight") is None:
             self.reset_parameters()
         else:  # from_pretrained() hands the table in
             self.reset_lora_parameters()
 
-    def reset_lora_parameters(self) -> None:
-        """Draw the adapter anew: A zero, B normal."""
-        if self.has_adapter:
-            nn.init.zeros_(self.lora_A)
-            nn.init.normal_(self.lora_B)
 
-    def _base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        # The rows of a merged weight are bounded already, and bounding happens in place.
-        max_norm = self.max_norm if weight is self._base_weight else None
-        return F.embedding(x, weight, self.padding_idx, max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
-
-    def _lora_forward(self, x: Tensor) -> Tensor:
-        rows = F.embedding(x, self.lora_A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
-        return F.linear(rows * self.scaling, self.lora_B)
-
-    def _merge(self, base: Tensor) -> Tensor:
-        if self.max_norm is not None:
-            base = torch.renorm(base, self.norm_type, 0, self.max_norm)
-        return super()._merge(base)
-
-    def _delta(self, A: Tensor, B: Tensor) -> Tensor:
-        return (B @ A).T
-
-
-class _Conv(LoRALayer, nn.modules.conv._ConvNd):
-    """What the convolutions share; mixed in before `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`.
+class _Kernel(_Adapted):
+    """A convolution.
 
     With kernel (k_1, ..., k_d), p = k_1 rows (p = 1 for a 1-d kernel) and c = prod(kernel) / p columns:
         lora_A (r p, in c), lora_B (out / groups p, r p), and B A (out / groups p, in c), read in order, is the update
-        of weight (out, in / groups, k_1, ..., k_d).
-    For a square 2-d kernel and for kernels of size 1 these are upstream's shapes.
+        of weight (out, in / groups, k_1, ..., k_d), or (in, out / groups, k_1, ...) of a transposed convolution.
+    For a square 2-d kernel and for kernels of size 1 these are the shapes of 0.1.2.
     """
 
-    _plain_arguments = (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "padding_mode",
-    )
-    _pointwise: Callable[..., Tensor]
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    groups: int
+
+    @classmethod
+    def shapes(cls, layer: Any, settings: dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        rows, columns = _kernel_shape(layer)
+        r = settings["r"]
+        return (r * rows, layer.in_channels * columns), (layer.out_channels // layer.groups * rows, r * rows)
+
+    @property
+    def conv(self) -> nn.Module:
+        """The plain convolution, on the same Parameters: what 0.1.2 has as an inner module."""
+        inner = self._base_class.__new__(self._base_class)
+        nn.Module.__init__(inner)
+        own = {key: value for key, value in vars(self).items() if key[0] != "_" and key not in self.settings}
+        vars(inner).update(own, _reversed_padding_repeated_twice=self._reversed_padding_repeated_twice)
+        vars(inner)["_parameters"] = _ParametersOf(self)
+        return inner
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "conv":
+            return super().__setattr__(name, value)
+        sizes = ("in_channels", "out_channels", "kernel_size", "groups")
+        if not isinstance(value, self._base_class) or any(getattr(value, k) != getattr(self, k) for k in sizes):
+            raise ValueError(f"conv={value}: must be a {self._base_class.__name__} of the layer's own sizes, {self}")
+        with self._unmerged():
+            plain = {key: setting for key, setting in vars(value).items() if key[0] != "_" and key != "training"}
+            vars(self).update(plain, _reversed_padding_repeated_twice=value._reversed_padding_repeated_twice)
+            self._parameters.update(value._parameters)
+
+    def _base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._convolve(x, weight, self._tensor("bias"))
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not isinstance(self, nn.modules.conv._ConvTransposeNd):
+            return self._conv_forward(x, weight, bias)  # type: ignore[operator]
+        layer: Any = self
+        dimensions = len(layer.kernel_size)
+        sizes = layer.stride, layer.padding, layer.kernel_size, dimensions, layer.dilation
+        output_padding = layer._output_padding(x, None, *sizes)
+        function = getattr(F, f"conv_transpose{dimensions}d")
+        return function(x, weight, bias, *sizes[:2], output_padding, self.groups, layer.dilation)
+
+    def _adapted_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        drops = self.training and self.lora_dropout is not _identity
+        if drops or self._narrow_is_cheaper(x):
+            return super()._adapted_forward(x, weight)
+        delta = self._scaled_delta(torch.promote_types(weight.dtype, self._tensor("lora_A").dtype))
+        return self._base_forward(x, (weight + delta).to(weight.dtype))
+
+    def _scaled_delta(self, dtype: torch.dtype) -> Tensor:
+        with _full_precision(self._tensor("lora_A").device):
+            return self._delta(self.lora_A.to(dtype), self.lora_B.to(dtype)) * self.scaling
+
+    def _narrow_is_cheaper(self, x: Any) -> bool:
+        # By the products that an update takes beside the base, and three times as many where it is trained: either a
+        # convolution to r p p channels and a mixing of those, or B A and the gradient of a whole weight.
+        if self.groups > 1 or not isinstance(x, Tensor) or isinstance(self, nn.modules.conv._ConvTransposeNd):
+            return False  # with groups the rows of B A do not fall into groups; such a weight is small
+        rows, columns = _kernel_shape(self)
+        channels, kernel = self.lora_B.shape[1] * rows, rows * columns
+        places = x.numel() // self.in_channels // math.prod(self.stride)
+        narrow = places * channels * (self.in_channels * kernel + self.out_channels)
+        whole = self.out_channels * self.in_channels * kernel * self.lora_B.shape[1]
+        if not (torch.is_grad_enabled() and self.lora_A.requires_grad):
+            return narrow < whole
+        return 3 * narrow < 3 * whole + places * self.out_channels * self.in_channels * kernel
+
+    def _lora_forward(self, x: Tensor) -> Tensor:
+        narrow = self._narrow_is_cheaper(x)
+        x = self.lora_dropout(x)
+        if not narrow:
+            return self._convolve(x, self._scaled_delta(self.lora_A.dtype).to(x.dtype), None)
+        # Row o of the update is p rows of B A side by side, hence B as (out, p r p) times p copies of A on a diagonal:
+        # a convolution to p r p channels and one by a kernel of size 1.
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        rows = B.shape[0] // self.out_channels
+        kernel = torch.block_diag(*[A] * rows).view(-1, self.in_channels, *self.kernel_size)
+        mix = B.reshape(self.out_channels, -1, *[1] * len(self.kernel_size))
+        hidden = self._convolve(x, kernel, None) * self.scaling
+        return getattr(F, f"conv{len(self.kernel_size)}d")(hidden, mix)
+
+    def _delta(self, A: Tensor, B: Tensor) -> Tensor:
+        return (B @ A).view(self._tensor("weight").shape)
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *args: Any) -> None:
+        # Upstream keeps the convolution one level down, and its main branch writes the weight under both names.
+        for name in ("weight", "bias"):
+            if prefix + "conv." + name in state:
+                state.setdefault(prefix + name, state.pop(prefix + "conv." + name))
+        super()._load_from_state_dict(state, prefix, *args)
+
+    def __setstate__(self, state: dict) -> None:
+        inner = state["_modules"].get("conv")
+        if inner is not None:  # of loralib 0.1.2
+            if not isinstance(self, type(inner)):
+                self.__class__ = _with_convolution(type(self), type(inner))
+            parameters = {**inner._parameters, **state["_parameters"]}
+            modules = {name: module for name, module in state["_modules"].items() if name != "conv"}
+            state = {**vars(inner), **state, "_parameters": parameters, "_modules": modules}
+        super().__setstate__(state)
+
+
+def _kernel_shape(layer: Any) -> tuple[int, int]:
+    rows = layer.kernel_size[0] if len(layer.kernel_size) > 1 else 1
+    return rows, math.prod(layer.kernel_size) // rows
+
+
+class _ParametersOf(MutableMapping):
+    """The weight and bias of an adapted layer, live: the `_parameters` of the plain layer within it."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+
+    def __getitem__(self, name: str) -> Any:
+        if name.startswith("lora_"):
+            raise KeyError(name)
+        return self.layer._parameters[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.layer._parameters[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.layer._parameters[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([name for name in self.layer._parameters if not name.startswith("lora_")])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+class ConvLoRA(_Kernel, LoRALayer):
+    """A convolution with a low-rank update; `Conv1d`, `Conv2d` and `Conv3d` are this of torch's.
+
+    >>> layer = ConvLoRA(nn.ConvTranspose2d, 4, 8, 3, stride=2, r=2)
+    >>> layer(torch.ones(1, 4, 5, 5)).shape, isinstance(layer, nn.ConvTranspose2d)
+    (torch.Size([1, 8, 11, 11]), True)
+
+    Args:
+        conv_module: `nn.Conv2d`, `nn.ConvTranspose2d` or another convolution of torch, or what makes one.
+        in_channels, out_channels, kernel_size: those of `conv_module`.
+        r, lora_alpha, lora_dropout, merge_weights: see `LoRALayer`.
+        **kwargs: the other arguments of `conv_module`.
+
+    Raises:
+        TypeError, ValueError: see `LoRALayer`; or `conv_module` makes no convolution.
+    """
+
+    train, reset_parameters = _train, _reset_parameters
 
     def __init__(
         self,
+        conv_module: Callable[..., nn.Module],
         in_channels: int,
         out_channels: int,
         kernel_size: int | tuple[int, ...],
@@ -729,46 +1239,23 @@ class _Conv(LoRALayer, nn.modules.conv._ConvNd):
         **kwargs: Any,
     ):
         check_hyperparameters(r, lora_alpha, lora_dropout)
-        self._plain_class.__init__(self, in_channels, out_channels, kernel_size, **kwargs)
+        convolution = conv_module(in_channels, out_channels, kernel_size, **kwargs)
+        if not isinstance(convolution, nn.modules.conv._ConvNd):
+            raise TypeError(f"conv_module={conv_module!r}: must make a convolution of torch, such as nn.Conv2d")
+        if not isinstance(self, type(convolution)):
+            self.__class__ = _with_convolution(type(self), type(convolution))
+        nn.Module.__init__(self)
+        vars(self).update(vars(convolution))
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
-        if r > 0:
-            rows = self.kernel_size[0] if len(self.kernel_size) > 1 else 1
-            columns = math.prod(self.kernel_size) // rows
-            self._add_adapter((r * rows, in_channels * columns), (out_channels // self.groups * rows, r * rows))
+        self._add_adapter(r)
         self.reset_parameters()
 
-    @property
-    def conv(self) -> nn.Module:
-        """The layer itself, for code written for upstream's `layer.conv.weight`."""
-        return self
-
-    def _base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(x, weight, self.bias)
-
-    def _lora_forward(self, x: Tensor) -> Tensor:
-        A, B, x = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype), self._drop(x)
-        if self.groups > 1:  # the rows of B A do not fall into groups; such a weight is small
-            return self._conv_forward(x, self._delta(A, B) * self.scaling, None)
-        # Row o of the update is p rows of B A side by side, hence B as (out, p r p) times p copies of A on a diagonal:
-        # a convolution to p r p channels and one by a kernel of size 1.
-        rows = B.shape[0] // self.out_channels
-        kernel = torch.block_diag(*[A] * rows).view(-1, self.in_channels, *self.kernel_size)
-        mix = B.reshape(self.out_channels, -1, *[1] * len(self.kernel_size))
-        hidden = self._conv_forward(x, kernel, None) * self.scaling
-        return self._pointwise(hidden, mix)
-
-    def _delta(self, A: Tensor, B: Tensor) -> Tensor:
-        return (B @ A).view(self._base_weight.shape)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        # Upstream keeps the convolution one level down, and its main branch writes the weight under both names.
-        for name in ("weight", "bias"):
-            if prefix + "conv." + name in state_dict:
-                state_dict.setdefault(prefix + name, state_dict.pop(prefix + "conv." + name))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def forward(self, x: Any = None, input: Any = None) -> Tensor:
+        """Return the convolution with the weight W + scaling * B A."""
+        return _forward(self, input, x)
 
 
-class Conv1d(_Conv, nn.Conv1d):
+class Conv1d(ConvLoRA, nn.Conv1d):  # type: ignore[misc]
     """`nn.Conv1d` with a low-rank update: (batch, in_channels, length) -> (batch, out_channels, length').
 
     >>> layer = Conv1d(4, 8, 3, r=2, padding=1)
@@ -784,11 +1271,13 @@ class Conv1d(_Conv, nn.Conv1d):
         TypeError, ValueError: see `LoRALayer`.
     """
 
-    _plain_class = nn.Conv1d
-    _pointwise = staticmethod(F.conv1d)
+    _base_class = nn.Conv1d
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        ConvLoRA.__init__(self, nn.Conv1d, *args, **kwargs)
 
 
-class Conv2d(_Conv, nn.Conv2d):
+class Conv2d(ConvLoRA, nn.Conv2d):  # type: ignore[misc]
     """`nn.Conv2d` with a low-rank update: (batch, in_channels, height, width) -> (batch, out_channels, ...).
 
     >>> layer = Conv2d(4, 8, (3, 5), r=2)
@@ -798,11 +1287,13 @@ class Conv2d(_Conv, nn.Conv2d):
     Args and Raises: those of `Conv1d`, with a kernel of two axes.
     """
 
-    _plain_class = nn.Conv2d
-    _pointwise = staticmethod(F.conv2d)
+    _base_class = nn.Conv2d
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        ConvLoRA.__init__(self, nn.Conv2d, *args, **kwargs)
 
 
-class Conv3d(_Conv, nn.Conv3d):
+class Conv3d(ConvLoRA, nn.Conv3d):  # type: ignore[misc]
     """`nn.Conv3d` with a low-rank update: (batch, in_channels, depth, height, width) -> (batch, out_channels, ...).
 
     >>> layer = Conv3d(4, 8, 3, r=2)
@@ -812,5 +1303,16 @@ class Conv3d(_Conv, nn.Conv3d):
     Args and Raises: those of `Conv1d`, with a kernel of three axes.
     """
 
-    _plain_class = nn.Conv3d
-    _pointwise = staticmethod(F.conv3d)
+    _base_class = nn.Conv3d
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        ConvLoRA.__init__(self, nn.Conv3d, *args, **kwargs)
+
+
+# What `adapted` gives for the classes that have a name of their own.
+_PUBLIC: dict[tuple[type, type], Any] = {
+    (nn.Linear, _Matrix): Linear,
+    (nn.Linear, _Groups): MergedLinear,
+    (nn.Embedding, _Table): Embedding,
+    **{(cls._base_class, _Kernel): cls for cls in (Conv1d, Conv2d, Conv3d)},
+}

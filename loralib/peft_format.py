@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from loralib.architectures import default_modules_to_save, fused_layout, group_spec, is_conv1d
+from loralib.adapters import own_tensors
+from loralib.architectures import default_modules_to_save, fused_layout, group_spec
 from loralib.formats import Adapter, read_safetensors, read_torch, sort_out, to_bytes, write_atomically
 from loralib.inject import compile_pattern, match_names, match_pattern
-from loralib.layers import LoRALayer, MergedLinear, check_hyperparameters, is_quantized, whole
+from loralib.layers import _Adapted, _Groups, check_hyperparameters, is_conv1d, is_quantized, whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -59,7 +60,7 @@ def write_peft(
     adapter: Adapter,
     model: nn.Module,
     modules: dict[str, nn.Module],
-    layers: dict[str, LoRALayer],
+    layers: dict[str, _Adapted],
     single_rank: bool,
 ) -> None:
     """Write PEFT's folder, the weights before the configuration, each of the two files atomically.
@@ -163,8 +164,8 @@ def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[st
     return Adapter(result, layers, bias, saved + leaves, config["base_model_name_or_path"])
 
 
-def _to_peft(name: str, layer: LoRALayer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
-    if isinstance(layer, MergedLinear):
+def _to_peft(name: str, layer: _Adapted, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
+    if isinstance(layer, _Groups):
         B = layer._full_B(B)
     if isinstance(layer, _CONVS):
         if layer.groups > 1:
@@ -304,7 +305,7 @@ def _check_pattern(pattern: str) -> None:
 
 
 def _is_base_weight(name: str, tensor: Tensor, module: nn.Module | None) -> bool:
-    weight = module._parameters.get("weight") if module is not None and name.endswith(".weight") else None
+    weight = own_tensors(module).get("weight") if module is not None and name.endswith(".weight") else None
     if weight is None or weight.shape != tensor.shape or is_quantized(weight) or not tensor.is_floating_point():
         return False
     return torch.equal(whole(weight.detach()).cpu(), tensor.to(weight.dtype))
@@ -315,7 +316,7 @@ def _adapter_keys(name: str, embedding: bool) -> tuple[str, str]:
     return f"{_PREFIX}{name}.{kind[0]}", f"{_PREFIX}{name}.{kind[1]}"
 
 
-def _is_rslora(layers: Iterable[LoRALayer]) -> bool:
+def _is_rslora(layers: Iterable[_Adapted]) -> bool:
     layers = list(layers)
     plain = all(math.isclose(layer.scaling, layer.lora_alpha / layer.r) for layer in layers)
     return not plain and all(math.isclose(layer.scaling, layer.lora_alpha / math.sqrt(layer.r)) for layer in layers)

@@ -14,16 +14,13 @@ from loralib.adapters import (
     active_parts,
     base_modules,
     check_whole,
-    exchange,
-    exchanged,
-    own_tensors,
-    replace_modules,
-    slot_of,
-    without_heads,
+    make_plain,
+    places,
+    put,
 )
 from loralib.architectures import DEFAULT_TARGET_MODULES
 from loralib.inject import check_bias_mode, inject_lora, is_bias, match_names
-from loralib.layers import LoRALayer, is_quantized, whole
+from loralib.layers import LoRALayer, _Adapted, is_quantized, quiet_state, whole
 
 __all__ = [
     "count_parameters",
@@ -49,10 +46,13 @@ def mark_only_lora_as_trainable(
     ['0.lora_A', '0.lora_B', '1.weight', '1.bias']
 
     Args:
-        model: a Hugging Face model of a known architecture without LoRA layers is given its default adapters first,
-            with a `UserWarning`; any other model without LoRA layers has none to train, with a `UserWarning`. The
-            heads and biases that `inject_lora` gave to the active adapter count as part of it.
-        bias: "none"; "all", every bias of the model; or "lora_only", the biases of the LoRA layers.
+        model: what belongs to an adapter in it is what the LoRA layers own, with the heads and biases that
+            `inject_lora` gave to the active adapter, and every Parameter with a part of its dotted name that begins
+            with `lora_` ("lora_A", "lora_gate", "q_proj.lora_A.default.weight" of PEFT). A Hugging Face model of a
+            known architecture that has none of these is given its default adapters first, with a `UserWarning`; any
+            other has none to train, with a `UserWarning`.
+        bias: "none"; "all", every bias of the model; or "lora_only", the biases of the LoRA layers, and of whatever
+            else holds a `lora_...`, its own or that of the one layer that it wraps.
         modules_to_save: modules to train whole, such as a classifier head, named as `inject_lora` names targets.
             Unlike those of `inject_lora` they are trained in place, not in a copy.
 
@@ -61,7 +61,7 @@ def mark_only_lora_as_trainable(
             changed then.
     """
     trained_names(model, bias, modules_to_save)  # for its errors, before anything changes
-    if not any(isinstance(module, LoRALayer) for module in model.modules()):
+    if not has_adapters(model):
         if getattr(getattr(model, "config", None), "model_type", None) in DEFAULT_TARGET_MODULES:
             names = inject_lora(model)
             message = f"no LoRA layers yet: injected the default adapters (r=8, lora_alpha=16) into {len(names)} layers"
@@ -111,7 +111,7 @@ def merge_lora_weights(model: nn.Module) -> nn.Module:
     check_whole(model)
     _check_finite(model)
     for layer in _lora_layers(model):
-        layer.merged = True
+        layer.merge()
     return model
 
 
@@ -124,7 +124,7 @@ def unmerge_lora_weights(model: nn.Module) -> nn.Module:
     False
     """
     for layer in _lora_layers(model):
-        layer.merged, layer._merge_cache = False, None
+        layer.unmerge()
     return model
 
 
@@ -148,9 +148,9 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     check_whole(model)
     _check_finite(model)
     for path, layer in model.named_modules():
-        if isinstance(layer, LoRALayer) and layer.has_adapter and is_quantized(layer._base_weight):
+        if isinstance(layer, _Adapted) and layer.has_adapter and is_quantized(layer.base_weight()):
             raise ValueError(
-                f"{path}: the weight is quantised ({type(layer._base_weight).__name__}), and the sum would have to be "
+                f"{path}: the weight is quantised ({type(layer.base_weight()).__name__}), and the sum would have to be "
                 "rounded to it; nothing was merged. Keep the adapter apart, or load the base in floating point"
             )
     _add_to_base(model)
@@ -173,12 +173,12 @@ def unload(model: nn.Module) -> nn.Module:
         ValueError: `model` is sharded by `fully_shard`. Nothing has been changed then.
     """
     check_whole(model)
-    exchange(model, lambda slot: slot.base)
-    for module in model.modules():
-        module.__dict__.pop("_slot", None)
-    plain = {id(layer): layer.plain_layer() for layer in _lora_layers(model)}
-    replace_modules(model, plain)
-    return plain.get(id(model), model)
+    put(model, None)
+    for module, place in places(model):
+        place.leave(module)
+    for layer in _lora_layers(model):
+        make_plain(layer)
+    return model
 
 
 @contextlib.contextmanager
@@ -194,15 +194,26 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     ...     torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
     True
     """
-    before = [(layer, layer._disabled) for layer in _lora_layers(model)]
+    layers = [layer for layer in _lora_layers(model) if not layer._disabled]
+    heads = [(module, place) for module, place in places(model) if place.replaced and not place.suspended]
+    if heads:
+        check_whole(model)
     try:
-        for layer, _ in before:
-            layer._disabled = True
-        with without_heads(model):
-            yield model
+        for layer in layers:
+            merged = layer.merged
+            layer.unmerge()
+            # Until the end of the block `merged` says what is to be then.
+            layer._disabled, layer.merged = True, merged
+        for module, place in heads:
+            place.suspend(module)
+        yield model
     finally:
-        for layer, disabled in before:
-            layer._disabled = disabled
+        for module, place in heads:
+            place.resume(module)
+        for layer in layers:
+            merged, layer._disabled, layer.merged = layer.merged, False, False
+            if merged:
+                layer.merge()
 
 
 class ParameterCount(NamedTuple):
@@ -226,36 +237,68 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     )
 
 
-def _lora_layers(model: nn.Module) -> list[LoRALayer]:
-    return [module for module in model.modules() if isinstance(module, LoRALayer)]
+def _lora_layers(model: nn.Module) -> list[_Adapted]:
+    return [module for module in model.modules() if isinstance(module, _Adapted)]
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether `model` has LoRA layers, or Parameters that are called so."""
+    if any(isinstance(module, LoRALayer) for module in model.modules()):
+        return True
+    return any(map(is_lora_name, dict(model.named_parameters(remove_duplicate=False))))
+
+
+def is_lora_name(name: str) -> bool:
+    """Whether a part of a dotted name begins with `lora_`: what 0.1.2 trains and saves.
+
+    >>> is_lora_name("q_proj.lora_A.default.weight"), is_lora_name("explora_head.weight")
+    (True, False)
+    """
+    return name.startswith("lora_") or ".lora_" in name
 
 
 def trained_names(model: nn.Module, bias: str, modules_to_save: Sequence[str] | str | None) -> set[str]:
     """Return the state-dict names of what `mark_only_lora_as_trainable` trains and `lora_state_dict` holds."""
     check_bias_mode(bias)
     modules = dict(model.named_modules(remove_duplicate=False))
-    names = set()
-    for prefix, module in modules.items():
-        dot, is_lora = prefix and prefix + ".", isinstance(module, LoRALayer)
-        wants_bias = bias == "all" or (bias == "lora_only" and is_lora)
-        for name, parameter in module._parameters.items():
-            adapter = is_lora and name.startswith("lora_")
-            if parameter is not None and (adapter or (wants_bias and is_bias(name))):
-                names.add(dot + name)
+    tensors = {
+        (prefix, name)
+        for prefix, module in modules.items()
+        for name, tensor in {**module._parameters, **module._buffers}.items()
+        if tensor is not None
+    }
+    names = {_join(prefix, name) for prefix, name in tensors}
+    trained = set(filter(is_lora_name, names))
+    with_bias = {prefix for prefix, module in modules.items() if isinstance(module, LoRALayer)}
+    for name in trained:
+        wrapper = f".{name}".partition(".lora_")[0].removeprefix(".")
+        if wrapper not in with_bias and wrapper in modules:
+            inner = [key for key, _ in modules[wrapper].named_children() if not key.startswith("lora_")]
+            with_bias |= {wrapper} | {_join(wrapper, key) for key in inner if len(inner) == 1}
+    for prefix, name in tensors:
+        wanted = is_bias(name) if bias == "all" else bias == "lora_only" and prefix in with_bias and name == "bias"
+        if wanted and name in modules[prefix]._parameters:
+            trained.add(_join(prefix, name))
     for prefix in match_modules_to_save(model, modules_to_save):
-        names.update(f"{prefix}.{name}" for name in modules[prefix].state_dict())
-    for prefix, part in active_parts(modules).items():
-        names.update(f"{prefix}.{name}" for name in part.own)
-    return names
+        with quiet_state():
+            trained.update(f"{prefix}.{name}" for name in modules[prefix].state_dict())
+    for prefix, tensors_of in active_parts(modules).items():
+        trained.update(_join(prefix, name) for name in tensors_of)
+    return trained
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
 
 
 def trained_state(model: nn.Module, bias: str, modules_to_save: Sequence[str] | str | None) -> dict[str, Tensor]:
     """Return what `lora_state_dict` does, sharded tensors as they are."""
     trained = trained_names(model, bias, modules_to_save)
-    state = model.state_dict()
-    parts = active_parts(dict(model.named_modules(remove_duplicate=False)))
-    for path, part in parts.items():  # which are not all in the model while adapters are disabled
-        state.update({f"{path}.{key}": tensor for key, tensor in part.tensors().items()})
+    with quiet_state():
+        state = model.state_dict()
+    for path, tensors in active_parts(dict(model.named_modules(remove_duplicate=False))).items():
+        # They are not all in the model while adapters are disabled.
+        state.update({_join(path, key): tensor.detach() for key, tensor in tensors.items()})
     return {name: tensor for name, tensor in state.items() if name in trained}
 
 
@@ -268,7 +311,7 @@ def match_modules_to_save(model: nn.Module, modules_to_save: Sequence[str] | str
 def _check_finite(model: nn.Module) -> None:
     found: dict[torch.device, dict[str, Tensor]] = {}
     for prefix, module in model.named_modules():
-        if isinstance(module, LoRALayer) and module.has_adapter:
+        if isinstance(module, _Adapted) and module.has_adapter:
             for name in ("lora_A", "lora_B"):
                 tensor, dot = getattr(module, name), prefix and prefix + "."
                 found.setdefault(tensor.device, {})[dot + name] = tensor
@@ -284,30 +327,29 @@ def _check_finite(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _add_to_base(model: nn.Module) -> None:
-    with exchanged(model, lambda slot: slot.base):
-        uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-
-    def put(module: nn.Module, name: str, value: Tensor) -> None:
-        tensor = own_tensors(module)[name]
-        if uses[id(tensor)] > 1:
+    unmerge_lora_weights(model)
+    values: list[tuple[nn.Module, str, Tensor]] = []
+    for layer in _lora_layers(model):
+        if layer.has_adapter:
+            values.append((layer, "weight", layer._sum(layer.base_weight())))
+            if isinstance(layer, nn.Embedding):
+                layer.max_norm = None  # the rows were bounded before the update came on top
+    for module, place in places(model):
+        if place.active is not None:
+            own = place.tensors(module, place.active).items()
+            summed = LORA_NAMES | ({"weight"} if isinstance(module, _Adapted) and module.has_adapter else set())
+            values += [(module, key, tensor.detach()) for key, tensor in own if key not in summed]
+    put(model, None)
+    uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    for module, name, value in values:
+        tensor = module._parameters.get(name, module._buffers.get(name))
+        if tensor is None:  # torch.nn.utils.parametrize computes it, and takes what it is to be
+            setattr(module, name, value)
+        elif uses[id(tensor)] > 1:
             setattr(module, name, nn.Parameter(value, requires_grad=tensor.requires_grad))
             _untie(model)
         else:
             tensor.copy_(value)
-
-    for layer in _lora_layers(model):
-        if layer.has_adapter:
-            put(layer, "weight", layer._merge(layer._base_weight))
-            slot = slot_of(layer)
-            for plain in (layer, slot.base if slot else layer):
-                if isinstance(plain, nn.Embedding):
-                    plain.max_norm = None  # the rows were bounded before the update came on top
-    for module in model.modules():
-        slot = slot_of(module)
-        if slot and slot.active in slot.parts:
-            for key, value in slot.parts[slot.active].tensors().items():
-                if key not in LORA_NAMES:
-                    put(slot.base, key, value)
 
 
 def _untie(model: nn.Module) -> None:

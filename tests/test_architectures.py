@@ -81,7 +81,7 @@ def test_fused_projection_adapts_exactly_the_groups(name, enable_lora):
     names = lora.inject_lora(model, r=R, lora_alpha=3, enable_lora=enable_lora)
     randomize(model)
     layer = model.get_submodule(names[-1])
-    assert type(layer) is lora.MergedLinear and str(enable_lora) in repr(layer)
+    assert layer.enable_lora == enable_lora and str(enable_lora) in repr(layer)
     delta = layer.delta_weight()
     delta = delta.T if layer.fan_in_fan_out else delta
     owner = model.get_submodule(names[-1].rpartition(".")[0])
@@ -104,10 +104,10 @@ def test_named_fused_projection_is_adapted_whole(name):
     architecture = ARCHITECTURES[name]
     model = architecture.build()
     names = lora.inject_lora(model, r=R, target_modules=architecture.targets)
-    assert {type(model.get_submodule(name)) for name in names} == {lora.Linear}
+    assert not any(hasattr(model.get_submodule(name), "enable_lora") for name in names)
     model = lora.unload(model)
     lora.inject_lora(model, r=R, target_modules=architecture.targets, enable_lora=[True, False, True])
-    assert {type(model.get_submodule(name)) for name in names} == {lora.MergedLinear}
+    assert all(hasattr(model.get_submodule(name), "enable_lora") for name in names)
 
 
 HEADS_OF = {
@@ -179,7 +179,7 @@ def test_all_linear(name, layers):
     model = ARCHITECTURES[name].build()
     names = lora.inject_lora(model, r=R, target_modules="all-linear")
     assert len(names) == layers and not {"lm_head", "cls.predictions.decoder"} & set(names)
-    assert {type(model.get_submodule(name)) for name in names} == {lora.Linear}
+    assert not any(hasattr(model.get_submodule(name), "enable_lora") for name in names)
 
 
 def test_all_linear_leaves_the_head_of_a_classifier_alone():

@@ -7,7 +7,6 @@ W + scaling * B A written out. Random sequences of operations are in test_proper
 
 import copy
 import io
-import math
 import pickle
 
 import pytest
@@ -43,13 +42,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import loralib as lora
-from loralib import layers
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_kind = pytest.mark.parametrize("case", KINDS, ids=str)
 each_mode = pytest.mark.parametrize("mode", ["train", "eval"])
 STATES = ["train", "eval", "merged in training", "unmerged in eval"]
 each_state = pytest.mark.parametrize("state", STATES)
+# A merged layer gives its adapter no gradient, as in 0.1.2.
+UNMERGED = ["train", "unmerged in eval"]
+each_unmerged = pytest.mark.parametrize("state", UNMERGED)
 
 
 def put(layer, state):
@@ -60,6 +61,9 @@ def put(layer, state):
         lora.unmerge_lora_weights(layer)
     assert layer.merged == (state in ("eval", "merged in training"))
     return layer
+
+
+LORA = ("lora_A", "lora_B")
 
 
 # Forward.
@@ -156,11 +160,21 @@ def test_embedding_from_pretrained_keeps_the_table():
 # Gradients.
 
 
-@each_mode
+@each_kind
+@pytest.mark.parametrize("state", ["eval", "merged in training"])
+def test_a_merged_layer_gives_its_adapter_no_gradient(case, state):
+    """As in 0.1.2: a frozen model in eval is free of autograd, so that `model(x).numpy()` works."""
+    layer, x = case.fresh(), case.inputs()
+    lora.mark_only_lora_as_trainable(layer)
+    out = put(layer, state)(x)
+    assert not out.requires_grad and out.numpy().shape == tuple(out.shape)
+
+
+@each_unmerged
 @each_case
-def test_gradients_equal_those_of_the_dense_formula(case, mode):
+def test_gradients_equal_those_of_the_dense_formula(case, state):
     """A, B, bias and input get autograd's gradients of the dense formula, in training and evaluation; W gets none."""
-    layer, x = case.layer(torch.float64).train(mode == "train"), case.inputs(torch.float64)
+    layer, x = put(case.layer(torch.float64), state), case.inputs(torch.float64)
     if not case.is_embedding:
         x.requires_grad_()
     out = layer(x)
@@ -208,10 +222,10 @@ def test_only_the_adapter_requires_gradients(case):
     assert all(parameter.requires_grad for parameter in case.fresh(r=0).parameters())
 
 
-@each_state
+@each_unmerged
 @each_kind
-def test_a_step_in_any_state_counts_at_once(case, state):
-    """An optimizer step on the adapter changes the next output, also where the weights are merged."""
+def test_a_step_counts_at_once(case, state):
+    """An optimizer step on the adapter changes the next output."""
     layer, x = put(case.layer(), state), case.inputs()
     base = layer.state_dict()["weight"].clone()
     with torch.no_grad():
@@ -227,7 +241,7 @@ def test_a_step_in_any_state_counts_at_once(case, state):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@each_state
+@each_unmerged
 @each_kind
 def test_gradient_checkpointing(case, state, reentrant):
     """Both kinds of torch.utils.checkpoint give the gradients of a plain backward."""
@@ -249,7 +263,7 @@ def test_base_written_through_data_while_merged(case):
     layer, x = case.layer().eval(), case.inputs()
     with torch.no_grad():
         layer(x)
-        dict(layer.named_parameters())["weight"].data.mul_(0.5)
+        layer._aside.base.data.mul_(0.5)  # as whoever shares it may do
         layer.eval()
         assert_close(layer(x), expected(case, layer, x))
 
@@ -267,7 +281,8 @@ def test_adapter_as_a_computed_attribute(case, state):
     wanted = expected(case, layer, x)
     for name in ("lora_A", "lora_B"):
         register_parametrization(layer, name, Same())
-    put(layer, state)
+    layer.train("train" in state)  # it stays unmerged: nothing would tell a merged weight that it is stale
+    assert not lora.merge_lora_weights(layer).merged
     for context in (torch.enable_grad, torch.no_grad):
         with context():
             assert_close(layer(x), wanted)
@@ -322,7 +337,7 @@ def test_weights_shared_by_two_layers(case):
     with torch.no_grad():
         assert_close(one(x), wanted[0])
         assert_close(two(x), wanted[1])
-    assert torch.equal(two.weight, base) and one._parameters["weight"] is two._parameters["weight"]
+    assert torch.equal(two.weight, base) and one.train().weight is two.weight
 
 
 def test_merge_weights_false_never_merges():
@@ -358,8 +373,9 @@ def test_autocast(case, state):
         with torch.no_grad():
             assert_close(layer(x), wanted, torch.bfloat16)
     assert_close(out, wanted, torch.bfloat16)
-    out.float().sum().backward()
-    assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
+    if state in UNMERGED:
+        out.float().sum().backward()
+        assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
     with torch.no_grad():
         assert_close(layer(x), wanted)
     assert_same_bits(layer.state_dict(), before)
@@ -395,8 +411,9 @@ def test_float32_adapter_on_a_half_precision_base(case, dtype, state):
     out = layer(x)
     assert out.dtype == dtype
     assert_close(out, expected(case, layer, x))
-    out.float().sum().backward()
-    assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
+    if state in UNMERGED:
+        out.float().sum().backward()
+        assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
 
 
 # torch.func and torch.compile.
@@ -411,16 +428,26 @@ def test_functional_call_uses_what_it_is_given(case, state):
     own, before = expected(case, layer, x), snapshot(layer)
     for context in (torch.enable_grad, torch.no_grad):
         with context():
-            assert_close(functional_call(layer, given_tensors, (x,)), wanted)
+            if state in UNMERGED:
+                assert_close(functional_call(layer, given_tensors, (x,)), wanted)
+            else:  # is that weight another base, or merged as well?
+                with pytest.raises(RuntimeError, match="merged, and was given another weight.*unmerge_lora_weights"):
+                    functional_call(layer, given_tensors, (x,))
+            for names in (["lora_A", "lora_B"], ["weight", "lora_A", "lora_B"]):
+                mixed = {**{k: v.detach() for k, v in layer.named_parameters()}, **{k: given_tensors[k] for k in LORA}}
+                mixed = {name: mixed[name] for name in names}
+                given_adapter = case.layer()
+                given_adapter.load_state_dict({**layer.state_dict(), **{k: given_tensors[k] for k in LORA}})
+                assert_close(functional_call(layer, mixed, (x,)), expected(case, given_adapter, x))
             assert_close(layer(x), own)
     assert_same_bits(layer.state_dict(), before)
 
 
-@each_mode
+@each_unmerged
 @each_kind
-def test_vmap_over_stacked_layers(case, mode):
+def test_vmap_over_stacked_layers(case, state):
     """stack_module_state and vmap give each layer's own output."""
-    layers, x = [case.layer().train(mode == "train") for _ in range(3)], case.inputs()
+    layers, x = [put(case.layer(), state) for _ in range(3)], case.inputs()
     parameters, buffers = stack_module_state(layers)
     template = copy.deepcopy(layers[0])
     out = torch.vmap(lambda p, b: functional_call(template, (p, b), (x,)))(parameters, buffers)
@@ -428,11 +455,11 @@ def test_vmap_over_stacked_layers(case, mode):
         assert_close(got, expected(case, layer, x))
 
 
-@each_mode
+@each_unmerged
 @each_kind
-def test_per_sample_gradients(case, mode):
+def test_per_sample_gradients(case, state):
     """vmap(grad) over samples gives the gradient of each sample alone."""
-    layer = case.layer(torch.float64).train(mode == "train")
+    layer = put(case.layer(torch.float64), state)
     x = case.inputs(torch.float64)
     x = x if x.dim() == len(case.shape) else x[None]
     adapter = {name: p.detach() for name, p in layer.named_parameters() if "lora_" in name}
@@ -447,39 +474,27 @@ def test_per_sample_gradients(case, mode):
         torch.testing.assert_close(got["lora_B"][index], wanted[1])
 
 
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
-def test_dropout_keeps_its_share_and_scales_it(p):
-    """Each element on its own: over all, over those of one place in a draw of 64 bits, and next to each other."""
-    x, dropout = torch.ones(400, 999), layers.Dropout(p)
-    torch.manual_seed(0)
-    out = dropout(x)
-    kept = (out != 0).double()
-    assert out.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)], rel=2e-5 / (1 - p))
-    allowed = 5 * math.sqrt(p * (1 - p) / (x.numel() / 4))  # five standard deviations of a quarter's mean
-    for place in range(4):
-        assert abs(kept.flatten()[place::4].mean() - (1 - p)) < allowed
-    together = kept.flatten()[1:] * kept.flatten()[:-1]
-    assert abs(together.mean() - (1 - p) ** 2) < allowed
-    assert abs(out.double().mean() - 1) < 2 * allowed / (1 - p)
-    torch.manual_seed(0)
-    assert torch.equal(dropout(x), out) and not torch.equal(dropout(x), out)
-
-
-def test_dropout_at_its_ends():
-    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True).t()
-    assert torch.equal(layers.Dropout(0.0)(x), x) and not layers.Dropout(1.0)(x).any()
-    assert layers.Dropout(0.5)(x[:0]).shape == (0, 3)
-    assert torch.equal(layers.Dropout(0.5).eval()(x), x)
-    out = layers.Dropout(0.5)(x)
-    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], (out != 0).double() * 2) and out.dtype == torch.float64
-
-
-def test_dropout_under_vmap_draws_for_each_sample():
-    x = torch.ones(6, 50)
-    out = torch.vmap(layers.Dropout(0.5), randomness="different")(x)
-    assert out.shape == x.shape and len({tuple(row.tolist()) for row in out}) == 6
-    with pytest.raises(RuntimeError, match="random"):
-        torch.vmap(layers.Dropout(0.5))(x)
+def test_dropout_is_that_of_torch():
+    """`nn.Dropout`, with its masks; for p = 0 a plain function, which can be replaced."""
+    layer, x = lora.Linear(5, 7, r=2, lora_dropout=0.4), torch.randn(3, 5)
+    assert type(layer.lora_dropout) is nn.Dropout
+    randomize(layer)
+    torch.manual_seed(3)
+    out = layer(x)
+    torch.manual_seed(3)
+    dropped = F.dropout(x, 0.4)
+    assert_close(out, layer(x * 0) + x @ layer.weight.T + layer.scaling * dropped @ layer.lora_A.T @ layer.lora_B.T)
+    plain = lora.Linear(5, 7, r=2)
+    assert not list(plain.children()) and plain.lora_dropout(x) is x
+    plain.lora_dropout = nn.Dropout(1.0)
+    assert torch.equal(randomize(plain)(x), F.linear(x, plain.weight, plain.bias))
+    plain.lora_dropout = None
+    plain = lora.Linear(5, 7, r=2)
+    plain.lora_dropout = lambda x: 2 * x
+    randomize(plain)
+    assert_close(
+        plain(x) - F.linear(x, plain.weight, plain.bias), 2 * plain.scaling * x @ plain.lora_A.T @ plain.lora_B.T
+    )
 
 
 @each_state
@@ -492,7 +507,8 @@ def test_compiled_as_one_graph(case, state):
     out = compiled(x)
     assert_close(out, expected(case, layer, x))
     out.sum().backward()
-    reference = torch.autograd.grad(layer(x).sum(), [layer.lora_A, layer.lora_B])
+    twin = lora.unmerge_lora_weights(copy.deepcopy(layer))
+    reference = torch.autograd.grad(twin(x).sum(), [twin.lora_A, twin.lora_B])
     assert_close(layer.lora_A.grad, reference[0]), assert_close(layer.lora_B.grad, reference[1])
     randomize(layer)
     layer.scaling = 0.5
@@ -672,23 +688,3 @@ def test_zero_alpha_is_no_update():
     case = Case("Linear", (5, 7), (4, 5), lora={"lora_alpha": 0, **IO})
     layer, x = case.layer(), case.inputs()
     assert torch.equal(layer(x), F.linear(x, layer.weight.T, layer.bias))
-
-
-def test_merged_weight_read_under_functional_call_is_not_kept():
-    """`weight` read inside functional_call is of the given base, and that of the layer's own base afterwards."""
-
-    class Reader(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = LINEAR[0].layer().eval()
-
-        def forward(self):
-            return self.layer.weight
-
-    reader = Reader()
-    own = reader().clone()
-    given = torch.func.functional_call(reader, {"layer.weight": torch.zeros(7, 5)}, ())
-    assert_close(given, reader.layer.delta_weight().double())
-    assert torch.equal(reader(), own) and isinstance(reader.layer._merge_cache[0][1][0], nn.Parameter)
-    torch.func.functional_call(reader, {"layer.weight": torch.zeros(7, 5)}, ())
-    assert isinstance(reader.layer._merge_cache[0][1][0], nn.Parameter)

@@ -85,7 +85,7 @@ def test_theirs_here(architecture, dtype, tmp_path):
     names = lora.load_lora(ours, tmp_path)
     close(architecture.output(ours), wanted, dtype)
     assert len(names) == architecture.adapted
-    assert {type(ours.get_submodule(name)) for name in names} == {lora.Linear}
+    assert not any(hasattr(ours.get_submodule(name), "enable_lora") for name in names)
     assert lora.count_parameters(ours).trainable == theirs.get_nb_trainable_parameters()[0]
 
 
@@ -284,7 +284,6 @@ def test_single_rank_is_what_a_serving_engine_reads(tmp_path):
         A, B = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
         assert A.shape[0] == B.shape[1] == 3
         merged = base.get_submodule(name).weight + config["lora_alpha"] / config["r"] * (B @ A).T
-        close(model.get_submodule(name).weight, merged, torch.float64)
         close(base.get_submodule(name).weight + model.get_submodule(name).delta_weight(), merged, torch.float64)
     close(architecture.output(theirs_from(base, tmp_path)), architecture.output(model), torch.float64)
 

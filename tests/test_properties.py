@@ -109,8 +109,10 @@ def operate(name, layer, dense, number):
                 setattr(layer, key, nn.Parameter(value))
         replace(**values)
     elif name == "base data":
-        value = draw("weight")
-        dict(layer.named_parameters())["weight"].data = value
+        value, merged = draw("weight"), layer.merged
+        lora.unmerge_lora_weights(layer).weight.data = value
+        if merged:
+            lora.merge_lora_weights(layer)
         replace(weight=value)
     elif name == "scaling":
         layer.scaling = dense.scaling = (number % 7) / 2 - 1
@@ -141,7 +143,7 @@ def operate(name, layer, dense, number):
     elif name == "step":
         x = dense.case.inputs(dense.dtype)
         optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.01)
-        layer(x).sum().backward()
+        lora.unmerge_lora_weights(layer)(x).sum().backward()
         optimizer.step()
         layer.zero_grad()
         replace(lora_A=layer.lora_A.detach().clone(), lora_B=layer.lora_B.detach().clone())
@@ -266,17 +268,13 @@ class Oracle:
             owner = self.own[self.active] if name in shown else self.base
             owner[name] = value.detach().clone().to(owner[name].dtype)
 
-    def convert(self, dtypes):
-        for name, tensor in self.state().items():
-            if name in dtypes:
-                owner = self.own[self.active] if name in self.shown() else self.base
-                owner[name] = tensor.to(dtypes[name])
+    def convert(self, dtype):
+        """What is not in the model at present follows."""
+        for owner in (self.base, *self.own.values()):
+            owner.update({name: tensor.to(dtype) for name, tensor in owner.items()})
 
     def switch(self, active, disabled=False):
-        """What comes into the model takes the dtype of what had the name before it."""
-        before = {name: tensor.dtype for name, tensor in self.state().items()}
         self.active, self.disabled = active, disabled
-        self.convert(before)
 
     def dense(self, **given):
         """The weights of the plain model with the update in them, in float64, differentiable."""
@@ -397,7 +395,7 @@ class Adapters(RuleBasedStateMachine):
     @rule(dtype=st.sampled_from(DTYPES))
     def convert(self, dtype):
         self.model.to(dtype)
-        self.oracle.convert(dict.fromkeys(self.oracle.state(), dtype))
+        self.oracle.convert(dtype)
 
     @rule(how=st.sampled_from(["deepcopy", "pickle", "torch.save"]))
     def copy(self, how):
@@ -435,10 +433,12 @@ class Adapters(RuleBasedStateMachine):
 
     @rule(data=st.data(), how=st.sampled_from(["copy_", "data", "replace", "load", "assign"]), seed=SEED)
     def write(self, data, how, seed):
-        """A base weight, a bias, a head, an A or B; `weight` of a merged layer is no place to write to."""
+        """A base weight, a bias, a head, an A or B."""
         name = data.draw(st.sampled_from(sorted(self.oracle.state())))
         value = self.random(name, seed)
         path, _, key = name.rpartition(".")
+        if key == "weight" and how in ("copy_", "data", "replace"):  # a merged weight is the sum
+            lora.unmerge_lora_weights(self.model)
         module, parameter = self.model.get_submodule(path), dict(self.model.named_parameters())[name]
         if how == "copy_":
             with torch.no_grad():
@@ -477,6 +477,7 @@ class Adapters(RuleBasedStateMachine):
     @rule()
     def step(self):
         """The gradients of whatever trains are those of the dense formula; then one step of SGD."""
+        lora.unmerge_lora_weights(self.model)  # a merged layer gives its adapter none
         parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         given = {name: p.detach().double().clone().requires_grad_() for name, p in parameters.items()}
         if not given:
@@ -565,7 +566,6 @@ class Adapters(RuleBasedStateMachine):
         state = {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith("second.")}
         assert_same_bits(state, self.oracle.state())
         bound, dense, wanted = self.oracle.bound(), self.oracle.dense(), self.oracle.output()
-        # A forward with gradients forgets the merged weights: the last one makes them for the next operation.
         for context in (torch.no_grad, torch.enable_grad, torch.inference_mode, torch.no_grad):
             with context():
                 out = self.model(INDEX)
