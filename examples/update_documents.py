@@ -42,6 +42,8 @@ def api():
     rows = {"": ["what it is"], "---": ["---"]}
     for name in lora.__all__:
         member = getattr(lora, name)
+        if not getattr(member, "__module__", "").startswith("loralib."):  # of 0.1.2's star import
+            continue
         said = " ".join(inspect.getdoc(member).split("\n\n")[0].split()).replace("|", "\\|")
         arguments = ", ".join(_argument(a) for a in inspect.signature(member).parameters.values())
         rows[f"`{name}({arguments})`"] = [said]

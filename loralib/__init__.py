@@ -14,6 +14,14 @@ ParameterCount(trainable=104, total=444)
 >>> plain = lora.merge_and_unload(model.eval())
 """
 
+import math
+from typing import Dict, List, Optional  # noqa: UP035 (0.1.2 gave these names)
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from loralib import layers, utils
 from loralib.adapters import active_adapter, delete_adapter, list_adapters, set_adapter
 from loralib.checkpoint import load_lora, read_metadata, save_lora
 from loralib.inject import inject_lora
@@ -29,7 +37,9 @@ from loralib.utils import (
     unmerge_lora_weights,
 )
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
+
+name = "lora"
 
 __all__ = [
     "Conv1d",
@@ -57,3 +67,5 @@ __all__ = [
     "unload",
     "unmerge_lora_weights",
 ]
+# What else `from loralib import *` gives in 0.1.2, which chooses no names.
+__all__ += ["Dict", "F", "List", "Optional", "layers", "math", "name", "nn", "torch", "utils"]

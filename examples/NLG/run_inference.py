@@ -98,10 +98,11 @@ def build_model(knobs, device):
         return model, tokenizer
     with as_user_error(OSError, ValueError):
         # The file knows which layers it adapts, with which rank and alpha; one that does not fit changes nothing.
-        # Evaluation mode, in which texts are written, merges unless told not to.
-        lora.load_lora(model, knobs.adapter, lora_alpha=knobs.lora_alpha, merge_weights=not knobs.compare_speed)
+        lora.load_lora(model, knobs.adapter, lora_alpha=knobs.lora_alpha)
         if knobs.merge:
             model = lora.merge_and_unload(model)  # a plain model of transformers again
+        elif not knobs.compare_speed:
+            lora.merge_lora_weights(model)
     return model, tokenizer
 
 

@@ -235,7 +235,7 @@ def train_model(**overrides):
         results.add_training(record, outcome, device)
         if distributed.is_main() or knobs.fsdp:  # saved before the test, which cannot harm it then
             results.add_checkpoint(record, save_model(model, tokenizer, knobs))
-        record["after"], texts = evaluate(model, tokenizer, test, knobs)  # evaluation mode merges the adapters
+        record["after"], texts = evaluate(model, tokenizer, test, knobs)
     record["seconds"]["total"] = time.perf_counter() - started
     record["environment"] = results.environment(device)
     if distributed.is_main():

@@ -158,7 +158,7 @@ def build_on_one_base(knobs, tasks, device):
         models[task] = by_outputs[outputs]
         adapter = Path(knobs_of_run(knobs, task, "lora").output_dir) / "adapter.safetensors"
         # Unmerged: merging at each switch would cost more than the two small products at each layer.
-        lora.load_lora(models[task], adapter, adapter_name=task.name, merge_weights=False)
+        lora.load_lora(models[task], adapter, adapter_name=task.name)
     return models, tokenizer, lambda task: lora.set_adapter(models[task], task.name)
 
 

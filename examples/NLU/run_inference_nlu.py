@@ -126,8 +126,7 @@ def build_model(knobs, task, device):
     if knobs.adapter != NO_ADAPTER:
         with as_user_error(OSError, ValueError):
             # The file knows which layers it adapts, with which rank and alpha; one that does not fit changes nothing.
-            # Evaluation mode merges unless told not to.
-            lora.load_lora(model, knobs.adapter, lora_alpha=knobs.lora_alpha, merge_weights=not knobs.compare_speed)
+            lora.load_lora(model, knobs.adapter, lora_alpha=knobs.lora_alpha)
         random = [name for name in random if name not in lora.lora_state_dict(model)]
     if random:
         what = f"--model {knobs.model}" if knobs.adapter == NO_ADAPTER else f"--adapter {knobs.adapter}"
@@ -137,6 +136,8 @@ def build_model(knobs, task, device):
         )
     if knobs.merge:
         model = lora.merge_and_unload(model)  # a plain model of transformers again
+    elif knobs.adapter != NO_ADAPTER and not knobs.compare_speed:
+        lora.merge_lora_weights(model)
     return model, tokenizer
 
 
