@@ -10,8 +10,10 @@ HERE = Path(__file__).parent
 # The lower bounds are what `.ci/versions oldest` tests.
 EXAMPLES = ["transformers>=4.51", "numpy", "tqdm", "scikit-learn", "scipy>=1.14", "matplotlib>=3.8"]
 EXAMPLES += ["sacrebleu>=2.4", "pycocoevalcap>=1.2"]
-# peft and torchao are what the exchange with PEFT and quantised weights are tested against.
+# peft, torchao and bitsandbytes are what the exchange with PEFT and quantised weights are tested against; accelerate's
+# hooks are to survive; pytest-xdist runs the suite in two processes.
 TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.18", "pytest-cov>=5", "peft>=0.21", "torchao>=0.18"]
+TEST += ["accelerate>=1.10", "bitsandbytes>=0.49", "pytest-xdist>=3.5"]
 
 setup(
     name="loralib",

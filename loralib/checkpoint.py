@@ -26,7 +26,7 @@ from loralib.adapters import (
 )
 from loralib.architectures import group_spec, unwrapped
 from loralib.formats import Adapter, check_metadata, read_native, read_upstream, write_native
-from loralib.inject import BIAS_MODES, Plan, check_bias_mode, own_names, plan_layers, put_adapter
+from loralib.inject import BIAS_MODES, Plan, check_bias_mode, check_not_offloaded, own_names, plan_layers, put_adapter
 from loralib.layers import _Adapted, _Groups, is_sharded, quiet_state, whole
 from loralib.peft_format import CONFIG, read_peft, write_peft
 from loralib.utils import match_modules_to_save, trained_state
@@ -153,6 +153,7 @@ def load_lora(
         plans, problems = _plan(modules, adapter.layers, merge_weights)
         own, misfits = _fit(modules, {name: plan.shapes for name, plan in plans.items()}, adapter, False)
         _refuse(path, model, problems + misfits)
+        check_not_offloaded(modules, own)
         put_adapter(model, name, plans, own)
         layers = _lora_layers(model)
     else:
@@ -371,7 +372,7 @@ def _fit(
             problems.append(f"{name}: {theirs.dtype} in the file, {dtype} in the model")
         elif trained and not _is_finite(theirs):
             problems.append(f"{name}: NaN or infinity in the file; load an earlier adapter")
-    if any(own_tensors(modules[path])["weight"].is_meta for path in shapes):
+    if any(tensor.is_meta for path in shapes for tensor in own_tensors(modules[path]).values()):
         problems.append("the model is on the meta device, which holds no values; load the base first")
     return own, problems
 

@@ -45,9 +45,9 @@ from loralib.layers import (
     check_groups,
     check_hyperparameters,
     is_conv1d,
-    is_quantized,
     matrix_shape,
 )
+from loralib.quantized import is_quantized
 
 __all__ = ["inject_lora"]
 
@@ -161,7 +161,9 @@ def inject_lora(
         raise ValueError(
             f"r={largest}: an update of that rank is low-rank for none of the targets; at most {widest} here"
         )
-    put_adapter(model, adapter_name, plans, own_names(modules, names, bias, saved))
+    own = own_names(modules, names, bias, saved)
+    check_not_offloaded(modules, own)
+    put_adapter(model, adapter_name, plans, own)
     return names
 
 
@@ -273,6 +275,18 @@ def plan_layers(modules: dict[str, nn.Module], specs: dict[str, dict], merge_wei
     return plans
 
 
+def check_not_offloaded(modules: dict[str, nn.Module], names: Iterable[str]) -> None:
+    """Raise ValueError if accelerate keeps the weights of one of the modules elsewhere and fetches them at each call."""
+    for name in names:
+        hook = vars(modules[name]).get("_hf_hook")
+        if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,))):
+            raise ValueError(
+                f"{name} is offloaded by accelerate, which would not find an adapter's tensors where it keeps the "
+                "base's; nothing was changed. Inject or load adapters first, and call accelerate.dispatch_model or "
+                "cpu_offload then"
+            )
+
+
 def put_adapter(model: nn.Module, adapter_name: str, plans: dict[str, Plan], own: dict[str, frozenset[str]]) -> None:
     """Put the planned layers, and copies of what else is the adapter's own, into `model`, and freeze all the rest.
 
@@ -290,7 +304,8 @@ def put_adapter(model: nn.Module, adapter_name: str, plans: dict[str, Plan], own
         done.add(id(module))
         adapter = {}
         if plan is not None:
-            weight = own_tensors(module)["weight"]
+            tensors = own_tensors(module)
+            weight = tensors.get("weight", next(iter(tensors.values())))
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
             A, B = (nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)) for shape in plan.shapes)
             plan.form.cls.draw(A, B)
@@ -381,7 +396,8 @@ def _plan(name: str, module: nn.Module, owner: nn.Module, spec: dict, merge_weig
     if issubclass(cls, _Adapted):  # made by hand
         cls = cls._base_class
     kind = next((kind for plain, kind in _KINDS.items() if issubclass(cls, plain)), None)
-    if is_conv1d(module) or cls.__name__ in LINEAR_BY_ANOTHER_NAME:
+    quantized = is_quantized(module)
+    if is_conv1d(module) or cls.__name__ in LINEAR_BY_ANOTHER_NAME or quantized:
         kind = _Matrix
     if kind is None:
         allowed = ", ".join(f"nn.{plain.__name__}" for plain in _KINDS)
@@ -389,8 +405,7 @@ def _plan(name: str, module: nn.Module, owner: nn.Module, spec: dict, merge_weig
             f"{name} is a {cls.__name__}, which LoRA cannot adapt; {allowed} and Conv1D it can. "
             "exclude_modules leaves layers out"
         )
-    weight = own_tensors(module).get("weight")
-    if weight is None:
+    if "weight" not in own_tensors(module) and not quantized:
         raise TypeError(f"{name} is a {cls.__name__} whose weight is computed, which LoRA cannot adapt")
     taken = sorted(vars(module).keys() & set(_Adapted.settings)) if not issubclass(type(module), _Adapted) else []
     if taken:
@@ -398,7 +413,6 @@ def _plan(name: str, module: nn.Module, owner: nn.Module, spec: dict, merge_weig
             f"{name} is a {cls.__name__} with attributes that a LoRA layer has too ({', '.join(taken)}); "
             "exclude_modules leaves layers out"
         )
-    quantized = is_quantized(weight)
     r, dropout = spec["r"], 0.0 if kind is _Table else spec["lora_dropout"]
     settings = {
         "r": r,

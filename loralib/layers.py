@@ -50,6 +50,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loralib.quantized import dequantized, is_quantized, merges
+
 # Plain, because mypy does not take a class of modules for hashable.
 _cached: Any = functools.cache
 _Layer = TypeVar("_Layer", bound="_InPlace")
@@ -298,7 +300,7 @@ class _Adapted(_InPlace):
         weight, *adapter = (self._parameters.get(name) for name in ("weight", "lora_A", "lora_B"))
         # `merged` without anything aside: merged by hand. No Parameter: torch.nn.utils computes it, and the branch
         # follows what it computes.
-        if self.merged or self.is_sharded() or weight is None or None in adapter:
+        if self.merged or self.is_sharded() or not merges(self) or weight is None or None in adapter:
             return
         # Outside inference mode, so that the tensor can be used in and out of it.
         with torch.inference_mode(False), torch.no_grad():
@@ -355,8 +357,8 @@ class _Adapted(_InPlace):
         return self.scaling, tensors, versions, bits
 
     def _sum(self, base: Tensor) -> Tensor:
-        if is_quantized(base):
-            base = base.dequantize()
+        if is_quantized(self):
+            base = dequantized(self)
         dtype = torch.promote_types(torch.promote_types(base.dtype, self.lora_A.dtype), torch.float32)
         with _full_precision(base.device):
             merged = self._add_delta(*(tensor.to(dtype) for tensor in (base, self.lora_A, self.lora_B)))
@@ -380,8 +382,8 @@ class _Adapted(_InPlace):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        base = self.base_weight()
-        if self._aside is not None:
+        base = None if self._aside is None else self.base_weight()
+        if self._aside is not None and base is not None:
             destination[f"{prefix}weight"] = base if keep_vars else base.detach()
             _tell_once(
                 "state_dict() of a merged layer holds the base weight, without the update, beside lora_A and lora_B; "
@@ -391,6 +393,10 @@ class _Adapted(_InPlace):
     def _load_from_state_dict(self, state: dict, prefix: str, metadata: dict, *args: Any) -> None:
         with self._unmerged():
             super()._load_from_state_dict(state, prefix, metadata, *args)
+            if self._base_class._load_from_state_dict is not nn.Module._load_from_state_dict:  # knows its own only
+                for key in ("lora_A", "lora_B"):
+                    if f"{prefix}{key}" in state and key in self._parameters:
+                        getattr(self, key).data.copy_(state[f"{prefix}{key}"])
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and self._aside is not None and is_sharded(value):
@@ -451,7 +457,9 @@ def _forward(self: Any, input: Any = None, x: Any = None) -> Tensor:
         return self._merged_forward(input)
     if self._disabled or not self.has_adapter:
         return self._plain_forward(input)
-    return self._adapted_forward(input, self._tensor("weight"))
+    parameters = self._parameters
+    weight = parameters["weight"] if "weight" in parameters else getattr(self, "weight", None)  # HQQ's layers have none
+    return self._adapted_forward(input, weight)
 
 
 def _train(self: Any, mode: bool = True) -> Any:
@@ -564,15 +572,6 @@ def _is_finite(number: float) -> bool:
         return math.isfinite(number)
     except OverflowError:  # an integer that no float reaches
         return False
-
-
-def is_quantized(weight: Tensor) -> bool:
-    """Whether `weight` is of a tensor subclass that stores rounded values and knows how to restore them (torchao).
-
-    >>> is_quantized(nn.Linear(4, 4).weight)
-    False
-    """
-    return type(weight).dequantize is not Tensor.dequantize
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -692,7 +691,7 @@ class _Matrix(_Adapted):
         return super()._plain_forward(x)
 
     def _base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        if self._product is None and weight is self._tensor("weight"):
+        if self._product is None and (weight is None or weight is self._tensor("weight")):
             return self._base_class.forward(self, x)
         return F.linear(x, weight.T if self.fan_in_fan_out else weight, self._tensor("bias"))
 

@@ -27,7 +27,8 @@ from loralib.adapters import own_tensors
 from loralib.architectures import default_modules_to_save, fused_layout, group_spec
 from loralib.formats import Adapter, read_safetensors, read_torch, sort_out, to_bytes, write_atomically
 from loralib.inject import compile_pattern, match_names, match_pattern
-from loralib.layers import _Adapted, _Groups, check_hyperparameters, is_conv1d, is_quantized, whole
+from loralib.layers import _Adapted, _Groups, check_hyperparameters, is_conv1d, whole
+from loralib.quantized import is_quantized
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -305,8 +306,10 @@ def _check_pattern(pattern: str) -> None:
 
 
 def _is_base_weight(name: str, tensor: Tensor, module: nn.Module | None) -> bool:
-    weight = own_tensors(module).get("weight") if module is not None and name.endswith(".weight") else None
-    if weight is None or weight.shape != tensor.shape or is_quantized(weight) or not tensor.is_floating_point():
+    if module is None or not name.endswith(".weight"):
+        return False
+    weight = own_tensors(module).get("weight")
+    if weight is None or weight.shape != tensor.shape or is_quantized(module) or not tensor.is_floating_point():
         return False
     return torch.equal(whole(weight.detach()).cpu(), tensor.to(weight.dtype))
 

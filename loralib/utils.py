@@ -20,7 +20,8 @@ from loralib.adapters import (
 )
 from loralib.architectures import DEFAULT_TARGET_MODULES
 from loralib.inject import check_bias_mode, inject_lora, is_bias, match_names
-from loralib.layers import LoRALayer, _Adapted, is_quantized, quiet_state, whole
+from loralib.layers import LoRALayer, _Adapted, quiet_state, whole
+from loralib.quantized import dequantized, is_quantized, make_float, merges
 
 __all__ = [
     "count_parameters",
@@ -105,11 +106,17 @@ def merge_lora_weights(model: nn.Module) -> nn.Module:
     True
 
     Raises:
-        ValueError: an adapter holds NaN or infinity, or `model` is sharded by `fully_shard`. Nothing has been changed
-            then.
+        ValueError: an adapter holds NaN or infinity, a layer is of bitsandbytes or HQQ, or `model` is sharded by
+            `fully_shard`. Nothing has been changed then.
     """
     check_whole(model)
     _check_finite(model)
+    for path, layer in model.named_modules():
+        if isinstance(layer, _Adapted) and not merges(layer):
+            raise ValueError(
+                f"{path} is a quantised {type(layer).__name__}, whose weight has no place for a sum; nothing was "
+                "merged. It computes the same unmerged; merge_and_unload(model, dequantize=True) gives plain layers"
+            )
     for layer in _lora_layers(model):
         layer.merge()
     return model
@@ -128,7 +135,7 @@ def unmerge_lora_weights(model: nn.Module) -> nn.Module:
     return model
 
 
-def merge_and_unload(model: nn.Module) -> nn.Module:
+def merge_and_unload(model: nn.Module, dequantize: bool = False) -> nn.Module:
     """Add the active adapter to the base for good and put plain layers back; return the model.
 
     The layers have their original classes and Parameter objects, and heads and biases of the adapter its values; no
@@ -141,20 +148,58 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
       (0): Linear(in_features=8, out_features=8, bias=True)
     )
 
+    Args:
+        model: a model with LoRA layers, in any state.
+        dequantize: make every quantised layer of the model, adapted or not, an `nn.Linear` in floating point first,
+            which is what one deploys after training on a 4-bit base. The memory grows accordingly.
+
     Raises:
-        ValueError: an adapter holds NaN or infinity, a weight is quantised, or `model` is sharded by `fully_shard`.
-            Nothing has been changed then.
+        ValueError: an adapter holds NaN or infinity, a weight is quantised and `dequantize` is false, or `model` is
+            sharded by `fully_shard`. Nothing has been changed then.
     """
     check_whole(model)
     _check_finite(model)
     for path, layer in model.named_modules():
-        if isinstance(layer, _Adapted) and layer.has_adapter and is_quantized(layer.base_weight()):
+        if isinstance(layer, _Adapted) and layer.has_adapter and is_quantized(layer) and not dequantize:
             raise ValueError(
-                f"{path}: the weight is quantised ({type(layer.base_weight()).__name__}), and the sum would have to be "
-                "rounded to it; nothing was merged. Keep the adapter apart, or load the base in floating point"
+                f"{path}: the weight is quantised ({_stored_as(layer)}), and the sum would have to be rounded to it; "
+                "nothing was merged. Keep the adapter apart, load the base in floating point, or pass dequantize=True "
+                "for plain layers in floating point"
             )
+    if dequantize:
+        _dequantize(model)
     _add_to_base(model)
     return unload(model)
+
+
+@torch.no_grad()
+def _dequantize(model: nn.Module) -> None:
+    unmerge_lora_weights(model)
+    made: dict[nn.Module, nn.Module] = {}
+    for layer in list(model.modules()):
+        if is_quantized(layer) and hasattr(layer, "in_features"):
+            stored = dequantized(layer)
+            adapted = isinstance(layer, _Adapted) and layer.has_adapter
+            weight = layer._sum(stored) if isinstance(layer, _Adapted) and adapted else stored
+            made[layer] = make_float(layer, weight.to(stored.dtype).clone())
+    for parent in model.modules():
+        for name, child in list(parent.named_children()):
+            if child in made:
+                setattr(parent, name, made[child])
+    # What transformers notes of a quantised model, and writes into its configuration.
+    config: Any = getattr(model, "config", None)
+    for holder, keys in ((model, _NOTES), (config, ("quantization_config", "_pre_quantization_dtype"))):
+        for key in keys:
+            if key in getattr(holder, "__dict__", {}):
+                delattr(holder, key)
+
+
+_NOTES = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
+
+
+def _stored_as(layer: nn.Module) -> str:
+    weight = layer._parameters.get("weight")
+    return type(weight).__name__ if weight is not None else type(layer).__name__
 
 
 def unload(model: nn.Module) -> nn.Module:

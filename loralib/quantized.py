@@ -1,0 +1,69 @@
+"""Layers whose weight is stored in few bits: which they are, and the weight that they compute with.
+
+They are known by their class or by the kind of their tensors, because the library imports none of the packages that
+make them: torchao (tensor subclasses), bitsandbytes (`Linear4bit`, `Linear8bitLt`), HQQ (`HQQLinear`), and plain float8
+tensors. An adapted one computes its own forward plus the low-rank branch.
+"""
+
+import copy
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CLASSES = ("Linear4bit", "Linear8bitLt", "HQQLinear")
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether the weight of `layer` is stored in another form than as floating-point numbers of 16 bits or more.
+
+    >>> is_quantized(nn.Linear(4, 4))
+    False
+    """
+    if _class_of(layer):
+        return True
+    weight = layer._parameters.get("weight")
+    return weight is not None and (_knows_its_values(weight) or not weight.is_floating_point() or weight.itemsize < 2)
+
+
+def dequantized(layer: Any) -> Tensor:
+    """Return the weight that a quantised `layer` computes with, (out_features, in_features)."""
+    kind, weight = _class_of(layer), layer._parameters.get("weight")
+    if kind == "HQQLinear":
+        return layer.dequantize()
+    if kind == "Linear4bit":
+        functions, data, state = sys.modules["bitsandbytes"].functional, weight.data, weight.quant_state
+        if getattr(state, "packing_format_for_cpu", False):  # what a forward in eval on a CPU makes of it
+            data, state = functions._convert_weight_packed_for_cpu_inverse(data.clone(), copy.deepcopy(state))
+        return functions.dequantize_4bit(data, state)
+    if kind == "Linear8bitLt":
+        stored, scales = (getattr(layer.state, key) for key in ("CB", "SCB"))
+        if stored is None:  # before the first forward
+            stored, scales = weight.CB, weight.SCB
+        if stored is None:  # before it is on its device
+            return weight.data
+        return stored.to(torch.float32) * scales.to(torch.float32)[:, None] / 127
+    return weight.dequantize() if _knows_its_values(weight) else weight.to(torch.float32)
+
+
+def merges(layer: nn.Module) -> bool:
+    """Whether `layer` can compute with a floating-point weight in the place of its own."""
+    return _class_of(layer) is None
+
+
+def make_float(layer: Any, weight: Tensor) -> nn.Linear:
+    """Return the `nn.Linear` that has `weight` and the bias of a quantised `layer`."""
+    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=layer.bias.requires_grad)
+    return plain.train(layer.training)
+
+
+def _class_of(layer: nn.Module) -> str | None:
+    return next((cls.__name__ for cls in type(layer).__mro__ if cls.__name__ in _CLASSES), None)
+
+
+def _knows_its_values(weight: Tensor) -> bool:
+    return type(weight).dequantize is not Tensor.dequantize

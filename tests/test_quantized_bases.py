@@ -1,0 +1,200 @@
+"""Bases whose weights are stored in few bits, of several packages: training, files, switching, unloading, dequantising.
+
+The oracle is the plain layer on the weights that the quantised one computes with. Packages that are not installed are
+skipped. Run alone: `pytest tests/test_quantized_bases.py`.
+"""
+
+import copy
+
+import pytest
+import torch
+from reference import randomize
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import loralib as lora
+
+WIDTH = 64
+
+
+class Model(nn.Module):
+    def __init__(self, quantize):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = quantize(nn.Linear(WIDTH, WIDTH)), quantize(nn.Linear(WIDTH, WIDTH, bias=False))
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x, saving=False):
+        run = (lambda layer, x: checkpoint(layer, x, use_reentrant=False)) if saving else (lambda layer, x: layer(x))
+        return self.head(run(self.second, run(self.first, x).relu()))
+
+
+def of_torchao(make):
+    def quantize(layer):
+        torchao = pytest.importorskip("torchao.quantization")
+        holder = nn.Sequential(layer)
+        torchao.quantize_(holder, make(torchao))
+        return holder[0]
+
+    return quantize
+
+
+def int4(torchao):
+    from torchao.quantization.granularity import PerGroup
+
+    return torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+
+
+def four_bit(kind, double):
+    def quantize(layer):
+        made = pytest.importorskip("bitsandbytes").nn.Linear4bit(
+            WIDTH, WIDTH, layer.bias is not None, torch.float32, compress_statistics=double, quant_type=kind
+        )
+        made.load_state_dict(layer.state_dict(), strict=False)
+        return made.to("cpu")
+
+    return quantize
+
+
+def eight_bit(layer):
+    made = pytest.importorskip("bitsandbytes").nn.Linear8bitLt(
+        WIDTH, WIDTH, layer.bias is not None, has_fp16_weights=False
+    )
+    made.load_state_dict(layer.state_dict(), strict=False)
+    return made.to("cpu")
+
+
+def half_quadratic(layer):
+    hqq = pytest.importorskip("hqq.core.quantize")
+    config = hqq.BaseQuantizeConfig(nbits=4, group_size=64)
+    return hqq.HQQLinear(layer.requires_grad_(False), config, compute_dtype=torch.float32, device="cpu")
+
+
+class ByteLinear(nn.Linear):
+    """A layer with float8 weights, as checkpoints have them: its forward widens them."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+def float8(layer):
+    made = ByteLinear(WIDTH, WIDTH, layer.bias is not None)
+    made.load_state_dict(layer.state_dict())
+    made.weight = nn.Parameter(made.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    return made
+
+
+QUANTIZED = {
+    "torchao int8": of_torchao(lambda torchao: torchao.Int8WeightOnlyConfig()),
+    "torchao int4": of_torchao(int4),
+    "torchao intx": of_torchao(lambda torchao: torchao.IntxWeightOnlyConfig()),
+    "bitsandbytes nf4": four_bit("nf4", False),
+    "bitsandbytes nf4, twice": four_bit("nf4", True),
+    "bitsandbytes fp4": four_bit("fp4", False),
+    "bitsandbytes int8": eight_bit,
+    "hqq": half_quadratic,
+    "float8": float8,
+}
+# bitsandbytes' int8 rounds the input as well, and on a CPU its 4-bit layers compute in bfloat16 in eval.
+TOLERANCE = {"bitsandbytes int8": 0.05, **dict.fromkeys([name for name in QUANTIZED if "4" in name], 0.01)}
+pytestmark = [
+    pytest.mark.parametrize("name", QUANTIZED),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:MatMul8bitLt:UserWarning"),
+]
+
+
+def made(name):
+    """The quantised model, and the plain one on the weights that it computes with."""
+    model = Model(QUANTIZED[name])
+    plain = lora.merge_and_unload(copy.deepcopy(model), dequantize=True)
+    return model, plain
+
+
+def adapted(name):
+    torch.manual_seed(1)
+    model, plain = made(name)
+    for each in (model, plain):
+        lora.inject_lora(each, r=2, target_modules=["first", "second"], modules_to_save=["head"])
+    randomize(model)
+    plain.load_state_dict(lora.lora_state_dict(model), strict=False)
+    return model, plain, torch.randn(5, WIDTH)
+
+
+def close(actual, wanted, name):
+    bound = TOLERANCE.get(name, 2e-5) * (1 + wanted.abs().max().item())
+    torch.testing.assert_close(actual, wanted, rtol=0, atol=bound)
+
+
+def test_dequantised_is_what_it_computes_with(name):
+    model, plain = made(name)
+    assert type(plain.first) is type(plain.second) is nn.Linear and plain.first.weight.dtype.is_floating_point
+    x = torch.randn(5, WIDTH)
+    close(plain(x), model(x), name)
+
+
+@pytest.mark.parametrize("saving", [False, True])
+def test_outputs_and_gradients_are_those_of_the_plain_layer(name, saving):
+    model, plain, x = adapted(name)
+    outputs = []
+    for each in (model, plain):
+        given = x.clone().requires_grad_()
+        out = each(given, saving)
+        out.square().sum().backward()
+        outputs.append((out.detach(), given.grad))
+    for actual, wanted in zip(*outputs, strict=True):
+        close(actual, wanted, name)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 6 and all(p.dtype == torch.float32 for p in trained.values())
+    for key, parameter in trained.items():
+        close(parameter.grad, plain.get_parameter(key).grad, name)
+
+
+def test_eval_does_not_merge_and_merging_is_right_or_refused(name):
+    model, plain, x = adapted(name)
+    for module in model.modules():
+        if hasattr(module, "merge_weights"):
+            assert not module.merge_weights
+    assert not model.eval().first.merged
+    close(model(x), plain(x), name)
+    with pytest.raises(ValueError, match="first: the weight is quantised .*nothing was merged.*dequantize=True"):
+        lora.merge_and_unload(model)
+    try:
+        lora.merge_lora_weights(model)
+    except ValueError as error:
+        assert "first is a quantised" in str(error) and not model.first.merged
+    close(model(x), plain(x), name)
+
+
+def test_merged_for_good(name):
+    model, plain, x = adapted(name)
+    wanted = plain(x).detach()
+    with torch.no_grad():
+        model.eval()(x)  # bitsandbytes packs its weights anew in that
+    merged = lora.merge_and_unload(model, dequantize=True)
+    assert type(merged.first) is nn.Linear and not lora.list_adapters(merged)
+    close(merged(x), wanted, name)
+
+
+def test_files_switching_disabling_unloading(name, tmp_path):
+    model, _, x = adapted(name)
+    model.eval()
+    first = model(x).detach()
+    lora.save_lora(model, tmp_path / "a.safetensors")
+    lora.save_lora(model, tmp_path / "peft", format="peft")
+    lora.inject_lora(model, r=3, target_modules=["first"], adapter_name="other")
+    randomize(model)
+    other = model(x).detach()
+    lora.set_adapter(model, "default")
+    assert torch.equal(model(x), first)
+    lora.set_adapter(model, "other")
+    assert torch.equal(model(x), other)
+    with lora.disable_adapters(model):
+        base = model(x).detach()
+    lora.unload(model)
+    assert torch.equal(model(x), base) and [type(m) for m in model.modules()] == [
+        type(m) for m in Model(QUANTIZED[name]).modules()
+    ]
+    for file in ("a.safetensors", "peft"):
+        again = copy.deepcopy(model)
+        lora.load_lora(again, tmp_path / file)
+        close(again(x), first, name)
