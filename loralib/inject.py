@@ -276,7 +276,7 @@ def plan_layers(modules: dict[str, nn.Module], specs: dict[str, dict], merge_wei
 
 
 def check_not_offloaded(modules: dict[str, nn.Module], names: Iterable[str]) -> None:
-    """Raise ValueError if accelerate keeps the weights of one of the modules elsewhere and fetches them at each call."""
+    """Raise ValueError if accelerate keeps the weights of one of the modules elsewhere and fetches them for a call."""
     for name in names:
         hook = vars(modules[name]).get("_hf_hook")
         if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,))):

@@ -138,6 +138,7 @@ class _Merged(NamedTuple):
     base: nn.Parameter
     weight: nn.Parameter
     made_from: tuple
+    adapter: list[Tensor]  # copies on a CPU, since writes through `.data` leave no trace in version counters
     sums: tuple[Tensor, ...]
 
 
@@ -150,7 +151,7 @@ class _Adapted(_InPlace):
     # The attributes that an adapter puts on a layer.
     settings = (
         *("r", "lora_alpha", "scaling", "lora_dropout", "merged", "merge_weights"),
-        *("enable_lora", "group_sizes", "interleave", "fan_in_fan_out", "_aside", "_disabled"),
+        *("enable_lora", "group_sizes", "interleave", "fan_in_fan_out", "_aside", "_disabled", "_inner"),
     )
     weight: Tensor
     lora_A: nn.Parameter
@@ -256,8 +257,10 @@ class _Adapted(_InPlace):
         records = (
             torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or not isinstance(x, Tensor)
         )
-        if not records and not _same(self._made_from(aside.base), aside.made_from):
-            self.merge()
+        if not records:
+            same = _same(self._made_from(aside.base), aside.made_from)
+            if not same or (aside.adapter and not all(map(torch.equal, (A, B), aside.adapter))):
+                self.merge()
         return self._plain_forward(x)
 
     def delta_weight(self) -> Tensor:
@@ -305,7 +308,8 @@ class _Adapted(_InPlace):
         # Outside inference mode, so that the tensor can be used in and out of it.
         with torch.inference_mode(False), torch.no_grad():
             merged = nn.Parameter(self._sum(weight.detach()), requires_grad=False)
-            self._aside = _Merged(weight, merged, self._made_from(weight), _sums(merged))
+            copies = [tensor.detach().clone() for tensor in (self.lora_A, self.lora_B) if tensor.is_cpu]
+            self._aside = _Merged(weight, merged, self._made_from(weight), copies, _sums(merged))
         self._parameters["weight"] = merged
         self.merged = True
 
@@ -351,10 +355,7 @@ class _Adapted(_InPlace):
 
     def _made_from(self, base: Tensor) -> tuple:
         tensors = base, self._tensor("lora_A"), self._tensor("lora_B")
-        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-        # Writes through `.data` leave no trace in version counters. Elsewhere than on a CPU one would have to wait.
-        bits = [int(_bits(tensor).sum()) for tensor in tensors[1:] if tensor.is_cpu]
-        return self.scaling, tensors, versions, bits
+        return self.scaling, tensors, [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
     def _sum(self, base: Tensor) -> Tensor:
         if is_quantized(self):
@@ -603,8 +604,7 @@ def _is_exporting() -> bool:
 
 
 def _same(then: tuple, now: tuple) -> bool:
-    unchanged = then[0] == now[0] and then[2:] == now[2:]
-    return bool(unchanged) and all(a is b for a, b in zip(then[1], now[1], strict=True))
+    return bool(then[0] == now[0]) and then[2] == now[2] and all(a is b for a, b in zip(then[1], now[1], strict=True))
 
 
 def _is_view(tensor: Tensor, of: Tensor) -> bool:
@@ -625,10 +625,11 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _sums(tensor: Tensor) -> tuple[Tensor, ...]:
+    # Any change of one number, and any exchange of two, changes a sum; the samples tell of changes to all.
     if tensor.is_meta:
         return ()
     bits = _bits(tensor)
-    return bits.sum(0), bits.sum(1)
+    return bits.sum(0), bits.sum(1), bits.flatten()[:: max(1, bits.numel() // 4096)].clone()
 
 
 _told = False
@@ -809,8 +810,7 @@ class _Groups(_Matrix):
     """A linear layer that computes several projections at once."""
 
     enable_lora: list[bool]
-    group_sizes: list[int]
-    interleave: int
+    interleave = 1
 
     @classmethod
     def shapes(cls, layer: Any, settings: dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -818,11 +818,17 @@ class _Groups(_Matrix):
         sizes, r = [size for size, enabled in pairs if enabled], settings["r"]
         return (r * len(sizes), matrix_shape(layer)[0]), (sum(sizes), r)
 
-    def __setstate__(self, state: dict) -> None:
-        if "group_sizes" not in state:  # of loralib 0.1.2
-            groups = len(state["enable_lora"])
-            state = {**state, "group_sizes": [state["out_features"] // groups] * groups, "interleave": 1}
-        super().__setstate__({key: value for key, value in state.items() if key != "lora_ind"})
+    @property
+    def group_sizes(self) -> list[int]:
+        """How many rows each group has."""
+        if "group_sizes" in vars(self):
+            return vars(self)["group_sizes"]
+        # Layers of 0.1.2, and clients' that go past the constructor, have equal shares.
+        return [self.out_features // len(self.enable_lora)] * len(self.enable_lora)
+
+    @group_sizes.setter
+    def group_sizes(self, sizes: list[int]) -> None:
+        vars(self)["group_sizes"] = sizes
 
     def _full_B(self, B: Tensor) -> Tensor:
         # Each block on its group's rows and columns, zero elsewhere: (n g, r) -> (o, n r).
@@ -846,7 +852,13 @@ class _Groups(_Matrix):
     @property
     def lora_ind(self) -> Tensor:
         """Which rows of the output have an update, as booleans."""
+        if "lora_ind" in vars(self):  # a client's
+            return vars(self)["lora_ind"]
         return self.zero_pad(torch.ones(len(self.lora_B), dtype=torch.bool, device=self.lora_B.device))
+
+    @lora_ind.setter
+    def lora_ind(self, rows: Tensor) -> None:
+        vars(self)["lora_ind"] = rows
 
     def zero_pad(self, x: Tensor) -> Tensor:
         """Return the rows `x` of the adapted groups among zeros for the others: (n g, ...) -> (o, ...)."""
@@ -1086,7 +1098,9 @@ class _Kernel(_Adapted):
     @property
     def conv(self) -> nn.Module:
         """The plain convolution, on the same Parameters: what 0.1.2 has as an inner module."""
-        inner = self._base_class.__new__(self._base_class)
+        if "_inner" in vars(self):  # with the hooks and attributes that it got
+            return self._inner
+        inner = vars(self)["_inner"] = self._base_class.__new__(self._base_class)
         nn.Module.__init__(inner)
         own = {key: value for key, value in vars(self).items() if key[0] != "_" and key not in self.settings}
         vars(inner).update(own, _reversed_padding_repeated_twice=self._reversed_padding_repeated_twice)
@@ -1099,17 +1113,26 @@ class _Kernel(_Adapted):
         sizes = ("in_channels", "out_channels", "kernel_size", "groups")
         if not isinstance(value, self._base_class) or any(getattr(value, k) != getattr(self, k) for k in sizes):
             raise ValueError(f"conv={value}: must be a {self._base_class.__name__} of the layer's own sizes, {self}")
-        with self._unmerged():
-            plain = {key: setting for key, setting in vars(value).items() if key[0] != "_" and key != "training"}
-            vars(self).update(plain, _reversed_padding_repeated_twice=value._reversed_padding_repeated_twice)
-            self._parameters.update(value._parameters)
+        plain = {key: setting for key, setting in vars(value).items() if key[0] != "_" and key != "training"}
+        vars(self).update(plain, _reversed_padding_repeated_twice=value._reversed_padding_repeated_twice)
+        self._parameters.update(value._parameters)  # into a merged layer as a merged weight, as in 0.1.2
+        vars(self).pop("_inner", None)
+
+    def __getattr__(self, name: str) -> Any:
+        # torch.nn.utils.prune, given the inner layer, makes the weight an attribute of it.
+        if name == "weight" and "weight" not in self._parameters and "_inner" in vars(self):
+            return self._inner.weight
+        return super().__getattr__(name)
+
+    def _plain_forward(self, x: Tensor) -> Tensor:
+        return self._inner(x) if "_inner" in vars(self) else super()._plain_forward(x)
 
     def _base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._convolve(x, weight, self._tensor("bias"))
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not isinstance(self, nn.modules.conv._ConvTransposeNd):
-            return self._conv_forward(x, weight, bias)  # type: ignore[operator]
+            return self._conv_forward(x, weight, bias)
         layer: Any = self
         dimensions = len(layer.kernel_size)
         sizes = layer.stride, layer.padding, layer.kernel_size, dimensions, layer.dilation
@@ -1118,8 +1141,10 @@ class _Kernel(_Adapted):
         return function(x, weight, bias, *sizes[:2], output_padding, self.groups, layer.dilation)
 
     def _adapted_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        # A client's own convolution may compute with any function of the weight.
+        of_torch = type(self)._conv_forward in _CONV_FORWARDS  # type: ignore[attr-defined]
         drops = self.training and self.lora_dropout is not _identity
-        if drops or self._narrow_is_cheaper(x):
+        if of_torch and (drops or self._narrow_is_cheaper(x)):
             return super()._adapted_forward(x, weight)
         delta = self._scaled_delta(torch.promote_types(weight.dtype, self._tensor("lora_A").dtype))
         return self._base_forward(x, (weight + delta).to(weight.dtype))
@@ -1175,6 +1200,9 @@ class _Kernel(_Adapted):
             modules = {name: module for name, module in state["_modules"].items() if name != "conv"}
             state = {**vars(inner), **state, "_parameters": parameters, "_modules": modules}
         super().__setstate__(state)
+
+
+_CONV_FORWARDS = [cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)]
 
 
 def _kernel_shape(layer: Any) -> tuple[int, int]:

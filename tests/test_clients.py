@@ -813,7 +813,7 @@ def pruned(lib, kind, how):
         prune.l1_unstructured(holder(layer), "weight", amount=0.4)
     else:
         prune.custom_from_mask(holder(layer), "weight", holder(layer).weight.abs() > 0.3)
-    values = [layer(x), prune.is_pruned(layer)]
+    values = [layer(x), prune.is_pruned(holder(layer))]
     prune.remove(holder(layer), "weight")
     return [*values, layer(x), weight(layer) == 0, *run(layer, x, (False, True, False))]
 

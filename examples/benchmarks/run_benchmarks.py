@@ -12,6 +12,7 @@ once, in an order drawn anew, and a ratio is the median of the rounds' ratios, w
 benchmark.json, benchmark.png.
 
     layers      one layer, forward and backward: shapes, ranks, numbers of tokens, dropout, precisions
+    convolutions  one convolution, forward and backward: kernels of 1, 3 and 7, 32 to 512 channels
     steps       a training step: forward, backward and fused AdamW of GPT-2 and RoBERTa, on CUDA GPT-2 and Llama
     generation  32 tokens, one by one, with the adapter beside the weights and merged into them
     operations  putting an adapter into GPT-2, merging, saving, loading and switching it
@@ -98,6 +99,8 @@ LARGE = Suite(
 SHAPES = {"square": (768, 768, False), "q, k, v": (768, 2304, True), "MLP": (768, 3072, False)}
 RANKS, TOKENS, DROPOUTS = (4, 16, 64), (32, 1024), (0.0, 0.1)
 TINY = (64, 64, False)
+# Of convolutions: kernels, and by channels the side of the image.
+KERNELS, SIDES = (1, 3, 7), {32: 32, 128: 16, 512: 8}
 
 
 class Bar(NamedTuple):
@@ -114,13 +117,18 @@ BARS = [
     Bar("GPT-2 small, query and value, r=4: step", "gpt2_qv", "floor", 1.03),
     Bar("GPT-2 small, query and value, r=4: step", "gpt2_qv", "upstream", 0.88),
     Bar("4 layers, all linear, r=16: step", "gpt2_all", "floor", 1.02),
-    Bar("4 layers, all linear, r=16, dropout 0.05: step", "gpt2_all_dropout", "peft", 0.92),
+    Bar("4 layers, all linear, r=16, dropout 0.05: step", "gpt2_all_dropout", "peft", 0.95),
     Bar("4 layers, all linear, r=16, dropout 0.05: saved", "gpt2_all_dropout", "peft", 0.85, "saved_bytes"),
     Bar("one MergedLinear, forward and backward", "q, k, v, r=4, 1024 tokens, fp32", "upstream", 0.50),
     Bar("a tiny layer, forward", "tiny", "peft", 0.60),
     Bar("merged generation", "generation_all merged", "floor", 1.0),
     Bar("unmerged generation", "generation_all", "peft", 0.85),
     *(Bar(what, what, "peft", 0.7) for what in ("inject", "merge", "save", "load")),
+    Bar("switch", "switch", "peft", 1.0),
+    *(
+        Bar(f"one Conv2d, {case}: forward and backward", f"Conv2d, {case}", "upstream", 1.05)
+        for case in (f"k={k}, {channels} channels" for k in KERNELS for channels in SIDES)
+    ),
     Bar("import beyond torch", "import", None, 0.05),
     *(
         Bar(f"{work.title}: {title}", case, "peft", most, what)
@@ -129,7 +137,7 @@ BARS = [
     ),
 ]
 PRECISIONS = ("fp32", "bf16")
-LEVELS = ("layers", "steps", "generation", "operations", "import")
+LEVELS = ("layers", "convolutions", "steps", "generation", "operations", "import")
 
 
 @dataclass
@@ -208,6 +216,20 @@ def layers(knobs, device, names, precisions):
     calls = {name: systems.layer_of(name, i, o, groups, 4, 0.0).to(device) for name in names}
     calls = {name: lambda layer=layer: layer(x) for name, layer in calls.items()}
     cases["tiny"] = compare(f"{i} to {o}, r=4, 1 token, forward alone", calls, knobs, device)
+    return cases
+
+
+def convolutions(knobs, device, names):
+    """One convolution of as many channels as it reads, r=8: forward, and backward to the input and the adapter."""
+    cases = {}
+    for k, (channels, side) in itertools.product(KERNELS, SIDES.items()):
+        x = torch.randn(4, channels, side, side, device=device, requires_grad=True)
+        calls = {}
+        for name in names:
+            layer = systems.convolution_of(name, channels, k, 8).to(device)
+            calls[name] = functools.partial(forward_and_backward, layer, x, "fp32")
+        title = f"Conv2d, k={k}, {channels} channels"
+        cases[title] = compare(title, calls, knobs, device, batch=4, side=side, r=8)
     return cases
 
 
@@ -357,12 +379,7 @@ def operations(knobs, device, names, work):
 
 
 def merge(model):
-    """Merge at once what is otherwise merged at first use."""
-    lora.merge_lora_weights(model.eval())
-    for layer in model.modules():
-        if isinstance(layer, lora.LoRALayer):
-            layer.weight  # noqa: B018
-    return model
+    return lora.merge_lora_weights(model.eval())
 
 
 def merge_by_peft(model):
@@ -458,6 +475,7 @@ def measure_all(knobs):
     suite = LARGE if device.type == "cuda" else SMALL
     calls = {
         "layers": lambda: layers(knobs, device, names, precisions),
+        "convolutions": lambda: convolutions(knobs, device, names),
         "steps": lambda: steps(knobs, device, names, suite.steps),
         "generation": lambda: generation(knobs, device, names, suite.generations),
         "operations": lambda: operations(knobs, device, names, suite.adapted),

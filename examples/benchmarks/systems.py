@@ -211,7 +211,20 @@ def layer_of(system, i, o, groups, r, dropout):
     if system in ("ours", "upstream"):
         module = lora if system == "ours" else load_upstream(UPSTREAM)
         return module.MergedLinear(i, o, **options, **enable) if groups else module.Linear(i, o, **options)
-    layer = nn.Linear(i, o)
+    return _plain_or_peft(system, nn.Linear(i, o), options)
+
+
+def convolution_of(system, channels, k, r):
+    """A convolution with a square kernel, of as many channels as it reads."""
+    torch.manual_seed(0)
+    options = {"r": r, "lora_alpha": ALPHA}
+    if system in ("ours", "upstream"):
+        module = lora if system == "ours" else load_upstream(UPSTREAM)
+        return module.Conv2d(channels, channels, k, padding=k // 2, **options)
+    return _plain_or_peft(system, nn.Conv2d(channels, channels, k, padding=k // 2), options)
+
+
+def _plain_or_peft(system, layer, options):
     if system == "floor":
         return layer.requires_grad_(False)
     if system == "full":
