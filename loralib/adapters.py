@@ -7,6 +7,7 @@ active adapter's stand in for. Switching exchanges entries of `_parameters` and 
 `state_dict()` holds the active adapter alone, under the plain names.
 """
 
+import copy
 import sys
 import types
 from collections.abc import Callable
@@ -52,7 +53,7 @@ class Place:
     """The adapters of one module.
 
     Attributes:
-        plain: the class that the module had at first, and has again when the place is gone.
+        plain: the form that the module had at first, and has again when the place is gone.
         base: its form while no adapter is in it.
         now: its form at present, without the settings, which are the module's.
         parts: by adapter.
@@ -63,7 +64,7 @@ class Place:
     """
 
     def __init__(self, module: nn.Module):
-        self.plain = type(module)
+        self.plain = Form(type(module))
         self.parts: dict[str, Part] = {}
         self.active: str | None = None
         self.replaced: dict[str, Any] = {}
@@ -79,7 +80,7 @@ class Place:
                 self.active = self.current = DEFAULT_NAME
         else:
             self.base = Form(adapted(type(module), None))
-            change_class(module, self.plain, self.base.cls)
+            change_class(module, self.plain.cls, self.base.cls)
         self.now = Form(self.base.cls)
         vars(module)["_place"] = self
 
@@ -89,7 +90,13 @@ class Place:
         if name != self.active:
             return part.tensors
         there = {**_tensors(module), **(self.replaced if self.suspended else {})}
-        return {key: there[key] for key in part.own}
+        missing = sorted(part.own - there.keys())
+        if missing:
+            raise ValueError(
+                f"{', '.join(missing)} of {module} is computed, by torch.nn.utils.prune or parametrize; remove the "
+                "pruning or parametrization first"
+            )
+        return {key: tensor for key, tensor in there.items() if key in part.own}  # in the order of the module
 
     def base_tensors(self) -> dict[str, Tensor]:
         """The tensors of the base that are not in the module at present."""
@@ -101,13 +108,15 @@ class Place:
         name = name if name in self.parts else None
         if name == self.active:
             return
+        vars(module).pop("_disabled", None)  # what comes within disable_adapters does compute
         if self.active is not None:
             part = self.parts[self.active]
             if isinstance(module, _Adapted):
                 module.unmerge()
-                part.form = Form(self.now.cls, _take_settings(module))
             part.tensors = self.tensors(module, self.active)
-            for key in part.own - self.replaced.keys():
+            if isinstance(module, _Adapted):
+                part.form = Form(self.now.cls, _take_settings(module))
+            for key in part.tensors.keys() - self.replaced.keys():
                 delattr(module, key)
             for key, tensor in self.replaced.items():
                 setattr(module, key, tensor)
@@ -121,13 +130,30 @@ class Place:
             for key, tensor in part.tensors.items():
                 setattr(module, key, tensor)
             part.tensors, form, part.form = {}, part.form or self.base, None
-        _take_settings(module)
+        if isinstance(module, _Adapted):
+            _take_settings(module)
         change_class(module, self.now.cls, form.cls)
         for key, value in form.settings.items():
             setattr(module, key, value)
         if isinstance(form.settings.get("lora_dropout"), nn.Module):
             form.settings["lora_dropout"].train(module.training)
         self.now = Form(form.cls)
+
+    @property
+    def shown(self) -> str | None:
+        """The adapter that a state dict of the module is of: None while heads and biases are the base's."""
+        return None if self.suspended else self.current
+
+    def put_into(self, state: dict) -> None:
+        """Put a copy of the place into the state of its module, with the adapter's heads and biases in theirs."""
+        place = copy.copy(self)
+        place.parts = {name: Part(part.own, dict(part.tensors), part.form) for name, part in self.parts.items()}
+        place.replaced, place.suspended = dict(self.replaced), False
+        if self.suspended:
+            for kind in ("_parameters", "_buffers"):
+                for key in state[kind].keys() & self.replaced.keys():
+                    state[kind][key], place.replaced[key] = self.replaced[key], state[kind][key]
+        state["_place"] = place
 
     def suspend(self, module: nn.Module) -> None:
         """Put the base's heads and biases in for a while."""
@@ -153,7 +179,7 @@ class Place:
         """Make the module what it was before it had a place."""
         self.put(module, None)
         del vars(module)["_place"]
-        change_class(module, self.base.cls, self.plain)
+        change_class(module, self.base.cls, self.plain.cls)
 
     def _exchange(self, module: nn.Module) -> None:
         there = _tensors(module)
@@ -275,22 +301,31 @@ def add_part(
         tensor = there[key]
         is_parameter = isinstance(tensor, nn.Parameter)
         if id(tensor) not in copies:
-            copy = tensor.detach().clone()
-            copies[id(tensor)] = nn.Parameter(copy, copy.is_floating_point()) if is_parameter else copy
+            clone = tensor.detach().clone()
+            copies[id(tensor)] = nn.Parameter(clone, clone.is_floating_point()) if is_parameter else clone
         tensors[key] = copies[id(tensor)]
     place.parts[name] = Part(own, tensors, before.form if before and form is None else form)
 
 
 def make_plain(layer: _Adapted) -> None:
-    """Make a layer that was made by hand the layer of torch that it is without its adapter."""
+    """Make a layer that was made by hand the layer of torch that it is without its adapter.
+
+    One of a client's class, which may compute something else, stays what it is, with rank 0.
+    """
     layer.unmerge()
+    own = type(layer).__mro__[hasattr(layer, "parametrizations")]
+    if not own.__module__.startswith("loralib."):
+        for key in LORA_NAMES & layer._parameters.keys():
+            delattr(layer, key)
+        layer.r, layer.scaling, layer.lora_dropout = 0, 0.0, _identity
+        return
     if getattr(layer, "fan_in_fan_out", False):
         layer.weight = nn.Parameter(layer.base_weight().detach().T.contiguous(), requires_grad=False)
     for key in LORA_NAMES & layer._parameters.keys():
         delattr(layer, key)
     _take_settings(layer)
     # What torch.nn.utils.parametrize made of its class stays.
-    change_class(layer, type(layer).__mro__[hasattr(layer, "parametrizations")], layer._base_class)
+    change_class(layer, own, layer._base_class)
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -347,6 +382,9 @@ def put(model: nn.Module, adapter_name: str | None, found: list[tuple[nn.Module,
     changing = [(module, place) for module, place in found if place.active != adapter_name or place.suspended]
     if any(adapter_name in place.parts or place.active for _, place in changing):
         check_whole(model)
+    for module, place in changing:
+        if place.active is not None:
+            place.tensors(module, place.active)  # for its error, before anything changes
     merged = any(module._aside is not None for module, _ in changing if isinstance(module, _Adapted))
     for _, place in found:
         place.adapters, place.current = adapters, adapter_name
@@ -374,13 +412,26 @@ def any_sharded(model: nn.Module) -> bool:
 
 
 def check_whole(model: nn.Module) -> None:
-    """Raise ValueError if `fully_shard` shards `model`: it keeps hold of the modules, and of their weights as parts."""
+    """Raise ValueError if the weights of `model` are not here: `fully_shard` keeps parts, accelerate offloads them."""
+    check_not_offloaded({name: module for name, module in model.named_modules() if isinstance(module, _InPlace)})
     if any_sharded(model):
         raise ValueError(
             f"{type(model).__name__} is sharded by fully_shard, which allows neither to replace its layers nor to "
             "merge them; nothing was changed. Inject, load, switch or unload adapters before fully_shard; to merge, "
             "save the adapter with lora.save_lora and load it in one process that has the whole base"
         )
+
+
+def check_not_offloaded(modules: dict[str, nn.Module]) -> None:
+    """Raise ValueError if accelerate keeps the weights of a module elsewhere and fetches them for a call."""
+    for name, module in modules.items():
+        hook = vars(module).get("_hf_hook")
+        if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,))):
+            raise ValueError(
+                f"{name} is offloaded by accelerate, which would not find an adapter's tensors where it keeps the "
+                "base's; nothing was changed. Inject, load, switch, merge, save or unload adapters first, and call "
+                "accelerate.dispatch_model or cpu_offload then; accelerate.hooks.remove_hook_from_submodules undoes it"
+            )
 
 
 def check_adapter_name(adapter_name: str) -> None:

@@ -18,6 +18,7 @@ from loralib.adapters import (
     any_sharded,
     base_modules,
     check_adapter_name,
+    check_not_offloaded,
     check_whole,
     list_adapters,
     own_tensors,
@@ -26,7 +27,7 @@ from loralib.adapters import (
 )
 from loralib.architectures import group_spec, unwrapped
 from loralib.formats import Adapter, check_metadata, read_native, read_upstream, write_native
-from loralib.inject import BIAS_MODES, Plan, check_bias_mode, check_not_offloaded, own_names, plan_layers, put_adapter
+from loralib.inject import BIAS_MODES, Plan, check_bias_mode, own_names, plan_layers, put_adapter
 from loralib.layers import _Adapted, _Groups, is_sharded, quiet_state, whole
 from loralib.peft_format import CONFIG, read_peft, write_peft
 from loralib.utils import match_modules_to_save, trained_state
@@ -92,6 +93,7 @@ def save_lora(
     layers = _lora_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapters to save; call lora.inject_lora(model, ...) first")
+    check_not_offloaded(dict(layers))
     adapter = _collect(model, layers, bias, modules_to_save)
     adapter.metadata = metadata or {}
     adapter.tensors = {key: whole(tensor) for key, tensor in adapter.tensors.items()}
@@ -153,7 +155,7 @@ def load_lora(
         plans, problems = _plan(modules, adapter.layers, merge_weights)
         own, misfits = _fit(modules, {name: plan.shapes for name, plan in plans.items()}, adapter, False)
         _refuse(path, model, problems + misfits)
-        check_not_offloaded(modules, own)
+        check_not_offloaded({path: modules[path] for path in own})
         put_adapter(model, name, plans, own)
         layers = _lora_layers(model)
     else:

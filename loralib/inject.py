@@ -18,6 +18,7 @@ from loralib.adapters import (
     adopt,
     base_modules,
     check_adapter_name,
+    check_not_offloaded,
     check_whole,
     list_adapters,
     own_tensors,
@@ -37,6 +38,7 @@ from loralib.layers import (
     _Adapted,
     _Groups,
     _identity,
+    _InPlace,
     _Kernel,
     _Matrix,
     _Table,
@@ -162,7 +164,7 @@ def inject_lora(
             f"r={largest}: an update of that rank is low-rank for none of the targets; at most {widest} here"
         )
     own = own_names(modules, names, bias, saved)
-    check_not_offloaded(modules, own)
+    check_not_offloaded({name: modules[name] for name in own})
     put_adapter(model, adapter_name, plans, own)
     return names
 
@@ -275,18 +277,6 @@ def plan_layers(modules: dict[str, nn.Module], specs: dict[str, dict], merge_wei
     return plans
 
 
-def check_not_offloaded(modules: dict[str, nn.Module], names: Iterable[str]) -> None:
-    """Raise ValueError if accelerate keeps the weights of one of the modules elsewhere and fetches them for a call."""
-    for name in names:
-        hook = vars(modules[name]).get("_hf_hook")
-        if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,))):
-            raise ValueError(
-                f"{name} is offloaded by accelerate, which would not find an adapter's tensors where it keeps the "
-                "base's; nothing was changed. Inject or load adapters first, and call accelerate.dispatch_model or "
-                "cpu_offload then"
-            )
-
-
 def put_adapter(model: nn.Module, adapter_name: str, plans: dict[str, Plan], own: dict[str, frozenset[str]]) -> None:
     """Put the planned layers, and copies of what else is the adapter's own, into `model`, and freeze all the rest.
 
@@ -392,8 +382,10 @@ def compile_pattern(key: str) -> re.Pattern:
 
 def _plan(name: str, module: nn.Module, owner: nn.Module, spec: dict, merge_weights: bool) -> Plan:
     place = vars(module).get("_place")
-    cls: Any = place.plain if place else type(module)
+    cls: Any = place.plain.cls if place else type(module)
+    client: Any = None
     if issubclass(cls, _Adapted):  # made by hand
+        client = None if cls.__module__.startswith("loralib.") else cls
         cls = cls._base_class
     kind = next((kind for plain, kind in _KINDS.items() if issubclass(cls, plain)), None)
     quantized = is_quantized(module)
@@ -407,7 +399,7 @@ def _plan(name: str, module: nn.Module, owner: nn.Module, spec: dict, merge_weig
         )
     if "weight" not in own_tensors(module) and not quantized:
         raise TypeError(f"{name} is a {cls.__name__} whose weight is computed, which LoRA cannot adapt")
-    taken = sorted(vars(module).keys() & set(_Adapted.settings)) if not issubclass(type(module), _Adapted) else []
+    taken = [] if isinstance(module, _Adapted) else sorted(_names_of(cls, module) & _names_of_ours(kind))
     if taken:
         raise TypeError(
             f"{name} is a {cls.__name__} with attributes that a LoRA layer has too ({', '.join(taken)}); "
@@ -431,11 +423,35 @@ def _plan(name: str, module: nn.Module, owner: nn.Module, spec: dict, merge_weig
     if 0 in shapes[0]:
         raise ValueError(f"{name} would get no adapter: r={r}, enable_lora={spec.get('enable_lora')}")
     branch = quantized or cls.forward in _FORWARDS or cls.__name__ in ("Conv1D", *LINEAR_BY_ANOTHER_NAME)
-    # A forward that was put on the object may have kept that of its class, and would go past the branch.
-    forward = vars(module).get("forward")
-    follows = forward is None or "_old_forward" in vars(module) or getattr(forward, "__self__", None) is module
+    # A forward that was put on the object may have kept that of its class, and would go past the branch; a wrapper's is
+    # made to follow where what it has kept is just that.
+    kept = [vars(module)[key] for key in ("_old_forward", "forward") if key in vars(module)][:1]
+    follows = all(getattr(forward, "__func__", None) is type(module).forward for forward in kept)
     computed = not quantized and (not branch or not follows or is_read_from_outside(owner, name))
+    if computed and getattr(module, "max_norm", None) is not None:
+        raise TypeError(
+            f"{name} is a {cls.__name__} with max_norm={module.max_norm} and a forward of its own, which would bound "
+            "the sum of weight and update; exclude_modules leaves layers out"
+        )
+    if client is not None:
+        if not issubclass(client, kind):
+            raise TypeError(f"{name} is a {client.__name__}, made by hand, which cannot become a layer of another kind")
+        return Plan(Form(client, settings), shapes)
     return Plan(Form(adapted(cls, kind, branch and follows, computed), settings), shapes)
+
+
+def _names_of(cls: type, module: nn.Module) -> set[str]:
+    # What a class adds to torch's, and what a module has of its own.
+    torchs = next((plain.__mro__ for plain in _KINDS if issubclass(cls, plain)), nn.Module.__mro__)
+    own = {key for each in cls.__mro__ if each not in torchs for key in vars(each)}
+    return own | vars(module).keys() | module._modules.keys()
+
+
+def _names_of_ours(kind: type) -> set[str]:
+    ours = {key for each in kind.__mro__ if each.__module__.startswith("loralib.") for key in vars(each)}
+    return (
+        (ours | set(_Adapted.settings)) - set(dir(nn.Module)) - set(vars(_InPlace)) - {"__annotations__", "__getattr__"}
+    )
 
 
 def _widest(plan: Plan) -> int:

@@ -32,8 +32,9 @@ Two laws hold in every state (training, eval, merged or not, after loading, movi
 Merging puts another Parameter, W + scaling * B A, in the place of `weight` and keeps the base aside. Its price is a
 copy of the adapted weights while it lasts. A forward that finds A, B, `scaling` or W changed since merges anew. What is
 written into the merged `weight` itself counts, as in 0.1.2: unmerging then leaves what was written, less the update.
-Layers that `torch.distributed.fsdp.fully_shard` shards stay unmerged, as every process would keep the whole copy. One
-limit: on a GPU, a write into A, B or W through `.data` leaves no trace, and shows after the next `eval()` or merge.
+Layers that `torch.distributed.fsdp.fully_shard` shards stay unmerged, as every process would keep the whole copy. A
+limit: a write through `.data` into W, which something else may share, or on a GPU into A or B, leaves no trace, and
+shows after the next `eval()` or merge.
 """
 
 import contextlib
@@ -111,10 +112,18 @@ class _InPlace(nn.Module):
         recipe = vars(type(self)).get("_recipe")
         return super().__reduce_ex__(protocol) if recipe is None else (_restore, recipe, self.__getstate__())
 
+    def __getstate__(self) -> dict:
+        # Dicts of its own, since a shallow copy of the module would share them, and another class or merging would not.
+        state = dict(super().__getstate__())
+        state.update({key: dict(state[key]) for key in ("_parameters", "_buffers", "_modules")})
+        if self._place is not None:
+            self._place.put_into(state)
+        return state
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._place is not None and hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]]["adapter"] = self._place.current
+            destination._metadata[prefix[:-1]]["adapter"] = self._place.shown
         if self._place is not None and len(self._place.adapters) > 1:
             _tell_once(
                 f"state_dict() of this model holds its base and the active adapter, {self._place.current!r}, and none "
@@ -122,11 +131,11 @@ class _InPlace(nn.Module):
             )
 
     def _load_from_state_dict(self, state: dict, prefix: str, metadata: dict, *args: Any) -> None:
-        made_with, place = metadata.get("adapter"), self._place
-        if made_with is not None and place is not None and made_with in place.adapters - {place.current}:
+        place = self._place
+        if place is not None and metadata.get("adapter", place.shown) in {None, *place.adapters} - {place.shown}:
             args[-1].append(
-                f"{prefix[:-1]}: the checkpoint was made under the adapter {made_with!r}, the model computes with "
-                f"{place.current!r}; call lora.set_adapter(model, {made_with!r}) first"
+                f"{prefix[:-1]}: the checkpoint was made under the adapter {metadata['adapter']!r} (None: within "
+                f"disable_adapters), the model computes with {place.shown!r}; call lora.set_adapter(model, ...) first"
             )
             return
         super()._load_from_state_dict(state, prefix, metadata, *args)
@@ -151,7 +160,7 @@ class _Adapted(_InPlace):
     # The attributes that an adapter puts on a layer.
     settings = (
         *("r", "lora_alpha", "scaling", "lora_dropout", "merged", "merge_weights"),
-        *("enable_lora", "group_sizes", "interleave", "fan_in_fan_out", "_aside", "_disabled", "_inner"),
+        *("enable_lora", "group_sizes", "interleave", "fan_in_fan_out", "_aside", "_inner"),
     )
     weight: Tensor
     lora_A: nn.Parameter
@@ -225,43 +234,50 @@ class _Adapted(_InPlace):
         return self._base_class.forward(self, x)
 
     def _merged_forward(self, x: Tensor) -> Tensor:
+        base = self._base_apart(recorded=not isinstance(x, Tensor))
+        return self._plain_forward(x) if base is None else self._adapted_forward(x, base)
+
+    def _base_apart(self, recorded: bool = False) -> Tensor | None:
+        """Of a merged layer, the weight to which the update has to be added just now; None: it is right as it is.
+
+        Merges anew what is stale, unless what is computed is `recorded` by somebody.
+        """
         aside = self._aside
         if aside is None or not self.has_adapter:  # merged by hand, disabled, or stripped of its adapter
-            return self._plain_forward(x)
+            return None
         weight, A, B = (self._parameters.get(name) for name in ("weight", "lora_A", "lora_B"))
         if weight is None or A is None or B is None:  # computed by torch.nn.utils, or a replica of nn.DataParallel
-            return self._plain_forward(x)
+            return None
+        if _is_exporting():  # what is exported does not change
+            return None
         _, of_A, of_B = aside.made_from[1]
         replaced = A is not of_A or B is not of_B
         if weight is not aside.weight:
             if _is_view(weight, aside.base):  # put in by torch.func, as the next ones
-                return self._adapted_forward(x, weight)
+                return weight
             if _is_view(weight, aside.weight):
-                return self._adapted_forward(x, aside.base) if replaced else self._plain_forward(x)
+                return aside.base if replaced else None
             if replaced or not isinstance(weight, nn.Parameter):
                 raise RuntimeError(
                     f"{self} is merged, and was given another weight by torch.func or by hand: whether the update is "
                     "in it already cannot be told; call lora.unmerge_lora_weights(model) before that"
                 )
-            return self._plain_forward(x)  # a merged weight of the user's, as in 0.1.2
+            return None  # a merged weight of the user's, as in 0.1.2
         if not isinstance(A, nn.Parameter) or not isinstance(B, nn.Parameter):
-            return self._adapted_forward(x, aside.base)
-        # A compiled graph cannot see that the merged weight is stale; an exported one never is.
-        compiled = torch.compiler.is_compiling() and not _is_exporting()
-        if compiled or (aside.base.requires_grad and torch.is_grad_enabled()):
-            return self._adapted_forward(x, aside.base)
+            return aside.base
+        if aside.base.requires_grad != weight.requires_grad:  # set since
+            aside.base.requires_grad_(weight.requires_grad)
+        # A compiled graph cannot see that the merged weight is stale.
+        if torch.compiler.is_compiling() or (weight.requires_grad and torch.is_grad_enabled()):
+            return aside.base
         if not self.merged:  # somebody has set it
             self._unmerge()
-            return self._adapted_forward(x, self._tensor("weight"))
-        # Neither while somebody records what is computed, as torch.export, torch.jit.trace and torch.fx do.
-        records = (
-            torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or not isinstance(x, Tensor)
-        )
-        if not records:
+            return self._tensor("weight")
+        if not recorded and torch._C._get_tracing_state() is None:
             same = _same(self._made_from(aside.base), aside.made_from)
             if not same or (aside.adapter and not all(map(torch.equal, (A, B), aside.adapter))):
                 self.merge()
-        return self._plain_forward(x)
+        return None
 
     def delta_weight(self) -> Tensor:
         """Return scaling * B A in the layout of `weight`, in float32 or wider.
@@ -296,22 +312,23 @@ class _Adapted(_InPlace):
 
     def merge(self) -> None:
         """Put W + scaling * B A in the place of `weight`, anew if it is there already."""
-        if self._aside is not None:
-            self._unmerge()
+        self._take_over()
         if self._disabled or not self.has_adapter:
             self.merged = True
-        weight, *adapter = (self._parameters.get(name) for name in ("weight", "lora_A", "lora_B"))
-        # `merged` without anything aside: merged by hand. No Parameter: torch.nn.utils computes it, and the branch
-        # follows what it computes.
-        if self.merged or self.is_sharded() or not merges(self) or weight is None or None in adapter:
+        if self.merged and self._aside is None:  # by hand
+            return
+        base = self._parameters.get("weight") if self._aside is None else self._aside.base
+        A, B = self._parameters.get("lora_A"), self._parameters.get("lora_B")
+        # No Parameter: torch.nn.utils computes it, and the branch follows what it computes.
+        if self.is_sharded() or not merges(self) or base is None or A is None or B is None:
             return
         # Outside inference mode, so that the tensor can be used in and out of it.
         with torch.inference_mode(False), torch.no_grad():
-            merged = nn.Parameter(self._sum(weight.detach()), requires_grad=False)
-            copies = [tensor.detach().clone() for tensor in (self.lora_A, self.lora_B) if tensor.is_cpu]
-            self._aside = _Merged(weight, merged, self._made_from(weight), copies, _sums(merged))
-        self._parameters["weight"] = merged
-        self.merged = True
+            merged = nn.Parameter(self._sum(base.detach()), requires_grad=base.requires_grad)
+            copies = [tensor.detach().clone() for tensor in (A, B) if tensor.is_cpu]
+            aside = _Merged(base, merged, self._made_from(base), copies, _sums(merged))
+        # At no moment is the base in place: another thread may be in a forward.
+        self._parameters["weight"], self._aside, self.merged = merged, aside, True
 
     def unmerge(self) -> None:
         """Put the base Parameter back; what was merged by hand has the update subtracted, as in 0.1.2."""
@@ -324,7 +341,10 @@ class _Adapted(_InPlace):
     def _unmerge(self) -> None:
         self._take_over()
         if self._aside is not None:
-            self._parameters["weight"] = self._aside.base
+            base, weight = self._aside.base, self._aside.weight
+            if base.requires_grad != weight.requires_grad:  # set while merged
+                base.requires_grad_(weight.requires_grad)
+            self._parameters["weight"] = base
         self._aside, self.merged = None, False
 
     def _take_over(self) -> None:
@@ -344,7 +364,8 @@ class _Adapted(_InPlace):
         if weight is aside.weight:
             aside.base.data.copy_(weight.data)
             base = aside.base
-        self._subtract(base)
+        if not _is_view(weight, aside.base):  # somebody has put the base back
+            self._subtract(base)
         self._parameters["weight"], self._aside, self.merged = base, None, False
         self.merge()
 
@@ -371,7 +392,8 @@ class _Adapted(_InPlace):
     def is_sharded(self) -> bool:
         """Whether `fully_shard` shards the layer."""
         # Remembered, because in a forward, and at the root also after one, fully_shard puts ordinary Parameters in.
-        self._sharded = self._sharded or any(map(is_sharded, self._parameters.values()))
+        if any(map(is_sharded, self._parameters.values())):
+            self._sharded = True
         return self._sharded
 
     # What nn.Module does with a layer.
@@ -422,12 +444,14 @@ class _Adapted(_InPlace):
                 self.merge()
 
     def __getstate__(self) -> dict:
-        state = dict(super().__getstate__())
         if self._aside is not None:
-            base = self.base_weight()
-            if self._aside is not None:
-                state["_parameters"] = {**self._parameters, "weight": base}
-                state.update(merged=False, _aside=None, _merge_again=True)
+            self._take_over()
+        state = super().__getstate__()
+        if self._aside is not None:
+            state["_parameters"]["weight"] = self._aside.base
+            state.update(merged=False, _aside=None, _merge_again=True)
+        elif state.pop("_disabled", False):  # for a while; `merged` says what is to be afterwards
+            state.update(merged=False, _merge_again=self.merged)
         return state
 
     def __setstate__(self, state: dict) -> None:
@@ -481,13 +505,29 @@ def _reset_parameters(self: Any) -> None:
         self.reset_lora_parameters()
 
 
-def _computed_weight(self: Any) -> Tensor:
+def _computed_weight(self: Any) -> Any:
     """W + scaling * B A, differentiable: for layers whose weight is read past their forward, or by a forward that is
     nobody's but theirs."""
-    weight = self._parameters.get("weight")
-    if weight is None or self.merged or self._disabled or not self.has_adapter:
+    weight = self._parameters.get("weight", vars(self).get("weight"))
+    if weight is None or self._disabled or not self.has_adapter:
         return weight
+    if self.merged or self._aside is not None:
+        base = self._base_apart(recorded=_is_traced_by_fx())
+        return self._parameters["weight"] if base is None else self._sum(base)
+    if _is_traced_by_fx():
+        raise RuntimeError(
+            f"{self} computes with the sum of its weight and its update, which torch.fx cannot follow; trace what "
+            "lora.merge_and_unload(model) returns"
+        )
     return self._sum(weight)
+
+
+def _set_computed_weight(self: Any, value: Any) -> None:
+    vars(self)["weight"] = value  # a replica of nn.DataParallel, or torch's pruning
+
+
+def _is_traced_by_fx() -> bool:
+    return bool(torch.fx._symbolic_trace.is_fx_tracing())
 
 
 def _repr_with_settings(self: Any) -> str:
@@ -522,7 +562,7 @@ def adapted(cls: Any, kind: Any, branch: bool = True, computed: bool = False) ->
     else:
         members["forward"] = cls.forward
     if computed:
-        members["weight"] = property(_computed_weight)
+        members["weight"] = property(_computed_weight, _set_computed_weight)
     if cls.__repr__ is not nn.Module.__repr__:
         members["__repr__"] = _repr_with_settings
     # Under the class of ours that it is like, if there is one, so that isinstance(layer, lora.Linear) is true.
@@ -1154,18 +1194,20 @@ class _Kernel(_Adapted):
             return self._delta(self.lora_A.to(dtype), self.lora_B.to(dtype)) * self.scaling
 
     def _narrow_is_cheaper(self, x: Any) -> bool:
-        # By the products that an update takes beside the base, and three times as many where it is trained: either a
-        # convolution to r p p channels and a mixing of those, or B A and the gradient of a whole weight.
+        # Either a convolution to r p p channels and a mixing of those, or B A, the sum and the gradient of a whole
+        # weight: by their products, and by the numbers that they move, one of which takes as long as some hundred
+        # products. The products of few channels run at a third of the speed.
         if self.groups > 1 or not isinstance(x, Tensor) or isinstance(self, nn.modules.conv._ConvTransposeNd):
             return False  # with groups the rows of B A do not fall into groups; such a weight is small
         rows, columns = _kernel_shape(self)
-        channels, kernel = self.lora_B.shape[1] * rows, rows * columns
+        rank, kernel, size = self.lora_B.shape[1], rows * columns, self._tensor("weight").numel()
         places = x.numel() // self.in_channels // math.prod(self.stride)
-        narrow = places * channels * (self.in_channels * kernel + self.out_channels)
-        whole = self.out_channels * self.in_channels * kernel * self.lora_B.shape[1]
+        narrow = 3 * places * rank * rows * (self.in_channels * kernel + self.out_channels)
+        narrow += 270 * places * self.out_channels
+        whole = size * rank + 80 * size
         if not (torch.is_grad_enabled() and self.lora_A.requires_grad):
             return narrow < whole
-        return 3 * narrow < 3 * whole + places * self.out_channels * self.in_channels * kernel
+        return 3 * narrow < 3 * whole + places * size
 
     def _lora_forward(self, x: Tensor) -> Tensor:
         narrow = self._narrow_is_cheaper(x)

@@ -256,9 +256,10 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
         for module, place in heads:
             place.resume(module)
         for layer in layers:
-            merged, layer._disabled, layer.merged = layer.merged, False, False
-            if merged:
-                layer.merge()
+            if vars(layer).pop("_disabled", False):  # otherwise another adapter has come, or none
+                merged, layer.merged = layer.merged, False
+                if merged:
+                    layer.merge()
 
 
 class ParameterCount(NamedTuple):
