@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loralib.layers import _Adapted, _identity, _InPlace, adapted, is_sharded
+from loralib.layers import _Adapted, _identity, _InPlace, _Kernel, adapted, is_sharded
 
 __all__ = ["active_adapter", "delete_adapter", "list_adapters", "set_adapter"]
 
@@ -118,8 +118,7 @@ class Place:
                 part.form = Form(self.now.cls, _take_settings(module))
             for key in part.tensors.keys() - self.replaced.keys():
                 delattr(module, key)
-            for key, tensor in self.replaced.items():
-                setattr(module, key, tensor)
+            _set_tensors(module, self.replaced)
             self.replaced = {}
         self.active = name
         form = self.base
@@ -127,16 +126,16 @@ class Place:
             part = self.parts[name]
             there = _tensors(module)
             self.replaced = {key: there[key] for key in part.tensors if key in there}
-            for key, tensor in part.tensors.items():
-                setattr(module, key, tensor)
+            _set_tensors(module, part.tensors)
             part.tensors, form, part.form = {}, part.form or self.base, None
         if isinstance(module, _Adapted):
             _take_settings(module)
         change_class(module, self.now.cls, form.cls)
         for key, value in form.settings.items():
-            setattr(module, key, value)
-        if isinstance(form.settings.get("lora_dropout"), nn.Module):
-            form.settings["lora_dropout"].train(module.training)
+            if isinstance(value, nn.Module):
+                module._modules[key] = value.train(module.training)
+            else:
+                vars(module)[key] = value
         self.now = Form(form.cls)
 
     @property
@@ -183,13 +182,27 @@ class Place:
 
     def _exchange(self, module: nn.Module) -> None:
         there = _tensors(module)
-        for key, tensor in self.replaced.items():
-            setattr(module, key, tensor)
-            self.replaced[key] = there[key]
+        _set_tensors(module, self.replaced)
+        self.replaced = {key: there[key] for key in self.replaced}
 
 
 def _tensors(module: nn.Module) -> dict[str, Any]:
     return {**module._buffers, **module._parameters}
+
+
+def _set_tensors(module: nn.Module, tensors: dict[str, Any]) -> None:
+    # By setattr where a class watches it, as recurrent layers do.
+    watched = type(module).__setattr__ not in _UNWATCHED
+    for key, tensor in tensors.items():
+        if watched:
+            setattr(module, key, tensor)
+        elif isinstance(tensor, nn.Parameter):
+            module._parameters[key] = tensor
+        else:
+            module._buffers[key] = tensor
+
+
+_UNWATCHED = (nn.Module.__setattr__, _Adapted.__setattr__, _Kernel.__setattr__)
 
 
 def _take_settings(module: nn.Module) -> dict[str, Any]:
@@ -260,10 +273,9 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
     Raises:
         ValueError: `model` has no such adapter, or is sharded by `fully_shard`. Nothing has been changed then.
     """
-    found = places(model)
-    if not any(adapter_name in place.parts for _, place in found):
+    if not any(adapter_name in place.parts for _, place in places(model)):
         check_present(model, adapter_name)
-    put(model, adapter_name, found)
+    put(model, adapter_name)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -344,7 +356,23 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def places(model: nn.Module) -> list[tuple[nn.Module, Place]]:
     """Return the modules of `model` that have a place, with it."""
-    return [(module, vars(module)["_place"]) for module in model.modules() if "_place" in vars(module)]
+    return _places(_all_modules(model))
+
+
+def _places(modules: list[nn.Module]) -> list[tuple[nn.Module, Place]]:
+    return [(module, module.__dict__["_place"]) for module in modules if "_place" in module.__dict__]
+
+
+def _all_modules(model: nn.Module) -> list[nn.Module]:
+    # As list(model.modules()), whose nested generators take several times as long.
+    found: dict[nn.Module, None] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found[module] = None
+            waiting += [child for child in reversed(module._modules.values()) if child is not None]
+    return list(found)
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -375,13 +403,14 @@ def adopt(model: nn.Module) -> None:
         Place(layer)
 
 
-def put(model: nn.Module, adapter_name: str | None, found: list[tuple[nn.Module, Place]] | None = None) -> None:
+def put(model: nn.Module, adapter_name: str | None) -> None:
     """Put adapter `adapter_name`, or the base for None, into every place of `model`."""
-    found = places(model) if found is None else found
+    modules = _all_modules(model)
+    found = _places(modules)
     adapters = frozenset(name for _, place in found for name in place.parts)
     changing = [(module, place) for module, place in found if place.active != adapter_name or place.suspended]
     if any(adapter_name in place.parts or place.active for _, place in changing):
-        check_whole(model)
+        check_whole(model, modules)
     for module, place in changing:
         if place.active is not None:
             place.tensors(module, place.active)  # for its error, before anything changes
@@ -402,19 +431,22 @@ def _made_by_hand(model: nn.Module) -> list[_Adapted]:
     ]
 
 
-def any_sharded(model: nn.Module) -> bool:
+def any_sharded(model: nn.Module, modules: list[nn.Module] | None = None) -> bool:
     """Whether `fully_shard` shards `model` or a part of it; just after a forward not all Parameters tell."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and imported if it is in use
     kinds = getattr(fsdp, "FSDPModule", ())
-    return any(
-        isinstance(module, kinds) or any(map(is_sharded, module._parameters.values())) for module in model.modules()
-    )
+    for module in _all_modules(model) if modules is None else modules:
+        if isinstance(module, kinds) or any(is_sharded(tensor) for tensor in module._parameters.values()):
+            return True
+    return False
 
 
-def check_whole(model: nn.Module) -> None:
+def check_whole(model: nn.Module, modules: list[nn.Module] | None = None) -> None:
     """Raise ValueError if the weights of `model` are not here: `fully_shard` keeps parts, accelerate offloads them."""
-    check_not_offloaded({name: module for name, module in model.named_modules() if isinstance(module, _InPlace)})
-    if any_sharded(model):
+    modules = _all_modules(model) if modules is None else modules
+    if any("_hf_hook" in module.__dict__ for module in modules):
+        check_not_offloaded({name: m for name, m in dict(model.named_modules()).items() if isinstance(m, _InPlace)})
+    if any_sharded(model, modules):
         raise ValueError(
             f"{type(model).__name__} is sharded by fully_shard, which allows neither to replace its layers nor to "
             "merge them; nothing was changed. Inject, load, switch or unload adapters before fully_shard; to merge, "

@@ -634,7 +634,7 @@ def whole(tensor: Any) -> Tensor:
 
 
 def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
@@ -1190,7 +1190,8 @@ class _Kernel(_Adapted):
         return self._base_forward(x, (weight + delta).to(weight.dtype))
 
     def _scaled_delta(self, dtype: torch.dtype) -> Tensor:
-        with _full_precision(self._tensor("lora_A").device):
+        device = self._tensor("lora_A").device
+        with _full_precision(device):
             return self._delta(self.lora_A.to(dtype), self.lora_B.to(dtype)) * self.scaling
 
     def _narrow_is_cheaper(self, x: Any) -> bool:
@@ -1203,7 +1204,7 @@ class _Kernel(_Adapted):
         rank, kernel, size = self.lora_B.shape[1], rows * columns, self._tensor("weight").numel()
         places = x.numel() // self.in_channels // math.prod(self.stride)
         narrow = 3 * places * rank * rows * (self.in_channels * kernel + self.out_channels)
-        narrow += 270 * places * self.out_channels
+        narrow += 400 * places * self.out_channels
         whole = size * rank + 80 * size
         if not (torch.is_grad_enabled() and self.lora_A.requires_grad):
             return narrow < whole
