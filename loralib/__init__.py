@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from loralib import layers, utils
 from loralib.adapters import active_adapter, delete_adapter, list_adapters, set_adapter
 from loralib.checkpoint import load_lora, read_metadata, save_lora
+from loralib.core import LoRALayer
 from loralib.inject import inject_lora
-from loralib.layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Embedding, Linear, LoRALayer, MergedLinear
+from loralib.layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Embedding, Linear, MergedLinear
 from loralib.utils import (
     count_parameters,
     disable_adapters,

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loralib.layers import _Adapted, _identity, _InPlace, _Kernel, adapted, is_sharded
+from loralib.core import Adapted, InPlace, adapted, identity, is_sharded
+from loralib.layers import Kernel
 
 __all__ = ["active_adapter", "delete_adapter", "list_adapters", "set_adapter"]
 
@@ -71,8 +72,8 @@ class Place:
         self.suspended = False
         self.adapters: frozenset[str] = frozenset()
         self.current: str | None = None
-        if isinstance(module, _Adapted):  # made by hand: without its adapter it is a layer of rank 0
-            rank_zero = {"r": 0, "scaling": 0.0, "lora_dropout": _identity, "merged": False, "_aside": None}
+        if isinstance(module, Adapted):  # made by hand: without its adapter it is a layer of rank 0
+            rank_zero = {"r": 0, "scaling": 0.0, "lora_dropout": identity, "merged": False, "_aside": None}
             here = {key: getattr(module, key) for key in module.settings if hasattr(module, key)}
             self.base = Form(type(module), {**here, **rank_zero})
             if module.has_adapter:
@@ -111,10 +112,10 @@ class Place:
         vars(module).pop("_disabled", None)  # what comes within disable_adapters does compute
         if self.active is not None:
             part = self.parts[self.active]
-            if isinstance(module, _Adapted):
+            if isinstance(module, Adapted):
                 module.unmerge()
             part.tensors = self.tensors(module, self.active)
-            if isinstance(module, _Adapted):
+            if isinstance(module, Adapted):
                 part.form = Form(self.now.cls, _take_settings(module))
             for key in part.tensors.keys() - self.replaced.keys():
                 delattr(module, key)
@@ -128,7 +129,7 @@ class Place:
             self.replaced = {key: there[key] for key in part.tensors if key in there}
             _set_tensors(module, part.tensors)
             part.tensors, form, part.form = {}, part.form or self.base, None
-        if isinstance(module, _Adapted):
+        if isinstance(module, Adapted):
             _take_settings(module)
         change_class(module, self.now.cls, form.cls)
         for key, value in form.settings.items():
@@ -202,12 +203,12 @@ def _set_tensors(module: nn.Module, tensors: dict[str, Any]) -> None:
             module._buffers[key] = tensor
 
 
-_UNWATCHED = (nn.Module.__setattr__, _Adapted.__setattr__, _Kernel.__setattr__)
+_UNWATCHED = (nn.Module.__setattr__, Adapted.__setattr__, Kernel.__setattr__)
 
 
 def _take_settings(module: nn.Module) -> dict[str, Any]:
     taken = {}
-    for key in _Adapted.settings:
+    for key in Adapted.settings:
         for store in (vars(module), module._modules):
             if key in store:
                 taken[key] = store.pop(key)
@@ -319,7 +320,7 @@ def add_part(
     place.parts[name] = Part(own, tensors, before.form if before and form is None else form)
 
 
-def make_plain(layer: _Adapted) -> None:
+def make_plain(layer: Adapted) -> None:
     """Make a layer that was made by hand the layer of torch that it is without its adapter.
 
     One of a client's class, which may compute something else, stays what it is, with rank 0.
@@ -329,7 +330,7 @@ def make_plain(layer: _Adapted) -> None:
     if not own.__module__.startswith("loralib."):
         for key in LORA_NAMES & layer._parameters.keys():
             delattr(layer, key)
-        layer.r, layer.scaling, layer.lora_dropout = 0, 0.0, _identity
+        layer.r, layer.scaling, layer.lora_dropout = 0, 0.0, identity
         return
     if getattr(layer, "fan_in_fan_out", False):
         layer.weight = nn.Parameter(layer.base_weight().detach().T.contiguous(), requires_grad=False)
@@ -344,12 +345,12 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the Parameters and saved buffers of a module itself, by name; those of the base, without A and B."""
     buffers = {key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set}
     found = {key: value for key, value in {**module._parameters, **buffers}.items() if value is not None}
-    if isinstance(module, _InPlace):
+    if isinstance(module, InPlace):
         if module._place is not None:
             found.update(module._place.base_tensors())
-        if isinstance(module, _Adapted) and "weight" in found:
+        if isinstance(module, Adapted) and "weight" in found:
             found["weight"] = found["weight"] if module._aside is None else module.base_weight()
-        if module._place is not None or isinstance(module, _Adapted):
+        if module._place is not None or isinstance(module, Adapted):
             found = {key: value for key, value in found.items() if key not in LORA_NAMES}
     return found
 
@@ -382,7 +383,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules(remove_duplicate=False):
         if not name.startswith(layer):
             modules[name] = module
-            if isinstance(module, _Adapted):
+            if isinstance(module, Adapted):
                 layer = name + "."
     return modules
 
@@ -414,20 +415,20 @@ def put(model: nn.Module, adapter_name: str | None) -> None:
     for module, place in changing:
         if place.active is not None:
             place.tensors(module, place.active)  # for its error, before anything changes
-    merged = any(module._aside is not None for module, _ in changing if isinstance(module, _Adapted))
+    merged = any(module._aside is not None for module, _ in changing if isinstance(module, Adapted))
     for _, place in found:
         place.adapters, place.current = adapters, adapter_name
     for module, place in changing:
         place.put(module, adapter_name)
-        if isinstance(module, _Adapted) and (merged or (module.merge_weights and not module.training)):
+        if isinstance(module, Adapted) and (merged or (module.merge_weights and not module.training)):
             module.merge()
 
 
-def _made_by_hand(model: nn.Module) -> list[_Adapted]:
+def _made_by_hand(model: nn.Module) -> list[Adapted]:
     return [
         module
         for module in model.modules()
-        if isinstance(module, _Adapted) and module.has_adapter and module._place is None
+        if isinstance(module, Adapted) and module.has_adapter and module._place is None
     ]
 
 
@@ -445,7 +446,7 @@ def check_whole(model: nn.Module, modules: list[nn.Module] | None = None) -> Non
     """Raise ValueError if the weights of `model` are not here: `fully_shard` keeps parts, accelerate offloads them."""
     modules = _all_modules(model) if modules is None else modules
     if any("_hf_hook" in module.__dict__ for module in modules):
-        check_not_offloaded({name: m for name, m in dict(model.named_modules()).items() if isinstance(m, _InPlace)})
+        check_not_offloaded({name: m for name, m in dict(model.named_modules()).items() if isinstance(m, InPlace)})
     if any_sharded(model, modules):
         raise ValueError(
             f"{type(model).__name__} is sharded by fully_shard, which allows neither to replace its layers nor to "

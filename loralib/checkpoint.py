@@ -26,9 +26,10 @@ from loralib.adapters import (
     set_adapter,
 )
 from loralib.architectures import group_spec, unwrapped
+from loralib.core import Adapted, is_sharded, quiet_state, whole
 from loralib.formats import Adapter, check_metadata, read_native, read_upstream, write_native
 from loralib.inject import BIAS_MODES, Plan, check_bias_mode, own_names, plan_layers, put_adapter
-from loralib.layers import _Adapted, _Groups, is_sharded, quiet_state, whole
+from loralib.layers import Groups
 from loralib.peft_format import CONFIG, read_peft, write_peft
 from loralib.utils import match_modules_to_save, trained_state
 
@@ -236,7 +237,7 @@ def _as_held(held: Any, tensor: Tensor) -> Tensor:
 
 
 def _collect(
-    model: nn.Module, layers: dict[str, _Adapted], bias: str, modules_to_save: Sequence[str] | str | None
+    model: nn.Module, layers: dict[str, Adapted], bias: str, modules_to_save: Sequence[str] | str | None
 ) -> Adapter:
     check_bias_mode(bias)
     modules = base_modules(model)
@@ -270,7 +271,7 @@ def _owned_whole(modules: dict[str, nn.Module], own: dict[str, frozenset[str]]) 
 def _read_for(
     path: Path,
     modules: dict[str, nn.Module],
-    present: dict[str, _Adapted],
+    present: dict[str, Adapted],
     lora_alpha: float | None,
     enable_lora: Sequence[bool],
     heads: bool,
@@ -307,7 +308,7 @@ def _leave_out_heads(adapter: Adapter) -> None:
     adapter.modules_to_save = []
 
 
-def _differences(present: dict[str, _Adapted], specs: dict[str, dict]) -> list[str]:
+def _differences(present: dict[str, Adapted], specs: dict[str, dict]) -> list[str]:
     problems = [f"{name}: the file adapts it, the model does not" for name in specs if name not in present]
     problems += [f"{name}: the model adapts it, the file does not" for name in present if name not in specs]
     for name in sorted(specs.keys() & present.keys()):
@@ -400,9 +401,9 @@ def _add_own(
     put(model, adapter_name)
 
 
-def _lora_layers(model: nn.Module) -> dict[str, _Adapted]:
+def _lora_layers(model: nn.Module) -> dict[str, Adapted]:
     """The LoRA layers of the active adapter, by name."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, _Adapted)}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
     return {name: module for name, module in found.items() if module.has_adapter}
 
 
@@ -412,12 +413,12 @@ def _base_model(model: nn.Module) -> str | None:
     return os.path.basename(os.path.abspath(name)) if name and os.path.isdir(name) else name
 
 
-def _spec(layer: _Adapted) -> dict:
+def _spec(layer: Adapted) -> dict:
     spec = {"r": layer.r, "lora_alpha": layer.lora_alpha, "scaling": layer.scaling}
     return {**spec, "lora_dropout": getattr(layer.lora_dropout, "p", 0.0), **_groups(layer)}
 
 
-def _groups(layer: _Adapted) -> dict:
-    if not isinstance(layer, _Groups):
+def _groups(layer: Adapted) -> dict:
+    if not isinstance(layer, Groups):
         return {}
     return group_spec(layer.enable_lora, layer.group_sizes, layer.interleave)

@@ -20,8 +20,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from loralib.architectures import fused_layout, group_spec
+from loralib.core import check_hyperparameters
 from loralib.inject import is_bias
-from loralib.layers import as_booleans, check_hyperparameters, is_conv1d
+from loralib.layers import as_booleans, is_conv1d
 
 METADATA_KEY = "loralib"
 FORMAT_VERSION = 1

@@ -34,21 +34,8 @@ from loralib.architectures import (
     output_layer,
     unwrapped,
 )
-from loralib.layers import (
-    _Adapted,
-    _Groups,
-    _identity,
-    _InPlace,
-    _Kernel,
-    _Matrix,
-    _Table,
-    adapted,
-    as_booleans,
-    check_groups,
-    check_hyperparameters,
-    is_conv1d,
-    matrix_shape,
-)
+from loralib.core import Adapted, InPlace, adapted, check_hyperparameters, identity
+from loralib.layers import Groups, Kernel, Matrix, Table, as_booleans, check_groups, is_conv1d, matrix_shape
 from loralib.quantized import is_quantized
 
 __all__ = ["inject_lora"]
@@ -56,9 +43,9 @@ __all__ = ["inject_lora"]
 BIAS_MODES = ("none", "all", "lora_only")
 ALL_LINEAR = "all-linear"
 
-_KINDS: dict[type[nn.Module], type[_Adapted]] = {
-    **{nn.Linear: _Matrix, nn.Embedding: _Table},
-    **dict.fromkeys([nn.Conv1d, nn.Conv2d, nn.Conv3d], _Kernel),
+_KINDS: dict[type[nn.Module], type[Adapted]] = {
+    **{nn.Linear: Matrix, nn.Embedding: Table},
+    **dict.fromkeys([nn.Conv1d, nn.Conv2d, nn.Conv3d], Kernel),
 }
 _FORWARDS = [cls.forward for cls in _KINDS]
 _FUSED_KEYS = ("enable_lora", "group_sizes", "interleave")
@@ -80,10 +67,11 @@ def inject_lora(
     merge_weights: bool = False,
     adapter_name: str = DEFAULT_NAME,
 ) -> list[str]:
-    """Replace layers of `model` by LoRA layers, freeze everything but their adapters and return the replaced names.
+    """Adapt layers of `model` where they stand, freeze everything but their adapters and return their names.
 
-    The new layers share the Parameters of the old ones under the old names, so checkpoints of the base still load.
-    Adapters of a half-precision base are float32. The arguments have PEFT's names and meanings.
+    Every module stays the object that it is, with its Parameters, hooks and attributes; an adapted one gets `lora_A`,
+    `lora_B` and a class that computes with them, so checkpoints of the base still load. Adapters of a half-precision
+    base are float32. The arguments have PEFT's names and meanings.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     >>> inject_lora(model, r=2, target_modules=["0"])
@@ -93,8 +81,9 @@ def inject_lora(
 
     Args:
         model: changed in place, also within `torch.compile` and data parallelism; its `nn.Linear`, `nn.Embedding`,
-            `nn.Conv1d/2d/3d` and Hugging Face `Conv1D` layers can be adapted, their weights quantised by torchao or
-            not.
+            `nn.Conv1d/2d/3d` and Hugging Face `Conv1D` layers, their subclasses, and the quantised linear layers of
+            torchao, bitsandbytes and HQQ can be adapted. Of a subclass with a forward of its own, and of layers whose
+            weight is read past their forward (`nn.MultiheadAttention`), `weight` is computed as the sum.
         r: rank, at least 1.
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: see `LoRALayer`; embeddings have none.
@@ -112,14 +101,16 @@ def inject_lora(
         enable_lora: which of q, k, v to adapt, three booleans, in a fused projection whose layout is known, such as
             GPT-2's `c_attn` (`MergedLinear`). None means q and v, [True, False, True], while `target_modules` is None,
             and with named targets the matrix as a whole, as PEFT does.
-        merge_weights: whether `eval()` merges; quantised weights are never merged by it.
+        merge_weights: whether `eval()` merges, which takes a copy of the adapted weights; quantised weights are never
+            merged by it. `merge_lora_weights` merges when asked.
         adapter_name: what to call the adapter; a model can have several (`set_adapter`), the new one becomes active.
 
     Raises:
-        TypeError: a target is of a class that cannot be adapted, or an argument of a wrong type.
+        TypeError: a target is of a class that cannot be adapted or has an attribute with the name of one of a LoRA
+            layer, or an argument is of a wrong type.
         ValueError: a target matches nothing, the model has an adapter of that name already, its architecture has no
-            default, it is sharded by `fully_shard` (inject before that), or an argument is out of range. Nothing has
-            been changed then.
+            default, it is sharded by `fully_shard` or offloaded by accelerate (inject before that), or an argument is
+            out of range. Nothing has been changed then.
     """
     _check_arguments(r, lora_alpha, lora_dropout)
     check_bias_mode(bias)
@@ -150,7 +141,7 @@ def inject_lora(
         _check_arguments(spec["r"], spec["lora_alpha"], lora_dropout)
         if use_rslora:
             spec["scaling"] = spec["lora_alpha"] / math.sqrt(spec["r"])
-    present = [name for name, module in model.named_modules() if isinstance(module, _Adapted)]
+    present = [name for name, module in model.named_modules() if isinstance(module, Adapted)]
     if adapter_name in list_adapters(model):
         raise ValueError(
             f"the model already has LoRA layers of an adapter {adapter_name!r} ({_some(present)}); "
@@ -384,13 +375,13 @@ def _plan(name: str, module: nn.Module, owner: nn.Module, spec: dict, merge_weig
     place = vars(module).get("_place")
     cls: Any = place.plain.cls if place else type(module)
     client: Any = None
-    if issubclass(cls, _Adapted):  # made by hand
+    if issubclass(cls, Adapted):  # made by hand
         client = None if cls.__module__.startswith("loralib.") else cls
         cls = cls._base_class
     kind = next((kind for plain, kind in _KINDS.items() if issubclass(cls, plain)), None)
     quantized = is_quantized(module)
     if is_conv1d(module) or cls.__name__ in LINEAR_BY_ANOTHER_NAME or quantized:
-        kind = _Matrix
+        kind = Matrix
     if kind is None:
         allowed = ", ".join(f"nn.{plain.__name__}" for plain in _KINDS)
         raise TypeError(
@@ -399,25 +390,25 @@ def _plan(name: str, module: nn.Module, owner: nn.Module, spec: dict, merge_weig
         )
     if "weight" not in own_tensors(module) and not quantized:
         raise TypeError(f"{name} is a {cls.__name__} whose weight is computed, which LoRA cannot adapt")
-    taken = [] if isinstance(module, _Adapted) else sorted(_names_of(cls, module) & _names_of_ours(kind))
+    taken = [] if isinstance(module, Adapted) else sorted(_names_of(cls, module) & _names_of_ours(kind))
     if taken:
         raise TypeError(
             f"{name} is a {cls.__name__} with attributes that a LoRA layer has too ({', '.join(taken)}); "
             "exclude_modules leaves layers out"
         )
-    r, dropout = spec["r"], 0.0 if kind is _Table else spec["lora_dropout"]
+    r, dropout = spec["r"], 0.0 if kind is Table else spec["lora_dropout"]
     settings = {
         "r": r,
         "lora_alpha": spec["lora_alpha"],
         "scaling": spec.get("scaling", spec["lora_alpha"] / r if r else 0.0),
-        "lora_dropout": nn.Dropout(dropout) if dropout > 0 else _identity,
+        "lora_dropout": nn.Dropout(dropout) if dropout > 0 else identity,
         "merged": False,
         "merge_weights": merge_weights and not quantized,
     }
     if is_conv1d(module) or getattr(module, "fan_in_fan_out", False):
         settings["fan_in_fan_out"] = True
-    if kind is _Matrix and "enable_lora" in spec:
-        kind = _Groups
+    if kind is Matrix and "enable_lora" in spec:
+        kind = Groups
         settings.update(check_groups(matrix_shape(module)[1], **{k: spec[k] for k in _FUSED_KEYS if k in spec}))
     shapes = kind.shapes(module, settings)
     if 0 in shapes[0]:
@@ -450,7 +441,7 @@ def _names_of(cls: type, module: nn.Module) -> set[str]:
 def _names_of_ours(kind: type) -> set[str]:
     ours = {key for each in kind.__mro__ if each.__module__.startswith("loralib.") for key in vars(each)}
     return (
-        (ours | set(_Adapted.settings)) - set(dir(nn.Module)) - set(vars(_InPlace)) - {"__annotations__", "__getattr__"}
+        (ours | set(Adapted.settings)) - set(dir(nn.Module)) - set(vars(InPlace)) - {"__annotations__", "__getattr__"}
     )
 
 
@@ -461,7 +452,7 @@ def _widest(plan: Plan) -> int:
 
 
 def _drops(plan: Plan) -> bool:
-    return plan.form.settings["lora_dropout"] is not _identity
+    return plan.form.settings["lora_dropout"] is not identity
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:

@@ -7,7 +7,7 @@ The two differ in names, in that PEFT adapts a fused projection whole, and in th
 | Linear       | lora_A (r, i), lora_B (o, r)           | the same, `.lora_A.weight`, `.lora_B.weight`     |
 | MergedLinear | n groups of rank r                     | one of rank n r, B with blocks on its diagonal   |
 | Embedding    | lora_A (r, V), lora_B (d, r)           | the same, `.lora_embedding_A`, `.lora_embedding_B` |
-| Conv*        | (r p, in c), (out p, r p), see `_Conv` | (r, in, k...), (out, r, 1...)                    |
+| Conv*        | (r p, in c), (out p, r p), see `Kernel` | (r, in, k...), (out, r, 1...)                    |
 
 Every conversion is exact. PEFT's `scaling` is alpha / r, or alpha / sqrt(r) with `use_rslora`.
 """
@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from loralib.adapters import own_tensors
 from loralib.architectures import default_modules_to_save, fused_layout, group_spec
+from loralib.core import Adapted, check_hyperparameters, whole
 from loralib.formats import Adapter, read_safetensors, read_torch, sort_out, to_bytes, write_atomically
 from loralib.inject import compile_pattern, match_names, match_pattern
-from loralib.layers import _Adapted, _Groups, check_hyperparameters, is_conv1d, whole
+from loralib.layers import Groups, is_conv1d
 from loralib.quantized import is_quantized
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -61,7 +62,7 @@ def write_peft(
     adapter: Adapter,
     model: nn.Module,
     modules: dict[str, nn.Module],
-    layers: dict[str, _Adapted],
+    layers: dict[str, Adapted],
     single_rank: bool,
 ) -> None:
     """Write PEFT's folder, the weights before the configuration, each of the two files atomically.
@@ -165,8 +166,8 @@ def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[st
     return Adapter(result, layers, bias, saved + leaves, config["base_model_name_or_path"])
 
 
-def _to_peft(name: str, layer: _Adapted, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
-    if isinstance(layer, _Groups):
+def _to_peft(name: str, layer: Adapted, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
+    if isinstance(layer, Groups):
         B = layer._full_B(B)
     if isinstance(layer, _CONVS):
         if layer.groups > 1:
@@ -319,7 +320,7 @@ def _adapter_keys(name: str, embedding: bool) -> tuple[str, str]:
     return f"{_PREFIX}{name}.{kind[0]}", f"{_PREFIX}{name}.{kind[1]}"
 
 
-def _is_rslora(layers: Iterable[_Adapted]) -> bool:
+def _is_rslora(layers: Iterable[Adapted]) -> bool:
     layers = list(layers)
     plain = all(math.isclose(layer.scaling, layer.lora_alpha / layer.r) for layer in layers)
     return not plain and all(math.isclose(layer.scaling, layer.lora_alpha / math.sqrt(layer.r)) for layer in layers)

@@ -19,8 +19,8 @@ from loralib.adapters import (
     put,
 )
 from loralib.architectures import DEFAULT_TARGET_MODULES
+from loralib.core import Adapted, LoRALayer, quiet_state, whole
 from loralib.inject import check_bias_mode, inject_lora, is_bias, match_names
-from loralib.layers import LoRALayer, _Adapted, quiet_state, whole
 from loralib.quantized import dequantized, is_quantized, make_float, merges
 
 __all__ = [
@@ -112,7 +112,7 @@ def merge_lora_weights(model: nn.Module) -> nn.Module:
     check_whole(model)
     _check_finite(model)
     for path, layer in model.named_modules():
-        if isinstance(layer, _Adapted) and not merges(layer):
+        if isinstance(layer, Adapted) and not merges(layer):
             raise ValueError(
                 f"{path} is a quantised {type(layer).__name__}, whose weight has no place for a sum; nothing was "
                 "merged. It computes the same unmerged; merge_and_unload(model, dequantize=True) gives plain layers"
@@ -160,7 +160,7 @@ def merge_and_unload(model: nn.Module, dequantize: bool = False) -> nn.Module:
     check_whole(model)
     _check_finite(model)
     for path, layer in model.named_modules():
-        if isinstance(layer, _Adapted) and layer.has_adapter and is_quantized(layer) and not dequantize:
+        if isinstance(layer, Adapted) and layer.has_adapter and is_quantized(layer) and not dequantize:
             raise ValueError(
                 f"{path}: the weight is quantised ({_stored_as(layer)}), and the sum would have to be rounded to it; "
                 "nothing was merged. Keep the adapter apart, load the base in floating point, or pass dequantize=True "
@@ -179,8 +179,8 @@ def _dequantize(model: nn.Module) -> None:
     for layer in list(model.modules()):
         if is_quantized(layer) and hasattr(layer, "in_features"):
             stored = dequantized(layer)
-            adapted = isinstance(layer, _Adapted) and layer.has_adapter
-            weight = layer._sum(stored) if isinstance(layer, _Adapted) and adapted else stored
+            adapted = isinstance(layer, Adapted) and layer.has_adapter
+            weight = layer._sum(stored) if isinstance(layer, Adapted) and adapted else stored
             made[layer] = make_float(layer, weight.to(stored.dtype).clone())
     for parent in model.modules():
         for name, child in list(parent.named_children()):
@@ -283,8 +283,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     )
 
 
-def _lora_layers(model: nn.Module) -> list[_Adapted]:
-    return [module for module in model.modules() if isinstance(module, _Adapted)]
+def _lora_layers(model: nn.Module) -> list[Adapted]:
+    return [module for module in model.modules() if isinstance(module, Adapted)]
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -357,7 +357,7 @@ def match_modules_to_save(model: nn.Module, modules_to_save: Sequence[str] | str
 def _check_finite(model: nn.Module) -> None:
     found: dict[torch.device, dict[str, Tensor]] = {}
     for prefix, module in model.named_modules():
-        if isinstance(module, _Adapted) and module.has_adapter:
+        if isinstance(module, Adapted) and module.has_adapter:
             for name in ("lora_A", "lora_B"):
                 tensor, dot = getattr(module, name), prefix and prefix + "."
                 found.setdefault(tensor.device, {})[dot + name] = tensor
@@ -383,7 +383,7 @@ def _add_to_base(model: nn.Module) -> None:
     for module, place in places(model):
         if place.active is not None:
             own = place.tensors(module, place.active).items()
-            summed = LORA_NAMES | ({"weight"} if isinstance(module, _Adapted) and module.has_adapter else set())
+            summed = LORA_NAMES | ({"weight"} if isinstance(module, Adapted) and module.has_adapter else set())
             values += [(module, key, tensor.detach()) for key, tensor in own if key not in summed]
     put(model, None)
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
