@@ -212,7 +212,8 @@ def test_a_bar_names_a_case_that_is_measured():
     keys = set()
     for suite in (run_benchmarks.SMALL, run_benchmarks.LARGE):
         keys |= set(suite.steps) | {key + side for key in suite.generations for side in ("", " merged")}
-    keys |= {"tiny", "import", "inject", "merge", "save", "load", "q, k, v, r=4, 1024 tokens, fp32"}
+    keys |= {"tiny", "import", "inject", "merge", "save", "load", "switch", "q, k, v, r=4, 1024 tokens, fp32"}
+    keys |= {f"Conv2d, k={k}, {c} channels" for k in run_benchmarks.KERNELS for c in run_benchmarks.SIDES}
     assert {bar.case for bar in run_benchmarks.BARS} <= keys
 
 
@@ -230,6 +231,8 @@ def small(monkeypatch):
     monkeypatch.setattr(run_benchmarks, "TOKENS", (1024,))
     monkeypatch.setattr(run_benchmarks, "DROPOUTS", (0.0,))
     monkeypatch.setattr(measure, "STRETCH", 1e-4)
+    monkeypatch.setattr(run_benchmarks, "KERNELS", (1,))
+    monkeypatch.setattr(run_benchmarks, "SIDES", {32: 4})
 
 
 def test_the_whole_on_one_layer(small, tmp_path, capsys):
@@ -246,6 +249,7 @@ def test_the_whole_on_one_layer(small, tmp_path, capsys):
     assert set(cases) == {
         *("q, k, v, r=4, 1024 tokens, fp32", "tiny", "gpt2_qv", "generation_all", "generation_all merged"),
         *("inject", "merge", "unmerge", "merge for good", "save", "load", "switch", "import"),
+        "Conv2d, k=1, 32 channels",
     }
     step = cases["gpt2_qv"]["systems"]
     assert list(step) == ["floor", "ours", "peft", "full"]
@@ -264,7 +268,10 @@ def test_the_whole_on_one_layer(small, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"levels": "layers,stairs"}, "--levels stairs: must be one of layers, steps, generation, operations, import"),
+        (
+            {"levels": "layers,stairs"},
+            "--levels stairs: must be one of layers, convolutions, steps, generation, operations, import",
+        ),
         ({"systems": "theirs"}, "--systems theirs: must be one of floor, ours, upstream, peft, full"),
         ({"precisions": "fp16"}, "--precisions fp16: must be one of fp32, bf16"),
         ({"rounds": 0}, "--rounds 0: must be above 0"),
