@@ -152,6 +152,8 @@ class Adapted(InPlace):
     _sharded = False
     # Whether the forward adds the update to the base's output; otherwise the base's forward reads the sum.
     branches = True
+    # Whether `weight`, read by anyone else, is the sum.
+    computes_weight = False
     # The class that computes the base, and the arguments that its constructor takes beside `bias`.
     _base_class: Any
 
@@ -535,7 +537,8 @@ def adapted(cls: Any, kind: Any, branch: bool = True, computed: bool = False) ->
     members["_recipe"] = adapted, (cls, kind, branch, computed)
     if kind is None:
         return types.new_class(cls.__name__, (InPlace, cls), exec_body=lambda body: body.update(members))
-    members.update(_base_class=cls, train=_train, reset_parameters=_reset_parameters, branches=branch)
+    members.update(_base_class=cls, train=_train, reset_parameters=_reset_parameters)
+    members.update(branches=branch, computes_weight=computed)
     if branch:
         members.update(kind.members_for(cls), forward=_forward)
     else:

@@ -88,8 +88,8 @@ def inject_lora(
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: see `LoRALayer`; embeddings have none.
         target_modules: a list of full names or last parts of names ("q_proj", "attn.c_attn"); or one string, a regular
-            expression that matches full names; or "all-linear", every linear layer but the output layer or head; or
-            None for query and value of a known Hugging Face architecture.
+            expression that matches full names; or "all-linear", every linear layer but the output layer or head and
+            the routers of experts; or None for query and value of a known Hugging Face architecture.
         exclude_modules: targets to leave out after all, named in the same way.
         rank_pattern, alpha_pattern: ranks and alphas that differ, by full names, last parts or regular expressions for
             the end of a name ("attn.c_proj", "layer.(0|1).attention.query"); the first that matches counts.
@@ -313,6 +313,8 @@ def _targets(
         last = output_layer(model)
         names = [name for name, m in model.named_modules() if name in modules and m is not last]
         names = [name for name in names if isinstance(modules[name], nn.Linear) or is_conv1d(modules[name])]
+        # What chooses experts returns choices, and is left alone unless it is named.
+        names = [name for name in names if "Router" not in type(modules[name]).__name__]
     else:
         names = match_names(modules, target_modules, "target_modules")
     excluded = match_names(modules, exclude_modules, "exclude_modules") if exclude_modules else []

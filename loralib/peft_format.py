@@ -91,6 +91,13 @@ def write_peft(
     if len(dropouts) > 1:
         message = f"PEFT has one lora_dropout for all layers: of {sorted(dropouts)} the largest was written"
         warnings.warn(f"{message}, which matters to further training only", stacklevel=3)
+    differs = [name for name, layer in layers.items() if layer.computes_weight]
+    if differs:
+        warnings.warn(
+            f"PEFT computes {', '.join(differs[:8])} differently: it adds the update to the output, where here it is in "
+            "the weight, which something else reads or a forward of the layer's own uses",
+            stacklevel=3,
+        )
     transposed = any(is_conv1d(modules[name]) or getattr(modules[name], "fan_in_fan_out", False) for name in layers)
     # An adapted layer with a weight of its own is told by its tensors.
     saved = [name for name in adapter.modules_to_save if name not in layers]

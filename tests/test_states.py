@@ -200,6 +200,23 @@ def test_attention_and_the_fast_path_of_torchs_encoder():
     assert not torch.equal(encoder.train()(z), encoder(z))  # dropout, in training
 
 
+def test_what_peft_computes_differently_is_said(tmp_path):
+    model = adapted(Halved(8, 8))
+    with pytest.warns(UserWarning, match="PEFT computes 0 differently: it adds the update to the output"):
+        lora.save_lora(model, tmp_path, format="peft")
+
+
+def test_routers_are_left_alone_unless_they_are_named():
+    class TopRouter(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).softmax(-1).topk(1)
+
+    model = nn.ModuleDict({"router": TopRouter(8, 4), "fc": nn.Linear(8, 8)})
+    assert lora.inject_lora(model, r=2, target_modules="all-linear") == ["fc"]
+    assert lora.inject_lora(model, r=2, target_modules=["router"], adapter_name="router") == ["router"]
+    assert len(randomize(model)["router"](X)) == 2
+
+
 # Names that clash.
 
 
