@@ -94,8 +94,8 @@ def write_peft(
     differs = [name for name, layer in layers.items() if layer.computes_weight]
     if differs:
         warnings.warn(
-            f"PEFT computes {', '.join(differs[:8])} differently: it adds the update to the output, where here it is in "
-            "the weight, which something else reads or a forward of the layer's own uses",
+            f"PEFT computes {', '.join(differs[:8])} differently: it adds the update to the output; here it is in the "
+            "weight, which something else reads or a forward of the layer's own uses",
             stacklevel=3,
         )
     transposed = any(is_conv1d(modules[name]) or getattr(modules[name], "fan_in_fan_out", False) for name in layers)
