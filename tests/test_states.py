@@ -420,6 +420,44 @@ def test_two_threads_read_while_a_stale_weight_is_merged_anew():
     assert not wrong
 
 
+@pytest.mark.parametrize("state", ["train", "eval", "merged"])
+def test_the_weight_is_a_parameter_in_every_mode(state):
+    model = adapted().train(state == "train")
+    if state == "merged":
+        lora.merge_lora_weights(model)
+    assert type(model.get_parameter("0.weight")) is nn.Parameter
+    assert set(dict(model.named_parameters())) == {"0.weight", "0.bias", "0.lora_A", "0.lora_B"}
+
+
+@pytest.mark.parametrize("state", ["train", "merged"])
+def test_copies_of_a_compiled_layer(state):
+    """Each computes with its own weights; a compiled call would be that of the first."""
+    torch.compiler.reset()
+    model = adapted().train(state == "train")
+    if state == "merged":
+        lora.merge_lora_weights(model)
+    model[0].compile(backend="eager")
+    wanted = model(X).detach()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other[0].bias.data += 1
+        close(other(X), wanted + 1)
+    close(model(X), wanted)
+
+
+def test_a_model_inside_of_a_plain_object():
+    class Wrapper:
+        def __init__(self, model):
+            self.model, self.layers = model, list(model)
+
+        def __call__(self, x):
+            return self.layers[0](x)
+
+    wrapper = Wrapper(nn.Sequential(nn.Linear(8, 8)))
+    lora.inject_lora(wrapper.model, r=2, target_modules=["0"])
+    randomize(wrapper.model)
+    close(wrapper(X), F.linear(X, dense(wrapper.layers[0]), wrapper.layers[0].bias))
+
+
 # Switching.
 
 
