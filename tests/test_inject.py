@@ -424,8 +424,8 @@ def test_hooks_go_with_the_layer_and_come_back():
 
 @pytest.mark.parametrize("padding", [None, torch.tensor([[False] * 3, [False, False, True]])])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-def test_the_fast_path_of_torchs_encoder_is_not_taken(padding):
-    """In eval it would read the weights and never call the adapted layers; where they are merged it may."""
+def test_the_fast_path_of_torchs_encoder_computes_with_the_update(padding):
+    """In eval it reads the weights and never calls the adapted layers: unmerged, what it reads is the sum."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 3, 8)
