@@ -7,21 +7,28 @@ active adapter's stand in for. Switching exchanges entries of `_parameters` and 
 `state_dict()` holds the active adapter alone, under the plain names.
 """
 
+import contextlib
 import copy
 import sys
 import types
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from loralib.core import Adapted, InPlace, adapted, identity, is_sharded
 from loralib.layers import Kernel
+from loralib.quantized import is_quantized
 
 __all__ = ["active_adapter", "delete_adapter", "list_adapters", "set_adapter"]
 
 DEFAULT_NAME = "default"
 LORA_NAMES = frozenset({"lora_A", "lora_B"})
+# What a model that was given adapters knows: by adapter and module the shapes of the base's tensors; and whether its
+# embeddings were resized since.
+PARTS, RESIZED = "_lora_parts", "_lora_resized"
 
 
 class Form:
@@ -102,6 +109,43 @@ class Place:
     def base_tensors(self) -> dict[str, Tensor]:
         """The tensors of the base that are not in the module at present."""
         return {} if self.suspended else self.replaced
+
+    def narrow(self, module: nn.Module) -> torch.dtype | None:
+        """The half-precision dtype of the base, if the module holds an adapter's tensors in a wider one just now."""
+        for key, base in self.replaced.items():
+            tensor = module._parameters.get(key)
+            if tensor is not None and base.is_floating_point() and base.itemsize < tensor.itemsize:
+                return base.dtype
+        return None
+
+    @contextlib.contextmanager
+    def with_base(self, model: nn.Module) -> Iterator[None]:
+        """Within the block the whole `model` is its base: for what ties its tensors."""
+        name = self.current
+        away = self.suspended or any(getattr(module, "_disabled", False) for module in model.modules())
+        if not away:
+            put(model, None)
+        try:
+            yield
+        finally:
+            if not away:
+                put(model, name)
+
+    def prepare_resizing(self, model: Any) -> None:
+        """Raise ValueError if the embeddings of `model` hold something of an adapter; note that they change."""
+        ends = [get() for get in (model.get_input_embeddings, model.get_output_embeddings)]
+        weights = [own_tensors(end).get("weight") for end in ends if end is not None]
+        for path, module in model.named_modules():
+            place = vars(module).get("_place")
+            held = {key for part in place.parts.values() for key in part.own} if place else set()
+            shared = any(tensor is weight for tensor in own_tensors(module).values() for weight in weights)
+            if held and (shared or module in ends):
+                raise ValueError(
+                    f"{path} holds {', '.join(sorted(held))} of an adapter, whose size would not follow; nothing was "
+                    "resized. Resize first and inject or load then: save the adapter with lora.save_lora and call "
+                    "lora.unload(model) before, if it is to be kept"
+                )
+        vars(model)[RESIZED] = True
 
     def put(self, module: nn.Module, name: str | None) -> None:
         """Make `name` the adapter that is in the module; the base, if it has no part here."""
@@ -254,6 +298,11 @@ def list_adapters(model: nn.Module) -> list[str]:
     >>> lora.list_adapters(model)
     ['sst2']
     """
+    check_intact(model)
+    return _names(model)
+
+
+def _names(model: nn.Module) -> list[str]:
     names = {name for _, place in places(model) for name in place.parts}
     return sorted(names | ({DEFAULT_NAME} if _made_by_hand(model) else set()))
 
@@ -274,6 +323,7 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
     Raises:
         ValueError: `model` has no such adapter, or is sharded by `fully_shard`. Nothing has been changed then.
     """
+    check_intact(model)
     if not any(adapter_name in place.parts for _, place in places(model)):
         check_present(model, adapter_name)
     put(model, adapter_name)
@@ -296,28 +346,82 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         place.adapters -= {adapter_name}
         if not place.parts:
             place.leave(module)
+    vars(model).get(PARTS, {}).pop(adapter_name, None)
 
 
 def add_part(
-    module: nn.Module, name: str, own: frozenset[str], form: Form | None, adapter: dict, copies: dict[int, Tensor]
+    module: nn.Module,
+    name: str,
+    own: frozenset[str],
+    form: Form | None,
+    adapter: dict,
+    copies: dict,
+    apart: frozenset[str] = frozenset(),
 ) -> None:
     """Give adapter `name`, which is not active, its part in `module`: `adapter`'s A and B, and copies of what else is
-    to be its `own`.
+    to be its `own`. The copies of a module that is trained whole are float32 if its base is in half precision.
 
-    `copies` is one dict for all parts of an adapter: tensors that are tied in the base have one copy.
+    `copies` is one dict for all parts of an adapter: tensors that are tied in the base have one copy, but for those
+    named in `apart`.
     """
     place = vars(module).get("_place") or Place(module)
     there = {**_tensors(module), **place.base_tensors()}
     before = place.parts.get(name)
     tensors = {**(before.tensors if before else {}), **adapter}
-    for key in own - tensors.keys():
+    whole = form is None and own >= {key for key, value in module._parameters.items() if value is not None}
+    for key in sorted(own - tensors.keys()):
         tensor = there[key]
         is_parameter = isinstance(tensor, nn.Parameter)
-        if id(tensor) not in copies:
-            clone = tensor.detach().clone()
-            copies[id(tensor)] = nn.Parameter(clone, clone.is_floating_point()) if is_parameter else clone
-        tensors[key] = copies[id(tensor)]
+        same = (id(tensor), id(module)) if key in apart else id(tensor)
+        if same not in copies:
+            widened = whole and is_parameter and tensor.is_floating_point() and tensor.itemsize == 2
+            clone = tensor.detach().to(torch.float32 if widened else tensor.dtype, copy=True)
+            copies[same] = nn.Parameter(clone, clone.is_floating_point()) if is_parameter else clone
+        tensors[key] = copies[same]
     place.parts[name] = Part(own, tensors, before.form if before and form is None else form)
+
+
+def note_parts(model: nn.Module, name: str, own: dict[str, frozenset[str]], modules: dict[str, nn.Module]) -> None:
+    """Remember what adapter `name` has, so that `check_intact` can tell what somebody has taken out since."""
+    noted = vars(model).setdefault(PARTS, {}).setdefault(name, {})
+    for path, keys in own.items():
+        wanted = keys - LORA_NAMES | {"weight"}
+        tensors = {} if is_quantized(modules[path]) else own_tensors(modules[path])
+        noted[path] = {key: tensor.shape for key, tensor in tensors.items() if key in wanted}
+
+
+def check_intact(model: nn.Module) -> None:
+    """Warn of modules whose adapter is gone because somebody replaced them; raise ValueError if one was resized."""
+    for name, noted in vars(model).get(PARTS, {}).items():
+        lost = []
+        for path, shapes in noted.items():
+            module = _submodule(model, path)
+            place = None if module is None else vars(module).get("_place")
+            if module is None or place is None or name not in place.parts:
+                lost.append(path)
+                continue
+            there = own_tensors(module) if shapes else {}
+            for key, shape in shapes.items():
+                if key in there and there[key].shape != shape:
+                    raise ValueError(
+                        f"{path}.{key} was {tuple(shape)} when adapter {name!r} was put there and is "
+                        f"{tuple(there[key].shape)} now; resize a model before it gets adapters"
+                    )
+        if lost:
+            warnings.warn(
+                f"{', '.join(lost[:8])}{', ...' if len(lost) > 8 else ''}: replaced by somebody since adapter {name!r} "
+                "was put there, which is gone from it with what it had learned; change a model before it gets adapters",
+                stacklevel=4,
+            )
+            for path in lost:
+                del noted[path]
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    module: Any = model
+    for part in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(part)
+    return module
 
 
 def make_plain(layer: Adapted) -> None:
@@ -475,6 +579,6 @@ def check_adapter_name(adapter_name: str) -> None:
 
 def check_present(model: nn.Module, adapter_name: str) -> None:
     """Raise ValueError if `model` has no adapter of that name."""
-    names = list_adapters(model)
+    names = _names(model)
     if adapter_name not in names:
         raise ValueError(f"no adapter {adapter_name!r}; the model has {', '.join(map(repr, names)) or 'none'}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from loralib.adapters import RESIZED
 from loralib.layers import is_conv1d
 
 # Query and value projections, which section 4.2 of the paper adapts, by `config.model_type`. Of the names given, a
@@ -115,6 +116,26 @@ def output_layer(model: nn.Module) -> nn.Module | None:
     """Return the layer that a Hugging Face language model ends with, if there is one."""
     get = getattr(model, "get_output_embeddings", None)
     return get() if callable(get) else None
+
+
+def resized_embeddings(model: nn.Module) -> tuple[list[nn.Module], str]:
+    """Return the embeddings of a Hugging Face model with another number of tokens than its base, and what says so."""
+    config: Any = getattr(model, "config", None)
+    get_input = getattr(model, "get_input_embeddings", None)
+    if config is None or not callable(get_input):
+        return [], ""
+    ends = [end for end in (get_input(), output_layer(model)) if end is not None]
+    if vars(model).get(RESIZED):
+        return ends, "the embeddings were resized after the adapter was put in"
+    name = getattr(config, "_name_or_path", None)
+    try:
+        base = type(config).from_pretrained(name, local_files_only=True) if name else config
+        sizes = [each.get_text_config().vocab_size for each in (config, base)]
+    except Exception:  # of whatever kind: not here, no configuration of that class, no words
+        return [], ""
+    if sizes[0] == sizes[1]:
+        return [], ""
+    return ends, f"the model has {sizes[0]} tokens, {name} {sizes[1]}"
 
 
 def fused_layout(owner: nn.Module, name: str, module: Any) -> Layout | None:

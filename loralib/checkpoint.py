@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,19 @@ from loralib.adapters import (
     any_sharded,
     base_modules,
     check_adapter_name,
+    check_intact,
     check_not_offloaded,
     check_whole,
     list_adapters,
+    note_parts,
     own_tensors,
     put,
     set_adapter,
 )
-from loralib.architectures import group_spec, unwrapped
+from loralib.architectures import group_spec, resized_embeddings, unwrapped
 from loralib.core import Adapted, is_sharded, quiet_state, whole
 from loralib.formats import Adapter, check_metadata, read_native, read_upstream, write_native
-from loralib.inject import BIAS_MODES, Plan, check_bias_mode, own_names, plan_layers, put_adapter
+from loralib.inject import BIAS_MODES, STATISTICS, Plan, check_bias_mode, own_names, plan_layers, put_adapter
 from loralib.layers import Groups
 from loralib.peft_format import CONFIG, read_peft, write_peft
 from loralib.utils import match_modules_to_save, trained_state
@@ -91,6 +94,7 @@ def save_lora(
     if format == "peft" and path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; give the name of a folder for format='peft'")
     model = unwrapped(model)
+    check_intact(model)
     layers = _lora_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapters to save; call lora.inject_lora(model, ...) first")
@@ -157,7 +161,7 @@ def load_lora(
         own, misfits = _fit(modules, {name: plan.shapes for name, plan in plans.items()}, adapter, False)
         _refuse(path, model, problems + misfits)
         check_not_offloaded({path: modules[path] for path in own})
-        put_adapter(model, name, plans, own)
+        put_adapter(model, name, plans, own, _untied(modules, own, adapter))
         layers = _lora_layers(model)
     else:
         before = active_adapter(model)
@@ -167,6 +171,10 @@ def load_lora(
             adapter = _read_for(path, modules, layers, lora_alpha, enable_lora, heads)
             shapes = {key: (layer.lora_A.shape, layer.lora_B.shape) for key, layer in layers.items()}
             own, misfits = _fit(modules, shapes, adapter, heads)
+            misfits += [
+                f"{key}: the model ties it to another tensor of the file, which has other values; load into a new one"
+                for key in _untied(modules, own, adapter)
+            ]
             _refuse(path, model, _differences(layers, adapter.layers) + misfits)
         except BaseException:
             put(model, before)
@@ -244,13 +252,21 @@ def _collect(
     own = {name: frozenset(tensors) for name, tensors in active_parts(modules).items()}
     saved = match_modules_to_save(model, modules_to_save) + _owned_whole(modules, own)
     for name, keys in own.items():
-        if keys - LORA_NAMES and not any(f"{name}.".startswith(f"{whole}.") for whole in saved):
+        if keys - LORA_NAMES - set(STATISTICS) and not any(f"{name}.".startswith(f"{whole}.") for whole in saved):
             needed = "lora_only" if name in layers else "all"
             bias = max(bias, needed, key=("none", "lora_only", "all").index)
-    saved = list(dict.fromkeys(saved))
+    resized, why = resized_embeddings(model)
+    paths = [path for path, module in modules.items() if module in resized and path not in saved]
+    if paths:
+        warnings.warn(f"{why}: {', '.join(paths)} go with the adapter, whole", stacklevel=3)
+    saved = list(dict.fromkeys(saved + paths))
     everything = trained_state(model, bias, saved)
     own = own_names(modules, layers, bias, saved)
-    tensors = {f"{name}.{key}": everything[f"{name}.{key}"] for name, keys in own.items() for key in sorted(keys)}
+    names = [f"{name}.{key}" for name, keys in own.items() for key in sorted(keys)]
+    if not everything.keys() >= set(names):  # the statistics of a model that was built with its layers
+        with quiet_state():
+            everything = {**model.state_dict(), **everything}
+    tensors = {name: everything[name] for name in names}
     return Adapter(tensors, {name: _spec(layer) for name, layer in layers.items()}, bias, saved, _base_model(model))
 
 
@@ -261,7 +277,7 @@ def _owned_whole(modules: dict[str, nn.Module], own: dict[str, frozenset[str]]) 
     within: set[str] = set()
     shared: set[str] = set()
     for path, module in modules.items():
-        for key in own_tensors(module):
+        for key in own_tensors(module).keys() - set(STATISTICS):
             parents = itertools.accumulate(path.split("."), lambda above, part: f"{above}.{part}")
             (within if key in own.get(path, ()) else shared).update(parents)
     whole = within - shared
@@ -365,12 +381,16 @@ def _fit(
             for key in sorted(tensors.keys() - LORA_NAMES - own.get(path, frozenset()))
         ]
     tensors = adapter.tensors
-    problems += [f"{name}: missing in the file" for name in sorted(wanted.keys() - tensors.keys())]
+    # Other libraries' files are without the statistics of norms: the base's stay then.
+    inside = tuple(f"{name}." for name in saved)
+    missing = {name for name in wanted.keys() - tensors.keys() if name.startswith(inside) or not _is_statistic(name)}
+    problems += [f"{name}: missing in the file" for name in sorted(missing)]
     problems += [f"{name}: unexpected in the file" for name in sorted(tensors.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & tensors.keys()):
         theirs, (shape, dtype, trained) = tensors[name], wanted[name]
         if tuple(theirs.shape) != shape:
-            problems.append(f"{name}: {tuple(theirs.shape)} in the file, {shape} in the model")
+            hint = " (call model.resize_token_embeddings first)" if _is_table(modules, name) else ""
+            problems.append(f"{name}: {tuple(theirs.shape)} in the file, {shape} in the model{hint}")
         if theirs.is_floating_point() != dtype.is_floating_point:
             problems.append(f"{name}: {theirs.dtype} in the file, {dtype} in the model")
         elif trained and not _is_finite(theirs):
@@ -378,6 +398,28 @@ def _fit(
     if any(tensor.is_meta for path in shapes for tensor in own_tensors(modules[path]).values()):
         problems.append("the model is on the meta device, which holds no values; load the base first")
     return own, problems
+
+
+def _is_table(modules: dict[str, nn.Module], name: str) -> bool:
+    return isinstance(modules.get(name.rpartition(".")[0]), nn.Embedding) and name.endswith(".weight")
+
+
+def _is_statistic(name: str) -> bool:
+    return name.rpartition(".")[2] in STATISTICS
+
+
+def _untied(modules: dict[str, nn.Module], own: dict[str, frozenset[str]], adapter: Adapter) -> list[str]:
+    """The tensors that the model ties to others and to which the file gives values of their own."""
+    parts, groups = active_parts(modules), {}
+    for path, keys in own.items():
+        for key, tensor in {**own_tensors(modules[path]), **parts.get(path, {})}.items():
+            name = f"{path}.{key}"
+            if key in keys and name in adapter.tensors:
+                groups.setdefault(id(tensor), {})[name] = adapter.tensors[name]
+    differing = [
+        group for group in groups.values() if not all(torch.equal(t, next(iter(group.values()))) for t in group.values())
+    ]
+    return sorted(name for group in differing for name in group)
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -395,6 +437,7 @@ def _add_own(
     if not any("_place" in vars(module) for module in modules.values()) or not missing:
         return
     put(model, None)
+    note_parts(model, adapter_name, missing, modules)
     copies: dict = {}
     for path, keys in missing.items():
         add_part(modules[path], adapter_name, frozenset(keys), None, {}, copies)

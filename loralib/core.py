@@ -517,6 +517,46 @@ def _repr_with_settings(self: Any) -> str:
     return f"{self._base_class.__repr__(self)[:-1]}, {Adapted.extra_repr(self).removeprefix(', ')})"
 
 
+def _members_in_place(cls: Any) -> dict:
+    """What a class has whose modules hold tensors of adapters: for `adapted`."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        narrow = None if self._place is None else self._place.narrow(self)
+        if narrow is None:
+            return cls.forward(self, *args, **kwargs)
+        # Trained in float32 on a base in half precision: what comes in is widened, what goes out is as the base's.
+        args, kwargs = _cast((args, kwargs), narrow, torch.float32)
+        return _cast(cls.forward(self, *args, **kwargs), torch.float32, narrow)
+
+    members = {} if cls.forward is nn.Module.forward else {"forward": forward}
+    if hasattr(cls, "tie_weights"):
+
+        @functools.wraps(cls.tie_weights)
+        def tie_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with contextlib.nullcontext() if self._place is None else self._place.with_base(self):
+                return cls.tie_weights(self, *args, **kwargs)
+
+        members["tie_weights"] = tie_weights
+    if hasattr(cls, "resize_token_embeddings"):
+
+        @functools.wraps(cls.resize_token_embeddings)
+        def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._place is not None and any(value is not None for value in (*args[:2], *kwargs.values())):
+                self._place.prepare_resizing(self)
+            return cls.resize_token_embeddings(self, *args, **kwargs)
+
+        members["resize_token_embeddings"] = resize_token_embeddings
+    return members
+
+
+def _cast(tensors: Any, old: torch.dtype, new: torch.dtype) -> Any:
+    def cast(x: Any) -> Any:
+        return x.to(new) if isinstance(x, Tensor) and x.dtype == old else x
+
+    return cast(tensors) if isinstance(tensors, Tensor) else torch.utils._pytree.tree_map(cast, tensors)
+
+
 @_cached  # type: ignore[untyped-decorator]
 def adapted(cls: Any, kind: Any, branch: bool = True, computed: bool = False) -> Any:
     """Return the class that a module of class `cls` gets while adapters are in it.
@@ -536,6 +576,7 @@ def adapted(cls: Any, kind: Any, branch: bool = True, computed: bool = False) ->
     members: dict = {"__module__": __name__, "__doc__": cls.__doc__}
     members["_recipe"] = adapted, (cls, kind, branch, computed)
     if kind is None:
+        members.update(_members_in_place(cls))
         return types.new_class(cls.__name__, (InPlace, cls), exec_body=lambda body: body.update(members))
     members.update(_base_class=cls, train=_train, reset_parameters=_reset_parameters)
     members.update(branches=branch, computes_weight=computed)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from loralib.architectures import fused_layout, group_spec
 from loralib.core import check_hyperparameters
-from loralib.inject import is_bias
+from loralib.inject import STATISTICS, is_bias
 from loralib.layers import as_booleans, is_conv1d
 
 METADATA_KEY = "loralib"
@@ -220,6 +220,7 @@ def read_upstream(
 
 def sort_out(names: set[str], layers: dict[str, dict]) -> tuple[list[str], str]:
     """Return which modules `names`, the tensors beside the adapters, belong to, and the bias mode of what is left."""
+    names = {name for name in names if name.rpartition(".")[2] not in STATISTICS}
     saved = sorted({name.rpartition(".")[0] for name in names if not is_bias(name.rpartition(".")[2])})
     owners = {name.rpartition(".")[0] for name in names} - set(saved)
     if not owners:

@@ -21,6 +21,7 @@ from loralib.adapters import (
     check_not_offloaded,
     check_whole,
     list_adapters,
+    note_parts,
     own_tensors,
     put,
 )
@@ -49,6 +50,8 @@ _KINDS: dict[type[nn.Module], type[Adapted]] = {
 }
 _FORWARDS = [cls.forward for cls in _KINDS]
 _FUSED_KEYS = ("enable_lora", "group_sizes", "interleave")
+# Buffers of torch's layers that training changes though all is frozen: of batch norms and of spectral norms.
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "weight_u", "weight_v", "_u", "_v")
 
 
 def inject_lora(
@@ -228,6 +231,9 @@ def own_names(
             biases = {key for key, value in parameters.items() if value is not None and is_bias(key)}
             if biases:
                 own[name] = own.get(name, frozenset()) | biases
+        statistics = {key for key in STATISTICS if modules[name]._buffers.get(key) is not None}
+        if statistics:
+            own[name] = own.get(name, frozenset()) | statistics
     for name in saved:
         for path in modules:
             if f"{path}.".startswith(f"{name}."):
@@ -268,16 +274,26 @@ def plan_layers(modules: dict[str, nn.Module], specs: dict[str, dict], merge_wei
     return plans
 
 
-def put_adapter(model: nn.Module, adapter_name: str, plans: dict[str, Plan], own: dict[str, frozenset[str]]) -> None:
+def put_adapter(
+    model: nn.Module,
+    adapter_name: str,
+    plans: dict[str, Plan],
+    own: dict[str, frozenset[str]],
+    apart: Iterable[str] = (),
+) -> None:
     """Put the planned layers, and copies of what else is the adapter's own, into `model`, and freeze all the rest.
 
-    The adapters of the layers get memory and are drawn.
+    The adapters of the layers get memory and are drawn. Tensors named in `apart` are copied each for itself even where
+    the base ties them.
     """
     adopt(model)
     put(model, None)
     model.requires_grad_(False)
     modules, done = base_modules(model), set()
     copies: dict = {}
+    if hasattr(type(model), "tie_weights"):
+        own = {**own, "": own.get("", frozenset())}  # the model itself, for what it does to its embeddings
+    note_parts(model, adapter_name, own, modules)
     for name, keys in own.items():
         module, plan = modules[name], plans.get(name)
         if id(module) in done:  # one module can have two names
@@ -291,7 +307,8 @@ def put_adapter(model: nn.Module, adapter_name: str, plans: dict[str, Plan], own
             A, B = (nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)) for shape in plan.shapes)
             plan.form.cls.draw(A, B)
             adapter = {"lora_A": A, "lora_B": B}
-        add_part(module, adapter_name, keys, plan.form if plan else None, adapter, copies)
+        own_copies = frozenset(key for key in keys if f"{name}.{key}" in apart)
+        add_part(module, adapter_name, keys, plan.form if plan else None, adapter, copies, own_copies)
     put(model, adapter_name)
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from loralib.adapters import (
     LORA_NAMES,
+    PARTS,
+    RESIZED,
     active_parts,
     base_modules,
     check_whole,
@@ -221,6 +223,9 @@ def unload(model: nn.Module) -> nn.Module:
     put(model, None)
     for module, place in places(model):
         place.leave(module)
+    for module in model.modules():
+        for note in (PARTS, RESIZED):
+            vars(module).pop(note, None)
     for layer in _lora_layers(model):
         make_plain(layer)
     return model
@@ -384,14 +389,17 @@ def _add_to_base(model: nn.Module) -> None:
         if place.active is not None:
             own = place.tensors(module, place.active).items()
             summed = LORA_NAMES | ({"weight"} if isinstance(module, Adapted) and module.has_adapter else set())
-            values += [(module, key, tensor.detach()) for key, tensor in own if key not in summed]
+            values += [(module, key, tensor) for key, tensor in own if key not in summed]
     put(model, None)
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-    for module, name, value in values:
-        tensor = module._parameters.get(name, module._buffers.get(name))
+    held = [module._parameters.get(name, module._buffers.get(name)) for module, name, _ in values]
+    for (module, name, value), tensor in zip(values, held, strict=True):
         if tensor is None:  # torch.nn.utils.parametrize computes it, and takes what it is to be
             setattr(module, name, value)
-        elif uses[id(tensor)] > 1:
+            continue
+        same = [other for (_, _, other), of in zip(values, held, strict=True) if of is tensor]
+        if len(same) < uses[id(tensor)] or any(other is not value for other in same):
+            value = value.detach().to(tensor.dtype, copy=True)
             setattr(module, name, nn.Parameter(value, requires_grad=tensor.requires_grad))
             _untie(model)
         else:
@@ -399,11 +407,24 @@ def _add_to_base(model: nn.Module) -> None:
 
 
 def _untie(model: nn.Module) -> None:
-    # transformers would otherwise tie the two weights again when it loads what it saved.
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
+    # transformers would otherwise tie the weights again when it loads what it saved. It has one switch for all ties of
+    # a model, and writes one tensor of those that are the same object: so each gets its own.
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    tying: list[Any] = [config for config in configs.values() if getattr(config, "tie_word_embeddings", False)]
+    if not tying:
+        return
+    for config in tying:
         config.tie_word_embeddings = False
-        warnings.warn(
-            "the merged embedding no longer equals the output layer's weight: set config.tie_word_embeddings to False",
-            stacklevel=5,
-        )
+    seen: set[int] = set()
+    for module in model.modules():
+        if getattr(module, "all_tied_weights_keys", None):
+            setattr(module, "all_tied_weights_keys", {})
+        for name, tensor in module._parameters.items():
+            if id(tensor) in seen and tensor is not None:
+                module._parameters[name] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+            seen.add(id(tensor))
+    warnings.warn(
+        "the merged embedding no longer equals the output layer's weight: set config.tie_word_embeddings to False, and "
+        "gave each of the tied weights a tensor of its own",
+        stacklevel=5,
+    )
