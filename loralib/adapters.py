@@ -12,7 +12,7 @@ import copy
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ __all__ = ["active_adapter", "delete_adapter", "list_adapters", "set_adapter"]
 
 DEFAULT_NAME = "default"
 LORA_NAMES = frozenset({"lora_A", "lora_B"})
+_OWN_PREFIXES = (*LORA_NAMES, "lora_rows_")
 # What a model that was given adapters knows: by adapter and module the shapes of the base's tensors; and whether its
 # embeddings were resized since.
 PARTS, RESIZED = "_lora_parts", "_lora_resized"
@@ -385,7 +386,7 @@ def note_parts(model: nn.Module, name: str, own: dict[str, frozenset[str]], modu
     """Remember what adapter `name` has, so that `check_intact` can tell what somebody has taken out since."""
     noted = vars(model).setdefault(PARTS, {}).setdefault(name, {})
     for path, keys in own.items():
-        wanted = keys - LORA_NAMES | {"weight"}
+        wanted = {*of_base(keys), "weight"}
         tensors = {} if is_quantized(modules[path]) else own_tensors(modules[path])
         noted[path] = {key: tensor.shape for key, tensor in tensors.items() if key in wanted}
 
@@ -455,8 +456,17 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, Adapted) and "weight" in found:
             found["weight"] = found["weight"] if module._aside is None else module.base_weight()
         if module._place is not None or isinstance(module, Adapted):
-            found = {key: value for key, value in found.items() if key not in LORA_NAMES}
+            found = {key: found[key] for key in of_base(found)}
     return found
+
+
+def of_base(names: Iterable[str]) -> dict[str, None]:
+    """Return those of a module's tensors that its base has too, in order: not A, B, rows.
+
+    >>> list(of_base(["weight", "lora_A", "lora_B"]))
+    ['weight']
+    """
+    return {name: None for name in names if not name.startswith(_OWN_PREFIXES)}
 
 
 def places(model: nn.Module) -> list[tuple[nn.Module, Place]]:
@@ -487,7 +497,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules(remove_duplicate=False):
         if not name.startswith(layer):
             modules[name] = module
-            if isinstance(module, Adapted):
+            if isinstance(module, Adapted) and module.is_leaf:
                 layer = name + "."
     return modules
 

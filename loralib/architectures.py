@@ -6,7 +6,7 @@ Models are recognised by `config.model_type` and by class names, because the lib
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from loralib.adapters import RESIZED
 from loralib.layers import is_conv1d
@@ -58,6 +58,22 @@ def is_read_from_outside(owner: nn.Module, name: str) -> bool:
     """Whether `owner` reads the weight of its layer `name` (its full name) without calling the layer."""
     attribute = name.rpartition(".")[2]
     return any(attribute in _READ_FROM_OUTSIDE.get(cls.__name__, ()) for cls in type(owner).__mro__)
+
+
+def is_router(owner: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether `module`, the layer `name` of `owner`, chooses experts: it returns choices rather than features."""
+    named = name.rpartition(".")[2] in ("gate", "router") and "experts" in owner._modules
+    return named or any("Router" in cls.__name__ for cls in type(module).__mro__)
+
+
+def is_matrix(owner: nn.Module, name: str, parameter: Tensor) -> bool:
+    """Whether the Parameter `name` of `owner` is a matrix, or a stack of them, that inputs are multiplied by."""
+    key = name.rpartition(".")[2]
+    if parameter.dim() not in (2, 3) or "bias" in key:
+        return False
+    if isinstance(owner, (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)):
+        return "weight" in key
+    return any("Expert" in cls.__name__ for cls in type(owner).__mro__)
 
 
 # How many rows of a fused projection belong to q, k and v, and in how many turns they are laid out, by the class that
@@ -157,6 +173,13 @@ def fused_layout(owner: nn.Module, name: str, module: Any) -> Layout | None:
             sizes, turns = _FUSED[cls.__name__, attribute](owner, module.out_features)
             return sizes, turns
     return None
+
+
+def in_proj_layout(owner: nn.Module, name: str) -> Layout | None:
+    """Return the rows of q, k, v of `in_proj_weight` of `nn.MultiheadAttention`; None for any other Parameter."""
+    if not isinstance(owner, nn.MultiheadAttention) or not name.endswith("in_proj_weight"):
+        return None
+    return [owner.embed_dim] * 3, 1
 
 
 def group_spec(enable_lora: list[bool], sizes: list[int], turns: int) -> dict:

@@ -1,5 +1,6 @@
 """Save the adapter of a model to a file, and load one: what is in the file against what is in the model."""
 
+import functools
 import itertools
 import os
 import warnings
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from loralib.adapters import (
     DEFAULT_NAME,
-    LORA_NAMES,
     active_adapter,
     active_parts,
     add_part,
@@ -24,6 +24,7 @@ from loralib.adapters import (
     check_whole,
     list_adapters,
     note_parts,
+    of_base,
     own_tensors,
     put,
     set_adapter,
@@ -31,10 +32,19 @@ from loralib.adapters import (
 from loralib.architectures import group_spec, resized_embeddings, unwrapped
 from loralib.core import Adapted, is_sharded, quiet_state, whole
 from loralib.formats import Adapter, check_metadata, read_native, read_upstream, write_native
-from loralib.inject import BIAS_MODES, STATISTICS, Plan, check_bias_mode, own_names, plan_layers, put_adapter
-from loralib.layers import Groups
+from loralib.inject import (
+    BIAS_MODES,
+    STATISTICS,
+    Plan,
+    check_bias_mode,
+    own_names,
+    plan_layers,
+    plan_tokens,
+    put_adapter,
+)
+from loralib.parameters import Parameters, Rows
 from loralib.peft_format import CONFIG, read_peft, write_peft
-from loralib.utils import match_modules_to_save, trained_state
+from loralib.utils import _join, match_modules_to_save, trained_state
 
 __all__ = ["load_lora", "read_metadata", "save_lora"]
 
@@ -96,9 +106,9 @@ def save_lora(
     model = unwrapped(model)
     check_intact(model)
     layers = _lora_layers(model)
-    if not layers:
+    if not layers and not _token_indices(model):
         raise ValueError(f"{type(model).__name__} has no adapters to save; call lora.inject_lora(model, ...) first")
-    check_not_offloaded(dict(layers))
+    check_not_offloaded({name: module for name, module in model.named_modules() if isinstance(module, Adapted)})
     adapter = _collect(model, layers, bias, modules_to_save)
     adapter.metadata = metadata or {}
     adapter.tensors = {key: whole(tensor) for key, tensor in adapter.tensors.items()}
@@ -157,24 +167,31 @@ def load_lora(
     if name not in list_adapters(model):
         check_whole(model)
         adapter = _read_for(path, modules, {}, lora_alpha, enable_lora, heads)
-        plans, problems = _plan(modules, adapter.layers, merge_weights)
-        own, misfits = _fit(modules, {name: plan.shapes for name, plan in plans.items()}, adapter, False)
+        plans, problems = _plan(modules, adapter, merge_weights)
+        shapes: dict[str, dict] = {}
+        for plan in plans.values():
+            shapes.setdefault(plan.path, {}).update(plan.shapes)
+        own, misfits = _fit(modules, shapes, adapter, False)
         _refuse(path, model, problems + misfits)
         check_not_offloaded({path: modules[path] for path in own})
         put_adapter(model, name, plans, own, _untied(modules, own, adapter))
         layers = _lora_layers(model)
     else:
+        check_intact(model)
         before = active_adapter(model)
         set_adapter(model, name)
         try:
             layers = _lora_layers(model)
             adapter = _read_for(path, modules, layers, lora_alpha, enable_lora, heads)
-            shapes = {key: (layer.lora_A.shape, layer.lora_B.shape) for key, layer in layers.items()}
+            there = _adapter_tensors(model)
+            shapes = {path: {key: t.shape for key, t in tensors.items()} for path, tensors in there.items()}
             own, misfits = _fit(modules, shapes, adapter, heads)
             misfits += [
                 f"{key}: the model ties it to another tensor of the file, which has other values; load into a new one"
                 for key in _untied(modules, own, adapter)
             ]
+            if adapter.token_indices != _token_indices(model):
+                misfits.append(f"tokens: {adapter.token_indices} in the file, {_token_indices(model)} in the model")
             _refuse(path, model, _differences(layers, adapter.layers) + misfits)
         except BaseException:
             put(model, before)
@@ -250,10 +267,11 @@ def _collect(
     check_bias_mode(bias)
     modules = base_modules(model)
     own = {name: frozenset(tensors) for name, tensors in active_parts(modules).items()}
+    targets = _adapter_tensors(model)
     saved = match_modules_to_save(model, modules_to_save) + _owned_whole(modules, own)
     for name, keys in own.items():
-        if keys - LORA_NAMES - set(STATISTICS) and not any(f"{name}.".startswith(f"{whole}.") for whole in saved):
-            needed = "lora_only" if name in layers else "all"
+        if of_base(keys).keys() - STATISTICS and not any(f"{name}.".startswith(f"{whole}.") for whole in saved):
+            needed = "lora_only" if name in targets else "all"
             bias = max(bias, needed, key=("none", "lora_only", "all").index)
     resized, why = resized_embeddings(model)
     paths = [path for path, module in modules.items() if module in resized and path not in saved]
@@ -261,23 +279,24 @@ def _collect(
         warnings.warn(f"{why}: {', '.join(paths)} go with the adapter, whole", stacklevel=3)
     saved = list(dict.fromkeys(saved + paths))
     everything = trained_state(model, bias, saved)
-    own = own_names(modules, layers, bias, saved)
-    names = [f"{name}.{key}" for name, keys in own.items() for key in sorted(keys)]
+    own = own_names(modules, targets, bias, saved)
+    names = [_join(name, key) for name, keys in own.items() for key in sorted(keys)]
     if not everything.keys() >= set(names):  # the statistics of a model that was built with its layers
         with quiet_state():
             everything = {**model.state_dict(), **everything}
     tensors = {name: everything[name] for name in names}
-    return Adapter(tensors, {name: _spec(layer) for name, layer in layers.items()}, bias, saved, _base_model(model))
+    specs = {name: _spec(layer) for name, layer in layers.items()}
+    return Adapter(tensors, specs, bias, saved, _base_model(model), token_indices=_token_indices(model))
 
 
 def _owned_whole(modules: dict[str, nn.Module], own: dict[str, frozenset[str]]) -> list[str]:
     """The outermost modules all of whose tensors are the adapter's own."""
-    if all(keys <= LORA_NAMES for keys in own.values()):
+    if not any(map(of_base, own.values())):
         return []
     within: set[str] = set()
     shared: set[str] = set()
     for path, module in modules.items():
-        for key in own_tensors(module).keys() - set(STATISTICS):
+        for key in own_tensors(module).keys() - STATISTICS:
             parents = itertools.accumulate(path.split("."), lambda above, part: f"{above}.{part}")
             (within if key in own.get(path, ()) else shared).update(parents)
     whole = within - shared
@@ -337,24 +356,31 @@ def _differences(present: dict[str, Adapted], specs: dict[str, dict]) -> list[st
 
 
 def _plan(
-    modules: dict[str, nn.Module], specs: dict[str, dict], merge_weights: bool
+    modules: dict[str, nn.Module], adapter: Adapter, merge_weights: bool
 ) -> tuple[dict[str, Plan], list[str]]:
-    plans, problems = {}, []
+    plans: dict[str, Plan] = {}
+    problems = []
     order = {name: position for position, name in enumerate(modules)}
-    for name in sorted(specs, key=lambda name: order.get(name, len(order))):
+    wanted: list[tuple[str, Callable]] = [
+        (name, functools.partial(plan_layers, modules, {name: adapter.layers[name]}, merge_weights))
+        for name in sorted(adapter.layers, key=lambda name: order.get(name, len(order)))
+    ]
+    for name, indices in adapter.token_indices.items():
+        wanted.append((name, functools.partial(plan_tokens, modules, {name: indices}, merge_weights)))
+    for name, plan in wanted:
         try:
-            plans.update(plan_layers(modules, {name: specs[name]}, merge_weights))
-        except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            plans.update(plan())
+        except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             problems.append(f"{name}: {error}")
     return plans, problems
 
 
 def _fit(
-    modules: dict[str, nn.Module], shapes: dict[str, tuple], adapter: Adapter, whole_adapter: bool
+    modules: dict[str, nn.Module], shapes: dict[str, dict], adapter: Adapter, whole_adapter: bool
 ) -> tuple[dict[str, frozenset[str]], list[str]]:
     """What would be the adapter's own in the model, and everything that speaks against it.
 
-    `shapes` are those of A and B, by layer; `whole_adapter` says whether the file must hold all of the active adapter.
+    `shapes` are those of the adapter's tensors, by module; `whole_adapter` says whether the file must hold all of the active adapter.
     """
     if adapter.bias not in BIAS_MODES:
         return {}, [f"bias={adapter.bias!r}: must be one of {', '.join(map(repr, BIAS_MODES))}"]
@@ -371,14 +397,14 @@ def _fit(
             key: (tuple(tensor.shape), tensor.dtype, isinstance(tensor, nn.Parameter))
             for key, tensor in own_tensors(modules[path]).items()
         }
-        for key, shape in zip(("lora_A", "lora_B"), shapes.get(path, ()), strict=False):
+        for key, shape in shapes.get(path, {}).items():
             there[key] = tuple(shape), torch.float32, True
-        wanted.update({f"{path}.{key}": there[key] for key in keys})
+        wanted.update({_join(path, key): there[key] for key in keys})
     # What the model's adapter has beyond the file would silently stay as it is.
     for path, tensors in (active_parts(modules) if whole_adapter else {}).items():
         problems += [
             f"{path}.{key}: the model's adapter has it, the file does not"
-            for key in sorted(tensors.keys() - LORA_NAMES - own.get(path, frozenset()))
+            for key in sorted(of_base(tensors).keys() - own.get(path, frozenset()))
         ]
     tensors = adapter.tensors
     # Other libraries' files are without the statistics of norms: the base's stay then.
@@ -413,7 +439,7 @@ def _untied(modules: dict[str, nn.Module], own: dict[str, frozenset[str]], adapt
     parts, groups = active_parts(modules), {}
     for path, keys in own.items():
         for key, tensor in {**own_tensors(modules[path]), **parts.get(path, {})}.items():
-            name = f"{path}.{key}"
+            name = _join(path, key)
             if key in keys and name in adapter.tensors:
                 groups.setdefault(id(tensor), {})[name] = adapter.tensors[name]
     differing = [
@@ -444,10 +470,29 @@ def _add_own(
     put(model, adapter_name)
 
 
-def _lora_layers(model: nn.Module) -> dict[str, Adapted]:
-    """The LoRA layers of the active adapter, by name."""
+def _lora_layers(model: nn.Module) -> dict[str, Any]:
+    """What has a rank in the active adapter, by name: the LoRA layers, and updates of Parameters."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
-    return {name: module for name, module in found.items() if module.has_adapter}
+    return {
+        (name + ending).removeprefix("."): update
+        for name, module in found.items()
+        for ending, update in module.updates().items()
+    }
+
+
+def _adapter_tensors(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+    return {name: tensors for name, module in found.items() if (tensors := module.adapter_tensors())}
+
+
+def _token_indices(model: nn.Module) -> dict[str, list[int]]:
+    return {
+        name: each.indices
+        for name, module in model.named_modules()
+        if isinstance(module, Parameters)
+        for each in vars(module).get("lora_parameters", {}).values()
+        if isinstance(each, Rows)
+    }
 
 
 def _base_model(model: nn.Module) -> str | None:
@@ -456,12 +501,12 @@ def _base_model(model: nn.Module) -> str | None:
     return os.path.basename(os.path.abspath(name)) if name and os.path.isdir(name) else name
 
 
-def _spec(layer: Adapted) -> dict:
+def _spec(layer: Any) -> dict:
     spec = {"r": layer.r, "lora_alpha": layer.lora_alpha, "scaling": layer.scaling}
     return {**spec, "lora_dropout": getattr(layer.lora_dropout, "p", 0.0), **_groups(layer)}
 
 
-def _groups(layer: Adapted) -> dict:
-    if not isinstance(layer, Groups):
+def _groups(layer: Any) -> dict:
+    if not hasattr(layer, "enable_lora"):
         return {}
     return group_spec(layer.enable_lora, layer.group_sizes, layer.interleave)

@@ -135,7 +135,7 @@ class Adapted(InPlace):
     # The attributes that an adapter puts on a layer.
     settings = (
         *("r", "lora_alpha", "scaling", "lora_dropout", "merged", "merge_weights"),
-        *("enable_lora", "group_sizes", "interleave", "fan_in_fan_out", "_aside", "_inner"),
+        *("enable_lora", "group_sizes", "interleave", "fan_in_fan_out", "_aside", "_inner", "lora_parameters"),
     )
     weight: Tensor
     lora_A: nn.Parameter
@@ -150,6 +150,8 @@ class Adapted(InPlace):
     _aside: _Merged | None = None
     _disabled = False
     _sharded = False
+    # Whether what is below the module is part of it.
+    is_leaf = True
     # Whether the forward adds the update to the base's output; otherwise the base's forward reads the sum.
     branches = True
     # Whether `weight`, read by anyone else, is the sum.
@@ -201,6 +203,18 @@ class Adapted(InPlace):
         # replicas of nn.DataParallel, which hold plain tensors.
         parameters = self._parameters
         return parameters[name] if name in parameters else getattr(self, name)
+
+    def updates(self) -> dict[str, Any]:
+        """What has a rank, an alpha and a scaling here, by the ending of its name: the layer itself."""
+        return {"": self} if self.has_adapter else {}
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the adapter, by name."""
+        return {name: getattr(self, name) for name in ("lora_A", "lora_B")} if self.has_adapter else {}
+
+    def sums(self) -> dict[str, Tensor]:
+        """W + scaling * B A for each weight that has an update, by name."""
+        return {"weight": self._sum(self.base_weight())} if self.has_adapter else {}
 
     def base_weight(self) -> Any:
         """Return the weight without the update, in every mode."""

@@ -42,6 +42,7 @@ class Adapter:
         modules_to_save: full names of the modules saved whole.
         base_model: name of the base model, if known.
         metadata: what the user wants to have with it.
+        token_indices: the rows that are trained, by the full name of the table.
     """
 
     tensors: dict[str, Tensor]
@@ -50,6 +51,7 @@ class Adapter:
     modules_to_save: list[str] = field(default_factory=list)
     base_model: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    token_indices: dict[str, list[int]] = field(default_factory=dict)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -87,6 +89,7 @@ def write_native(path: Path, adapter: Adapter) -> None:
         "modules_to_save": adapter.modules_to_save,
         "layers": adapter.layers,
         "metadata": adapter.metadata,
+        **({"token_indices": adapter.token_indices} if adapter.token_indices else {}),
     }
     write_atomically(path, to_bytes(adapter.tensors, {METADATA_KEY: json.dumps(config)}))
 
@@ -115,7 +118,10 @@ def read_native(path: Path) -> Adapter:
         version = config["format_version"]
         if version != FORMAT_VERSION:
             raise ValueError(f"format_version is {version!r}, this library reads {FORMAT_VERSION}")
-        if not config["layers"]:
+        tokens = config.get("token_indices", {})
+        if not all(isinstance(row, int) for rows in tokens.values() for row in rows):
+            raise ValueError("token_indices must be whole numbers")
+        if not config["layers"] and not tokens:
             raise ValueError("it names no layers")
         for spec in config["layers"].values():
             if not spec.keys() >= _SPEC_KEYS or not spec.keys() <= _SPEC_KEYS | _FUSED_KEYS:
@@ -136,6 +142,7 @@ def read_native(path: Path) -> Adapter:
         config["modules_to_save"],
         config.get("base_model"),
         config["metadata"],
+        tokens,
     )
 
 

@@ -2,9 +2,10 @@
 
 import difflib
 import math
+import operator
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,6 @@ from torch import nn
 
 from loralib.adapters import (
     DEFAULT_NAME,
-    LORA_NAMES,
     Form,
     add_part,
     adopt,
@@ -31,18 +31,23 @@ from loralib.architectures import (
     default_target_modules,
     fused_layout,
     group_spec,
+    in_proj_layout,
+    is_matrix,
     is_read_from_outside,
+    is_router,
     output_layer,
     unwrapped,
 )
 from loralib.core import Adapted, InPlace, adapted, check_hyperparameters, identity
 from loralib.layers import Groups, Kernel, Matrix, Table, as_booleans, check_groups, is_conv1d, matrix_shape
+from loralib.parameters import LowRank, Rows, with_parameters
 from loralib.quantized import is_quantized
 
 __all__ = ["inject_lora"]
 
+_TOKENS = "trainable_token_indices"
 BIAS_MODES = ("none", "all", "lora_only")
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, ALL_LINEAR_PEFT = "all-linear", "all-linear-peft"
 
 _KINDS: dict[type[nn.Module], type[Adapted]] = {
     **{nn.Linear: Matrix, nn.Embedding: Table},
@@ -51,7 +56,7 @@ _KINDS: dict[type[nn.Module], type[Adapted]] = {
 _FORWARDS = [cls.forward for cls in _KINDS]
 _FUSED_KEYS = ("enable_lora", "group_sizes", "interleave")
 # Buffers of torch's layers that training changes though all is frozen: of batch norms and of spectral norms.
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "weight_u", "weight_v", "_u", "_v")
+STATISTICS = {"running_mean", "running_var", "num_batches_tracked", "weight_u", "weight_v", "_u", "_v"}
 
 
 def inject_lora(
@@ -69,6 +74,8 @@ def inject_lora(
     enable_lora: Sequence[bool] | None = None,
     merge_weights: bool = False,
     adapter_name: str = DEFAULT_NAME,
+    target_parameters: Sequence[str] | None = None,
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
 ) -> list[str]:
     """Adapt layers of `model` where they stand, freeze everything but their adapters and return their names.
 
@@ -91,8 +98,10 @@ def inject_lora(
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: see `LoRALayer`; embeddings have none.
         target_modules: a list of full names or last parts of names ("q_proj", "attn.c_attn"); or one string, a regular
-            expression that matches full names; or "all-linear", every linear layer but the output layer or head and
-            the routers of experts; or None for query and value of a known Hugging Face architecture.
+            expression that matches full names; or "all-linear", every matrix but the output layer or head and the
+            routers of experts: the linear layers, fused experts, and the weights of `nn.MultiheadAttention` and of
+            recurrent layers (a `UserWarning` names what is left out, if it is much); or "all-linear-peft", the linear
+            layers that PEFT takes for "all-linear"; or None for query and value of a known Hugging Face architecture.
         exclude_modules: targets to leave out after all, named in the same way.
         rank_pattern, alpha_pattern: ranks and alphas that differ, by full names, last parts or regular expressions for
             the end of a name ("attn.c_proj", "layer.(0|1).attention.query"); the first that matches counts.
@@ -107,6 +116,11 @@ def inject_lora(
         merge_weights: whether `eval()` merges, which takes a copy of the adapted weights; quantised weights are never
             merged by it. `merge_lora_weights` merges when asked.
         adapter_name: what to call the adapter; a model can have several (`set_adapter`), the new one becomes active.
+        target_parameters: Parameters to adapt that are no layers of their own, named as `target_modules` are
+            ("mlp.experts.gate_up_proj", "in_proj_weight"): matrices, and stacks of them, of which each gets an update
+            of rank `r`. Without `target_modules` nothing else is adapted. Dropout does not reach them.
+        trainable_token_indices: tokens whose rows are trained, in the input embeddings; or such lists by names of
+            embeddings. A layer that shares the table, such as a tied output layer, computes with the rows, too.
 
     Raises:
         TypeError: a target is of a class that cannot be adapted or has an attribute with the name of one of a LoRA
@@ -126,14 +140,22 @@ def inject_lora(
     if modules_to_save is None:
         modules_to_save = default_modules_to_save(model)
     saved = match_names(modules, modules_to_save, "modules_to_save") if modules_to_save else []
-    names = _targets(model, modules, target_modules, exclude_modules, saved)
-    if enable_lora is None and target_modules is None:
-        enable_lora = (True, False, True)
+    extra = target_parameters is not None or trainable_token_indices is not None
+    if target_modules is None and extra or (extra and not isinstance(target_modules, str) and not list(target_modules)):
+        names, aside = [], saved
+    else:
+        names, aside = _targets(model, modules, target_modules, exclude_modules, saved)
+        if enable_lora is None and target_modules is None:
+            enable_lora = (True, False, True)
+    if target_parameters is not None:
+        names += _target_parameters(model, modules, target_parameters, saved)
+    tokens = token_rows(model, modules, trainable_token_indices, saved) if trainable_token_indices is not None else {}
     specs = {
         name: {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, **_fused(modules, name, enable_lora)}
         for name in names
     }
-    if target_modules is not None and enable_lora is not None and not any("enable_lora" in s for s in specs.values()):
+    named = target_modules is not None or target_parameters is not None
+    if named and enable_lora is not None and not any("enable_lora" in s for s in specs.values()):
         raise ValueError(
             f"enable_lora={list(enable_lora)}: none of the targets is a fused projection whose layout is known; "
             "leave it out to adapt them whole"
@@ -150,14 +172,18 @@ def inject_lora(
             f"the model already has LoRA layers of an adapter {adapter_name!r} ({_some(present)}); "
             "call lora.unload(model) first, or give another adapter_name"
         )
-    plans = plan_layers(modules, specs, merge_weights)
-    widest = max(_widest(plan) for plan in plans.values())
-    largest = max(spec["r"] for spec in specs.values())
+    left_out: dict[str, str] | None = {} if target_modules == ALL_LINEAR else None
+    plans = plan_layers(modules, specs, merge_weights, left_out)
+    if left_out is not None:
+        _tell_left_out(model, modules, plans, [*left_out], aside)
+    widest = max((plan.widest for plan in plans.values()), default=0)
+    largest = max((spec["r"] for spec in specs.values()), default=0)
     if largest > widest:
         raise ValueError(
             f"r={largest}: an update of that rank is low-rank for none of the targets; at most {widest} here"
         )
-    own = own_names(modules, names, bias, saved)
+    plans.update(plan_tokens(modules, tokens, merge_weights))
+    own = own_names(modules, own_of_plans(plans), bias, saved)
     check_not_offloaded({name: modules[name] for name in own})
     put_adapter(model, adapter_name, plans, own)
     return names
@@ -212,17 +238,17 @@ def is_bias(name: str) -> bool:
 
 
 def own_names(
-    modules: dict[str, nn.Module], targets: Iterable[str], bias: str, saved: Iterable[str]
+    modules: dict[str, nn.Module], targets: Mapping[str, Iterable[str]], bias: str, saved: Iterable[str]
 ) -> dict[str, frozenset[str]]:
     """Return, by module, which of its Parameters and buffers an adapter has of its own: the one place that knows.
 
     Args:
         modules: the modules of the model without its adapters, by name.
-        targets: the names of the adapted layers.
+        targets: the names of the adapter's tensors, by module.
         bias: the bias mode.
         saved: the names of the modules to save whole.
     """
-    own = {name: LORA_NAMES for name in targets}
+    own = {name: frozenset(keys) for name, keys in targets.items()}
     first = {id(module): name for name, module in reversed(modules.items())}
     first.update((id(modules[name]), name) for name in own)
     for name in first.values():
@@ -242,36 +268,77 @@ def own_names(
 
 
 class Plan(NamedTuple):
-    """A layer to be: its form while the adapter is active, and the shapes of A and B."""
+    """A layer, or a Parameter of one, that is to be adapted.
 
-    form: Form
-    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    Attributes:
+        path: the module.
+        parameter: its Parameter.
+        shapes: those of the adapter's tensors, by name.
+        draw: what draws them, given the Parameter and them.
+        form: the module's form while the adapter is active; None where the Parameter is to be computed
+        computed: by this.
+        widest: the largest rank that the update can have.
+        merge_weights: whether `eval()` merges.
+    """
 
-    @property
-    def groups(self) -> dict:
-        """The settings of a fused projection, as `group_spec` gives them."""
-        settings = self.form.settings
-        if "enable_lora" not in settings:
-            return {}
-        return group_spec(*(settings[key] for key in ("enable_lora", "group_sizes", "interleave")))
+    path: str
+    parameter: str
+    shapes: dict[str, tuple[int, ...]]
+    draw: Callable[..., None]
+    form: Form | None = None
+    computed: LowRank | Rows | None = None
+    widest: int = 0
+    merge_weights: bool = False
 
 
-def plan_layers(modules: dict[str, nn.Module], specs: dict[str, dict], merge_weights: bool = False) -> dict[str, Plan]:
-    """Return what each layer named in `specs` is to become; nothing is changed."""
+def plan_layers(
+    modules: dict[str, nn.Module],
+    specs: dict[str, dict],
+    merge_weights: bool = False,
+    left_out: dict[str, str] | None = None,
+) -> dict[str, Plan]:
+    """Return what each layer named in `specs` is to become; nothing is changed.
+
+    What cannot be adapted goes to `left_out`, with the reason, or is an error if that is None.
+    """
     if "" in specs:
         raise ValueError(f"{type(modules['']).__name__} itself cannot be adapted; put it into a model")
     plans = {}
     for name, spec in specs.items():
-        if name not in modules:
-            raise ValueError("the model has no such layer")
-        plans[name] = _plan(name, modules[name], modules[name.rpartition(".")[0]], spec, merge_weights)
-    deaf = [name for name, plan in plans.items() if not plan.form.cls.branches and _drops(plan)]
+        try:
+            plans[name] = _plan(name, modules, spec, merge_weights)
+        except TypeError as error:
+            if left_out is None:
+                raise
+            left_out[name] = str(error)
+    both = [name for name, plan in plans.items() if plan.path != name and plan.path in plans]
+    if both:
+        raise ValueError(f"{_some(both)}: its module is a target, too; name one of the two")
+    deaf = [name for name, plan in plans.items() if specs[name]["lora_dropout"] and _is_deaf(plan)]
     if deaf:
         warnings.warn(
             f"lora_dropout does nothing in {_some(deaf)}: a forward of their own reads the sum of weight and update",
             stacklevel=4,
         )
     return plans
+
+
+def plan_tokens(
+    modules: dict[str, nn.Module], tokens: Mapping[str, Sequence[int]], merge_weights: bool = False
+) -> dict[str, Plan]:
+    """Return plans for the rows of the tables, by the name of the table's module; nothing is changed."""
+    return {
+        f"{path}.weight": _compute(modules, path, "weight", Rows(indices), merge_weights)
+        for path, indices in tokens.items()
+    }
+
+
+def own_of_plans(plans: Mapping[str, Plan]) -> dict[str, list[str]]:
+    """Return the names of the adapter's tensors that `plans` bring, by module."""
+    own: dict[str, list[str]] = {}
+    for plan in plans.values():
+        own.setdefault(plan.path, []).extend(plan.shapes)
+    return own
 
 
 def put_adapter(
@@ -294,22 +361,129 @@ def put_adapter(
     if hasattr(type(model), "tie_weights"):
         own = {**own, "": own.get("", frozenset())}  # the model itself, for what it does to its embeddings
     note_parts(model, adapter_name, own, modules)
+    here: dict[str, list[Plan]] = {}
+    for plan in plans.values():
+        here.setdefault(plan.path, []).append(plan)
     for name, keys in own.items():
-        module, plan = modules[name], plans.get(name)
+        module = modules[name]
         if id(module) in done:  # one module can have two names
             continue
         done.add(id(module))
-        adapter = {}
-        if plan is not None:
+        adapter: dict[str, nn.Parameter] = {}
+        for plan in here.get(name, ()):
             tensors = own_tensors(module)
-            weight = tensors.get("weight", next(iter(tensors.values())))
+            weight = tensors.get(plan.parameter, next(iter(tensors.values())))
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            A, B = (nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)) for shape in plan.shapes)
-            plan.form.cls.draw(A, B)
-            adapter = {"lora_A": A, "lora_B": B}
+            # The rows of tied tables are the same ones.
+            shared = (id(weight), *plan.shapes) if isinstance(plan.computed, Rows) else (name, *plan.shapes)
+            if shared not in copies:
+                made = [torch.empty(shape, device=weight.device, dtype=dtype) for shape in plan.shapes.values()]
+                plan.draw(weight, *made)
+                copies[shared] = list(map(nn.Parameter, made))
+            adapter.update(zip(plan.shapes, copies[shared], strict=True))
         own_copies = frozenset(key for key in keys if f"{name}.{key}" in apart)
-        add_part(module, adapter_name, keys, plan.form if plan else None, adapter, copies, own_copies)
+        add_part(module, adapter_name, keys, _form_of(module, here.get(name, [])), adapter, copies, own_copies)
     put(model, adapter_name)
+
+
+def _tell_left_out(
+    model: nn.Module, modules: dict[str, nn.Module], plans: dict[str, Plan], failed: list[str], aside: list[str]
+) -> None:
+    # What stands in layers that are known not to be matrices is no surprise.
+    total, left = 0, {}
+    adapted_ones = {f"{plan.path}.{plan.parameter}" for plan in plans.values()}
+    last = output_layer(model)
+    for name, tensor in _parameters(model, modules).items():
+        path, _, key = name.rpartition(".")
+        total += tensor.numel()
+        is_matrix_like = tensor.dim() in (2, 3) and min(tensor.shape) > 1 and not is_bias(key)
+        known = isinstance(modules[path], _NO_MATRICES) or modules[path] is last
+        known = known or any(f"{name}.".startswith(f"{each}.") for each in aside)
+        if path in failed or name in failed or (is_matrix_like and not known and name not in adapted_ones):
+            if not is_router(modules[path.rpartition(".")[0]], path, modules[path]):
+                left[name] = tensor.numel()
+    share = sum(left.values()) / max(total, 1)
+    if share >= 0.01:
+        warnings.warn(
+            f"all-linear leaves out {_some(left)}: {share:.0%} of the parameters; "
+            "name what is to be adapted of them in target_parameters or target_modules",
+            stacklevel=4,
+        )
+
+
+_NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)
+
+
+def _form_of(module: nn.Module, plans: list[Plan]) -> Form | None:
+    if not plans or plans[0].form is not None:
+        return plans[0].form if plans else None
+    names = tuple(name for name in module._parameters if any(plan.parameter == name for plan in plans))
+    computed = {plan.parameter: plan.computed for plan in plans}
+    settings = {"lora_parameters": computed, "merged": False, "merge_weights": plans[0].merge_weights}
+    return Form(with_parameters(_plain_class(module), names), settings)
+
+
+def _plain_class(module: nn.Module) -> Any:
+    place = vars(module).get("_place")
+    return place.plain.cls if place else type(module)
+
+
+def _is_deaf(plan: Plan) -> bool:
+    if plan.form is None:
+        return True
+    return not plan.form.cls.branches and plan.form.settings["lora_dropout"] is not identity
+
+
+def _target_parameters(
+    model: nn.Module, modules: dict[str, nn.Module], target_parameters: Sequence[str], saved: list[str]
+) -> list[str]:
+    names = match_names(_parameters(model, modules), target_parameters, "target_parameters")
+    inside = [name for name in names if any(name.startswith(f"{head}.") for head in saved)]
+    if inside:
+        raise ValueError(f"target_parameters={target_parameters!r}: {_some(inside)} is trained whole; name it once")
+    return names
+
+
+def _parameters(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    first = {name for name, _ in model.named_modules()}
+    return {
+        f"{path}.{key}" if path else key: tensor
+        for path, module in modules.items()
+        if path in first
+        for key, tensor in own_tensors(module).items()
+        if isinstance(tensor, nn.Parameter)
+    }
+
+
+def token_rows(
+    model: Any, modules: dict[str, nn.Module], indices: Sequence[int] | Mapping[str, Sequence[int]], saved: list[str]
+) -> dict[str, list[int]]:
+    """Return by table, also those that are tied to a named one, the rows to train; raise if they are none."""
+    if isinstance(indices, Mapping):
+        named = {path: rows for key, rows in indices.items() for path in match_names(modules, [key], _TOKENS)}
+    else:
+        get = getattr(model, "get_input_embeddings", None)
+        table = get() if callable(get) else None
+        named = {path: indices for path, module in modules.items() if module is table}
+        if not named:
+            raise ValueError(
+                f"{_TOKENS}={indices!r}: {type(model).__name__} does not say which its input embeddings are; give a "
+                "dict of lists by the names of embeddings"
+            )
+    found: dict[str, list[int]] = {}
+    for path, rows in named.items():
+        table = modules[path]
+        size = getattr(table, "num_embeddings", 0)
+        whole = [operator.index(row) for row in rows]
+        if not isinstance(table, nn.Embedding) or not whole or len(set(whole)) < len(whole):
+            raise ValueError(f"{_TOKENS}: {path}, a {type(table).__name__}, {whole}: must be an embedding and rows, once each")
+        if min(whole) < 0 or max(whole) >= size:
+            raise ValueError(f"{_TOKENS}: {path} has rows 0 to {size - 1}, not {min(whole)} to {max(whole)}")
+        if path in saved:
+            raise ValueError(f"{_TOKENS}: {path} is trained whole (modules_to_save)")
+        weight = own_tensors(table)["weight"]
+        found.update({other: whole for other, module in modules.items() if own_tensors(module).get("weight") is weight})
+    return found
 
 
 def _targets(
@@ -318,23 +492,26 @@ def _targets(
     target_modules: Sequence[str] | str | None,
     exclude_modules: Sequence[str] | str | None,
     saved: list[str],
-) -> list[str]:
+) -> tuple[list[str], list[str]]:
+    """The names of what is to be adapted, and of what is left alone on purpose."""
     if target_modules is None:
         target_modules = default_target_modules(model)
     # A module has several names where it is used twice; the first is the one to report.
     first = {name for name, _ in model.named_modules()}
     modules = {name: module for name, module in modules.items() if name in first}
-    heads = [*saved]
-    if target_modules == ALL_LINEAR:
+    heads, bare = [*saved], {}
+    if target_modules in (ALL_LINEAR, ALL_LINEAR_PEFT):
         heads += default_modules_to_save(model)
         last = output_layer(model)
         names = [name for name, m in model.named_modules() if name in modules and m is not last]
         names = [name for name in names if isinstance(modules[name], nn.Linear) or is_conv1d(modules[name])]
-        # What chooses experts returns choices, and is left alone unless it is named.
-        names = [name for name in names if "Router" not in type(modules[name]).__name__]
+        if target_modules == ALL_LINEAR:
+            names = [name for name in names if not is_router(modules[name.rpartition(".")[0]], name, modules[name])]
+            bare = _parameters(model, modules)
+            names += [name for name in bare if is_matrix(modules[name.rpartition(".")[0]], name, bare[name])]
     else:
         names = match_names(modules, target_modules, "target_modules")
-    excluded = match_names(modules, exclude_modules, "exclude_modules") if exclude_modules else []
+    excluded = match_names([*modules, *bare], exclude_modules, "exclude_modules") if exclude_modules else []
     inside = [name for name in names if any(f"{name}.".startswith(f"{head}.") for head in heads)]
     left = [name for name in names if name not in excluded and name not in inside]
     if not left:
@@ -342,13 +519,17 @@ def _targets(
             f"target_modules={target_modules!r}: nothing is left of {_some(names) or 'it'} after exclude_modules="
             f"{exclude_modules!r} and the modules trained whole, {_some(heads) or 'none'}"
         )
-    return left
+    return left, heads + excluded
 
 
 def _fused(modules: dict[str, nn.Module], name: str, enable_lora: Sequence[bool] | None) -> dict:
     if enable_lora is None:
         return {}
-    layout = fused_layout(modules[name.rpartition(".")[0]], name, modules[name])
+    owner = modules[name.rpartition(".")[0]]
+    if name in modules:
+        layout = fused_layout(owner, name, modules[name])
+    else:
+        layout = in_proj_layout(owner, name)
     if layout is None:
         return {}
     # The last ones, because GPT-2's cross-attention has k and v only.
@@ -390,7 +571,13 @@ def compile_pattern(key: str) -> re.Pattern:
     return re.compile(rf"(.*\.)?({key})$")
 
 
-def _plan(name: str, module: nn.Module, owner: nn.Module, spec: dict, merge_weights: bool) -> Plan:
+def _plan(name: str, modules: dict[str, nn.Module], spec: dict, merge_weights: bool) -> Plan:
+    owner = modules.get(name.rpartition(".")[0])
+    if owner is not None and name not in modules and name.rpartition(".")[2] in own_tensors(owner):
+        return _plan_parameter(name, modules, spec, merge_weights)
+    if name not in modules or owner is None:
+        raise ValueError("the model has no such layer")
+    module = modules[name]
     place = vars(module).get("_place")
     cls: Any = place.plain.cls if place else type(module)
     client: Any = None
@@ -429,8 +616,8 @@ def _plan(name: str, module: nn.Module, owner: nn.Module, spec: dict, merge_weig
     if kind is Matrix and "enable_lora" in spec:
         kind = Groups
         settings.update(check_groups(matrix_shape(module)[1], **{k: spec[k] for k in _FUSED_KEYS if k in spec}))
-    shapes = kind.shapes(module, settings)
-    if 0 in shapes[0]:
+    A, B = kind.shapes(module, settings)
+    if 0 in A:
         raise ValueError(f"{name} would get no adapter: r={r}, enable_lora={spec.get('enable_lora')}")
     branch = quantized or cls.forward in _FORWARDS or cls.__name__ in ("Conv1D", *LINEAR_BY_ANOTHER_NAME)
     # A forward that was put on the object may have kept that of its class, and would go past the branch; a wrapper's is
@@ -446,8 +633,47 @@ def _plan(name: str, module: nn.Module, owner: nn.Module, spec: dict, merge_weig
     if client is not None:
         if not issubclass(client, kind):
             raise TypeError(f"{name} is a {client.__name__}, made by hand, which cannot become a layer of another kind")
-        return Plan(Form(client, settings), shapes)
-    return Plan(Form(adapted(cls, kind, branch and follows, computed), settings), shapes)
+        form = Form(client, settings)
+    else:
+        form = Form(adapted(cls, kind, branch and follows, computed), settings)
+    groups = settings.get("group_sizes")
+    widest = min(A[1], max(groups) if groups else B[0])
+    return Plan(name, "weight", {"lora_A": A, "lora_B": B}, _drawn_by(form.cls), form, widest=widest)
+
+
+def _drawn_by(cls: Any) -> Callable[..., None]:
+    return lambda weight, A, B: cls.draw(A, B)
+
+
+def _plan_parameter(name: str, modules: dict[str, nn.Module], spec: dict, merge_weights: bool) -> Plan:
+    path, _, key = name.rpartition(".")
+    module, r = modules[path], spec["r"]
+    weight = own_tensors(module)[key]
+    if weight.dim() not in (2, 3):
+        raise TypeError(f"{name} has {weight.dim()} axes, {tuple(weight.shape)}; LoRA adapts matrices and stacks of them")
+    groups = {}
+    if "enable_lora" in spec:
+        groups = check_groups(weight.shape[0], **{k: spec[k] for k in _FUSED_KEYS if k in spec})
+    scaling = spec.get("scaling", spec["lora_alpha"] / r)
+    transposed = weight.dim() == 3 and bool(getattr(module, "is_transposed", False))
+    update = LowRank(r, spec["lora_alpha"], scaling, transposed, **groups)
+    return _compute(modules, path, key, update, merge_weights)
+
+
+def _compute(
+    modules: dict[str, nn.Module], path: str, key: str, update: LowRank | Rows, merge_weights: bool
+) -> Plan:
+    module = modules[path]
+    weight, cls = own_tensors(module)[key], _plain_class(module)
+    if not isinstance(weight, nn.Parameter) or is_quantized(module) or not weight.is_floating_point() or weight.itemsize < 2:
+        raise TypeError(f"{path}.{key} is no Parameter of floating-point numbers of 16 bits or more, which LoRA adapts there")
+    if issubclass(cls, Adapted) or getattr(module, "max_norm", None) is not None:
+        raise TypeError(f"{path} is a {cls.__name__}, made by hand or with max_norm, whose {key} cannot be computed")
+    if "forward" in vars(module) or "_old_forward" in vars(module):
+        raise TypeError(f"{path} has a forward of its own beside its class's, which would read {key} past the update")
+    shapes = dict(zip(update.names(key), update.shapes(weight), strict=True))
+    widest = min(weight.shape[-2:]) if weight.dim() > 1 else 0
+    return Plan(path, key, shapes, update.draw, None, update, widest, merge_weights)
 
 
 def _names_of(cls: type, module: nn.Module) -> set[str]:
@@ -462,16 +688,6 @@ def _names_of_ours(kind: type) -> set[str]:
     return (
         (ours | set(Adapted.settings)) - set(dir(nn.Module)) - set(vars(InPlace)) - {"__annotations__", "__getattr__"}
     )
-
-
-def _widest(plan: Plan) -> int:
-    # The largest rank that the matrix can have.
-    groups, (A, B) = plan.form.settings.get("group_sizes"), plan.shapes
-    return min(A[1], max(groups) if groups else B[0])
-
-
-def _drops(plan: Plan) -> bool:
-    return plan.form.settings["lora_dropout"] is not identity
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:

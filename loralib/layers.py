@@ -215,9 +215,14 @@ class Groups(Matrix):
 
     @classmethod
     def shapes(cls, layer: Any, settings: dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return cls.group_shapes(matrix_shape(layer)[0], settings)
+
+    @staticmethod
+    def group_shapes(inputs: int, settings: dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B for that many inputs."""
         pairs = zip(settings["group_sizes"], settings["enable_lora"], strict=True)
         sizes, r = [size for size, enabled in pairs if enabled], settings["r"]
-        return (r * len(sizes), matrix_shape(layer)[0]), (sum(sizes), r)
+        return (r * len(sizes), inputs), (sum(sizes), r)
 
     @property
     def group_sizes(self) -> list[int]:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from loralib.adapters import (
-    LORA_NAMES,
     PARTS,
     RESIZED,
     active_parts,
     base_modules,
     check_whole,
     make_plain,
+    of_base,
     places,
     put,
 )
@@ -362,10 +362,9 @@ def match_modules_to_save(model: nn.Module, modules_to_save: Sequence[str] | str
 def _check_finite(model: nn.Module) -> None:
     found: dict[torch.device, dict[str, Tensor]] = {}
     for prefix, module in model.named_modules():
-        if isinstance(module, Adapted) and module.has_adapter:
-            for name in ("lora_A", "lora_B"):
-                tensor, dot = getattr(module, name), prefix and prefix + "."
-                found.setdefault(tensor.device, {})[dot + name] = tensor
+        if isinstance(module, Adapted):
+            for name, tensor in module.adapter_tensors().items():
+                found.setdefault(tensor.device, {})[_join(prefix, name)] = tensor
     for tensors in found.values():
         if torch.cat([tensor.flatten() for tensor in tensors.values()]).isfinite().all():  # a GPU is waited for once
             continue
@@ -381,15 +380,14 @@ def _add_to_base(model: nn.Module) -> None:
     unmerge_lora_weights(model)
     values: list[tuple[nn.Module, str, Tensor]] = []
     for layer in _lora_layers(model):
-        if layer.has_adapter:
-            values.append((layer, "weight", layer._sum(layer.base_weight())))
-            if isinstance(layer, nn.Embedding):
-                layer.max_norm = None  # the rows were bounded before the update came on top
+        values += [(layer, name, value) for name, value in layer.sums().items()]
+        if layer.has_adapter and isinstance(layer, nn.Embedding):
+            layer.max_norm = None  # the rows were bounded before the update came on top
+    summed = {(id(module), name) for module, name, _ in values}
     for module, place in places(model):
         if place.active is not None:
-            own = place.tensors(module, place.active).items()
-            summed = LORA_NAMES | ({"weight"} if isinstance(module, Adapted) and module.has_adapter else set())
-            values += [(module, key, tensor) for key, tensor in own if key not in summed]
+            own = place.tensors(module, place.active)
+            values += [(module, key, own[key]) for key in of_base(own) if (id(module), key) not in summed]
     put(model, None)
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     held = [module._parameters.get(name, module._buffers.get(name)) for module, name, _ in values]
