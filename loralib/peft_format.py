@@ -19,20 +19,23 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loralib.adapters import own_tensors
-from loralib.architectures import default_modules_to_save, fused_layout, group_spec
-from loralib.core import Adapted, check_hyperparameters, whole
+from loralib.adapters import of_base, own_tensors
+from loralib.architectures import default_modules_to_save, fused_layout, group_spec, in_proj_layout
+from loralib.core import check_hyperparameters, whole
 from loralib.formats import Adapter, read_safetensors, read_torch, sort_out, to_bytes, write_atomically
 from loralib.inject import compile_pattern, match_names, match_pattern
 from loralib.layers import Groups, is_conv1d
+from loralib.parameters import LowRank
 from loralib.quantized import is_quantized
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_TOKENS = "token_adapter.trainable_tokens_delta"
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 # Entries that do not change what a trained adapter computes, or are taken care of here. Any other entry that is set
@@ -43,6 +46,7 @@ _KNOWN = {
     *("modules_to_save", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"),
     *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("qalora_group_size", "runtime_config", "ensure_weight_tying", "init_lora_weights"),
+    *("target_parameters", "trainable_token_indices"),
 }  # fmt: skip
 # The other ways to start change the weights of the base, which the adapter file does not hold.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -62,7 +66,7 @@ def write_peft(
     adapter: Adapter,
     model: nn.Module,
     modules: dict[str, nn.Module],
-    layers: dict[str, Adapted],
+    layers: dict[str, Any],
     single_rank: bool,
 ) -> None:
     """Write PEFT's folder, the weights before the configuration, each of the two files atomically.
@@ -76,29 +80,40 @@ def write_peft(
         single_rank: write one rank and one alpha for all layers.
     """
     # The adapter's tensors rather than the layers', which may be sharded.
-    factors = {name: [adapter.tensors[f"{name}.{key}"].detach() for key in ("lora_A", "lora_B")] for name in layers}
-    converted = {name: _to_peft(name, layer, *factors[name]) for name, layer in layers.items()}
+    parameters = {name: layer for name, layer in layers.items() if isinstance(layer, LowRank)}
+    converted = {}
+    for name, layer in layers.items():
+        A, B = (adapter.tensors[key].detach() for key in _keys_of(name, layer))
+        converted[name] = _to_peft(name, layer, A, B)
+    experts = {name: converted[name][0].shape[0] // _rank(layer) for name, layer in layers.items()}
     if single_rank:
-        converted = _with_one_rank(converted)
+        converted = _with_one_rank(converted, experts)
     use_rslora = not single_rank and _is_rslora(layers.values())
-    ranks = {name: A.shape[0] for name, (A, B, scaling) in converted.items()}
+    ranks = {name: A.shape[0] // experts[name] for name, (A, B, scaling) in converted.items()}
     alphas = {}
     for name, (_, _, scaling) in converted.items():
         alphas[name] = _whole(scaling * (math.sqrt(ranks[name]) if use_rslora else ranks[name]))
     r, rank_pattern = _pattern(ranks)
     lora_alpha, alpha_pattern = _pattern(alphas)
     dropouts = {spec["lora_dropout"] for spec in adapter.layers.values()} - {0.0}
+    if dropouts and parameters:
+        message = "PEFT has no dropout where it adapts Parameters: lora_dropout=0.0 was written"
+        warnings.warn(f"{message}, which matters to further training only", stacklevel=3)
+        dropouts = set()
     if len(dropouts) > 1:
         message = f"PEFT has one lora_dropout for all layers: of {sorted(dropouts)} the largest was written"
         warnings.warn(f"{message}, which matters to further training only", stacklevel=3)
-    differs = [name for name, layer in layers.items() if layer.computes_weight]
+    differs = [name for name, layer in layers.items() if getattr(layer, "computes_weight", False)]
     if differs:
         warnings.warn(
             f"PEFT computes {', '.join(differs[:8])} differently: it adds the update to the output; here it is in the "
             "weight, which something else reads or a forward of the layer's own uses",
             stacklevel=3,
         )
-    transposed = any(is_conv1d(modules[name]) or getattr(modules[name], "fan_in_fan_out", False) for name in layers)
+    whole_layers = [name for name in layers if name not in parameters]
+    transposed = any(
+        is_conv1d(modules[name]) or getattr(modules[name], "fan_in_fan_out", False) for name in whole_layers
+    )
     # An adapted layer with a weight of its own is told by its tensors.
     saved = [name for name in adapter.modules_to_save if name not in layers]
     config = {
@@ -112,19 +127,29 @@ def write_peft(
         "use_rslora": use_rslora,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "target_modules": _target_modules(list(layers), modules, saved),
+        "target_modules": _target_modules(whole_layers, modules, saved) if whole_layers else [],
+        "target_parameters": _target_parameters(list(parameters), modules) or None,
+        "trainable_token_indices": _first_of_tied(adapter.token_indices, modules) or None,
         "fan_in_fan_out": transposed,
         "bias": adapter.bias,
         "modules_to_save": saved or None,
     }
     tensors = {}
-    for name, (A, B, _) in converted.items():
-        first, second = _adapter_keys(name, isinstance(modules[name], nn.Embedding))
-        tensors[first], tensors[second] = A, B
+    wrapped: dict[str, list[str]] = {name: [name] for name in whole_layers}
+    for name in parameters:
+        path = name.rpartition(".")[0]
+        wrapped[path] = [f"{path}.{key}" for key in modules[path]._parameters if f"{path}.{key}" in parameters]
+    for path, names in wrapped.items():
+        for depth, name in enumerate(reversed(names)):  # the last one is outermost
+            is_table = name in whole_layers and isinstance(modules[name], nn.Embedding)
+            first, second = _adapter_keys(path + ".base_layer" * depth, is_table)
+            tensors[first], tensors[second], _ = converted[name]
+    for path in config["trainable_token_indices"] or ():
+        tensors[f"{_PREFIX}{path}.{_TOKENS}"] = adapter.tensors[f"{path}.lora_rows_weight"]
     for name, tensor in adapter.tensors.items():
         path, _, key = name.rpartition(".")
-        if key not in ("lora_A", "lora_B"):
-            tensors[f"{_PREFIX}{path}.base_layer.{key}" if path in layers else _PREFIX + name] = tensor
+        if of_base([key]):
+            tensors[f"{_PREFIX}{path}{'.base_layer' * len(wrapped.get(path, ()))}.{key}"] = tensor
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS, to_bytes(tensors, {"format": "pt"}))
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
@@ -151,16 +176,28 @@ def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[st
                 A, B = tensors.pop(key), tensors.pop(f"{name}.{second}", None)
                 if B is None:
                     raise ValueError(f"{folder}: {name} has {first} and no {second}")
+                name, keys = _place_of(name, modules, config)
                 try:
                     layers[name], A, B = _from_peft(name, modules, A, B, config, known_groups.get(name))
                 except ValueError as error:
                     raise ValueError(f"{folder}: {error}") from error
-                result[f"{name}.lora_A"], result[f"{name}.lora_B"] = A, B
-    if not layers:
+                result.update(zip(keys, (A, B), strict=True))
+    rows = {key.removesuffix("." + _TOKENS): tensors.pop(key) for key in list(tensors) if key.endswith("." + _TOKENS)}
+    tokens = {}
+    for path, tensor in rows.items():
+        given = config["trainable_token_indices"]
+        found = [rows for key, rows in given.items() if path.endswith(key)] if isinstance(given, dict) else [given]
+        weight = own_tensors(modules[path]).get("weight") if path in modules else None
+        if not found or weight is None:
+            raise ValueError(f"{folder}: {path}.{_TOKENS} is there, and no trainable_token_indices or no such embedding")
+        for name, module in modules.items():
+            if own_tensors(module).get("weight") is weight:
+                tokens[name], result[f"{name}.lora_rows_weight"] = list(found[0]), tensor
+    if not layers and not tokens:
         raise ValueError(f"{folder} holds no LoRA tensors")
     saved = [name for name in modules if name and _ends_with(name, config["modules_to_save"])]
     for name, tensor in tensors.items():
-        name = name.replace(".base_layer.", ".")
+        name = re.sub(r"(\.base_layer)+\.", ".", name)
         is_saved = any(name.startswith(module + ".") for module in saved)
         # PEFT adds embeddings that are adapted, or whose size differs from the base model's on the Hub.
         if not is_saved and _is_base_weight(name, tensor, modules.get(name.rpartition(".")[0])):
@@ -170,12 +207,53 @@ def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[st
             rest.add(name)
     leaves, bias = sort_out(rest, layers)
     bias = bias if bias != "none" else config["bias"]
-    return Adapter(result, layers, bias, saved + leaves, config["base_model_name_or_path"])
+    base = config["base_model_name_or_path"]
+    return Adapter(result, layers, bias, saved + leaves, base, token_indices=tokens)
 
 
-def _to_peft(name: str, layer: Adapted, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
-    if isinstance(layer, Groups):
-        B = layer._full_B(B)
+def _keys_of(name: str, layer: Any) -> list[str]:
+    """The names of A and B of what has the name `name`."""
+    if not isinstance(layer, LowRank):
+        return [f"{name}.lora_A", f"{name}.lora_B"]
+    path, _, key = name.rpartition(".")
+    return [f"{path}.{each}" if path else each for each in layer.names(key)]
+
+
+def _place_of(name: str, modules: dict[str, nn.Module], config: dict) -> tuple[str, list[str]]:
+    """Our name of what PEFT's wrapper `name` adapts, and those of A and B: the k-th wrapper from outside adapts the
+    k-th Parameter from the last of those that `target_parameters` means."""
+    path = re.sub(r"(\.base_layer)+$", "", name)
+    targets = config["target_parameters"]
+    module = modules.get(path)
+    keys = [] if module is None else [key for key, t in own_tensors(module).items() if isinstance(t, nn.Parameter)]
+    keys = [key for key in keys if any(f".{path}.{key}".endswith(f".{target}") for target in targets)]
+    depth = name.count(".base_layer", len(path))
+    if depth >= len(keys):
+        return name, [f"{name}.lora_A", f"{name}.lora_B"]
+    key = keys[-1 - depth]
+    return f"{path}.{key}", [f"{path}.{each}" for each in LowRank.names(key)]
+
+
+def _rank(layer: Any) -> int:
+    return layer.r * (sum(layer.enable_lora) if hasattr(layer, "enable_lora") else 1)
+
+
+def _target_parameters(names: list[str], modules: dict[str, nn.Module]) -> list[str]:
+    everything = [f"{path}.{key}" for path, module in modules.items() for key in own_tensors(module)]
+    short = sorted({".".join(name.split(".")[-2:]) for name in names})
+    exact = names and set(match_names(everything, short, "target_parameters")) == set(names)
+    return short if exact else sorted(names)
+
+
+def _first_of_tied(tokens: dict[str, list[int]], modules: dict[str, nn.Module]) -> dict[str, list[int]]:
+    # PEFT gives the others the rows by itself.
+    first = {id(own_tensors(modules[path])["weight"]): path for path in reversed(list(tokens))}
+    return {path: tokens[path] for path in first.values()}
+
+
+def _to_peft(name: str, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
+    if hasattr(layer, "enable_lora"):
+        B = Groups._full_B(layer, B)  # type: ignore[arg-type]
     if isinstance(layer, _CONVS):
         if layer.groups > 1:
             raise ValueError(f"{name}: PEFT has no equal of a LoRA convolution with groups={layer.groups}")
@@ -213,7 +291,9 @@ def _from_peft(
         raise ValueError(f"{name}: a LoRA convolution with groups={groups} has no equal here")
     if A.dim() != B.dim() or A.dim() < 2 or A.shape[0] != B.shape[1] or A.shape[0] == 0:
         raise ValueError(f"{name}: A of {tuple(A.shape)} and B of {tuple(B.shape)} make no product of low rank")
-    r = A.shape[0]
+    path, _, key = name.rpartition(".")
+    weight = own_tensors(modules[path]).get(key) if module is None and path in modules else None
+    r = A.shape[0] // (weight.shape[0] if weight is not None and weight.dim() == 3 else 1)
     rank_key, alpha_key = match_pattern(config["rank_pattern"], name), match_pattern(config["alpha_pattern"], name)
     named = config["r"] if rank_key is None else config["rank_pattern"][rank_key]
     if named != r:
@@ -233,6 +313,8 @@ def _from_peft(
         if enable_lora:
             sizes = known.get("group_sizes", [B.shape[0] // len(enable_lora)] * len(enable_lora))
             layout = sizes, known.get("interleave", 1)
+    elif weight is not None:
+        layout = in_proj_layout(modules[path], name)
     elif isinstance(module, nn.Linear) or (module is not None and is_conv1d(module)):
         layout = fused_layout(modules[name.rpartition(".")[0]], name, module)
     if layout and B.shape[0] == sum(layout[0]):
@@ -286,6 +368,8 @@ def _read_config(path: Path) -> dict:
             "rank_pattern": dict(config.get("rank_pattern") or {}),
             "alpha_pattern": dict(config.get("alpha_pattern") or {}),
             "base_model_name_or_path": config.get("base_model_name_or_path"),
+            "target_parameters": list(config.get("target_parameters") or []),
+            "trainable_token_indices": config.get("trainable_token_indices") or {},
         }
         check_hyperparameters(given["r"], given["lora_alpha"], given["lora_dropout"])
         for key, rank in given["rank_pattern"].items():
@@ -294,7 +378,7 @@ def _read_config(path: Path) -> dict:
         for key, alpha in given["alpha_pattern"].items():
             _check_pattern(key)
             check_hyperparameters(1, alpha, 0.0)
-        if not all(isinstance(name, str) for name in (given["bias"], *given["modules_to_save"])):
+        if not all(isinstance(n, str) for n in (given["bias"], *given["modules_to_save"], *given["target_parameters"])):
             raise ValueError("bias and modules_to_save must be names")
         return given
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError, re.error) as error:
@@ -327,21 +411,27 @@ def _adapter_keys(name: str, embedding: bool) -> tuple[str, str]:
     return f"{_PREFIX}{name}.{kind[0]}", f"{_PREFIX}{name}.{kind[1]}"
 
 
-def _is_rslora(layers: Iterable[Adapted]) -> bool:
+def _is_rslora(layers: Iterable[Any]) -> bool:
     layers = list(layers)
     plain = all(math.isclose(layer.scaling, layer.lora_alpha / layer.r) for layer in layers)
     return not plain and all(math.isclose(layer.scaling, layer.lora_alpha / math.sqrt(layer.r)) for layer in layers)
 
 
-def _with_one_rank(converted: dict[str, tuple[Tensor, Tensor, float]]) -> dict[str, tuple[Tensor, Tensor, float]]:
-    r = max(A.shape[0] for A, _, _ in converted.values())
+def _with_one_rank(
+    converted: dict[str, tuple[Tensor, Tensor, float]], experts: dict[str, int]
+) -> dict[str, tuple[Tensor, Tensor, float]]:
+    r = max(A.shape[0] // experts[name] for name, (A, _, _) in converted.items())
     common = Counter(scaling for _, _, scaling in converted.values() if scaling).most_common(1)
     target = common[0][0] if common else 1.0
     result = {}
     for name, (A, B, scaling) in converted.items():
-        rows, columns = A.new_zeros(r - A.shape[0], *A.shape[1:]), B.new_zeros(B.shape[0], r - B.shape[1], *B.shape[2:])
+        # (experts, r, i...) and (o, r, experts, ...)
+        A, B = A.unflatten(0, (experts[name], -1)), B.unflatten(1, (-1, experts[name]))
+        rows = A.new_zeros(A.shape[0], r - A.shape[1], *A.shape[2:])
+        columns = B.new_zeros(B.shape[0], r - B.shape[1], *B.shape[2:])
         factor = scaling / target
-        result[name] = torch.cat([A, rows]), torch.cat([B if factor == 1 else B * factor, columns], dim=1), target
+        A, B = torch.cat([A, rows], dim=1), torch.cat([B if factor == 1 else B * factor, columns], dim=1)
+        result[name] = A.flatten(0, 1), B.flatten(1, 2), target
     return result
 
 
