@@ -40,7 +40,7 @@ from loralib.architectures import (
 )
 from loralib.core import Adapted, InPlace, adapted, check_hyperparameters, identity
 from loralib.layers import Groups, Kernel, Matrix, Table, as_booleans, check_groups, is_conv1d, matrix_shape
-from loralib.parameters import LowRank, Rows, with_parameters
+from loralib.parameters import LowRank, Parameters, Rows, with_parameters
 from loralib.quantized import is_quantized
 
 __all__ = ["inject_lora"]
@@ -183,6 +183,9 @@ def inject_lora(
             f"r={largest}: an update of that rank is low-rank for none of the targets; at most {widest} here"
         )
     plans.update(plan_tokens(modules, tokens, merge_weights))
+    both = [name for name, plan in plans.items() if plan.path != name and plan.path in plans]
+    if both:
+        raise ValueError(f"{_some(both)}: its module is a target, too; name one of the two")
     own = own_names(modules, own_of_plans(plans), bias, saved)
     check_not_offloaded({name: modules[name] for name in own})
     put_adapter(model, adapter_name, plans, own)
@@ -311,9 +314,6 @@ def plan_layers(
             if left_out is None:
                 raise
             left_out[name] = str(error)
-    both = [name for name, plan in plans.items() if plan.path != name and plan.path in plans]
-    if both:
-        raise ValueError(f"{_some(both)}: its module is a target, too; name one of the two")
     deaf = [name for name, plan in plans.items() if specs[name]["lora_dropout"] and _is_deaf(plan)]
     if deaf:
         warnings.warn(
@@ -417,7 +417,9 @@ _NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.modul
 def _form_of(module: nn.Module, plans: list[Plan]) -> Form | None:
     if not plans or plans[0].form is not None:
         return plans[0].form if plans else None
-    names = tuple(name for name in module._parameters if any(plan.parameter == name for plan in plans))
+    # XLNet has a Parameter `r`, which an attribute of the class would hide.
+    shadowed = [name for name in module._parameters if name in _names_of_ours(Parameters)]
+    names = tuple(name for name in module._parameters if name in shadowed or any(plan.parameter == name for plan in plans))
     computed = {plan.parameter: plan.computed for plan in plans}
     settings = {"lora_parameters": computed, "merged": False, "merge_weights": plans[0].merge_weights}
     return Form(with_parameters(_plain_class(module), names), settings)
@@ -596,12 +598,7 @@ def _plan(name: str, modules: dict[str, nn.Module], spec: dict, merge_weights: b
         )
     if "weight" not in own_tensors(module) and not quantized:
         raise TypeError(f"{name} is a {cls.__name__} whose weight is computed, which LoRA cannot adapt")
-    taken = [] if isinstance(module, Adapted) else sorted(_names_of(cls, module) & _names_of_ours(kind))
-    if taken:
-        raise TypeError(
-            f"{name} is a {cls.__name__} with attributes that a LoRA layer has too ({', '.join(taken)}); "
-            "exclude_modules leaves layers out"
-        )
+    _check_names(name, cls, module, kind)
     r, dropout = spec["r"], 0.0 if kind is Table else spec["lora_dropout"]
     settings = {
         "r": r,
@@ -671,9 +668,19 @@ def _compute(
         raise TypeError(f"{path} is a {cls.__name__}, made by hand or with max_norm, whose {key} cannot be computed")
     if "forward" in vars(module) or "_old_forward" in vars(module):
         raise TypeError(f"{path} has a forward of its own beside its class's, which would read {key} past the update")
+    _check_names(path, cls, module, Parameters)
     shapes = dict(zip(update.names(key), update.shapes(weight), strict=True))
     widest = min(weight.shape[-2:]) if weight.dim() > 1 else 0
     return Plan(path, key, shapes, update.draw, None, update, widest, merge_weights)
+
+
+def _check_names(name: str, cls: type, module: nn.Module, kind: type) -> None:
+    taken = [] if isinstance(module, Adapted) else sorted(_names_of(cls, module) & _names_of_ours(kind))
+    if taken:
+        raise TypeError(
+            f"{name} is a {cls.__name__} with attributes that a LoRA layer has too ({', '.join(taken)}); "
+            "exclude_modules leaves layers out"
+        )
 
 
 def _names_of(cls: type, module: nn.Module) -> set[str]:

@@ -396,7 +396,7 @@ def _add_to_base(model: nn.Module) -> None:
             setattr(module, name, value)
             continue
         same = [other for (_, _, other), of in zip(values, held, strict=True) if of is tensor]
-        if len(same) < uses[id(tensor)] or any(other is not value for other in same):
+        if len(same) < uses[id(tensor)] or not all(other is value or torch.equal(other, value) for other in same):
             value = value.detach().to(tensor.dtype, copy=True)
             setattr(module, name, nn.Parameter(value, requires_grad=tensor.requires_grad))
             _untie(model)
