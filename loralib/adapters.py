@@ -112,7 +112,9 @@ class Place:
         return {} if self.suspended else self.replaced
 
     def narrow(self, module: nn.Module) -> torch.dtype | None:
-        """The half-precision dtype of the base, if the module holds an adapter's tensors in a wider one just now."""
+        """The half-precision dtype of the base, if the module is all an adapter's just now, in a wider one."""
+        if any(value is not None and key not in self.replaced for key, value in module._parameters.items()):
+            return None
         for key, base in self.replaced.items():
             tensor = module._parameters.get(key)
             if tensor is not None and base.is_floating_point() and base.itemsize < tensor.itemsize:
@@ -360,7 +362,7 @@ def add_part(
     apart: frozenset[str] = frozenset(),
 ) -> None:
     """Give adapter `name`, which is not active, its part in `module`: `adapter`'s A and B, and copies of what else is
-    to be its `own`. The copies of a module that is trained whole are float32 if its base is in half precision.
+    to be its `own`. Copies of half-precision heads and biases are float32, so that small steps are not rounded away.
 
     `copies` is one dict for all parts of an adapter: tensors that are tied in the base have one copy, but for those
     named in `apart`.
@@ -375,7 +377,8 @@ def add_part(
         is_parameter = isinstance(tensor, nn.Parameter)
         same = (id(tensor), id(module)) if key in apart else id(tensor)
         if same not in copies:
-            widened = whole and is_parameter and tensor.is_floating_point() and tensor.itemsize == 2
+            widened = is_parameter and tensor.is_floating_point() and tensor.itemsize == 2
+            widened = widened and (whole or (is_bias(key) and not isinstance(module, nn.RNNBase)))
             clone = tensor.detach().to(torch.float32 if widened else tensor.dtype, copy=True)
             copies[same] = nn.Parameter(clone, clone.is_floating_point()) if is_parameter else clone
         tensors[key] = copies[same]
@@ -559,6 +562,7 @@ def any_sharded(model: nn.Module, modules: list[nn.Module] | None = None) -> boo
 def check_whole(model: nn.Module, modules: list[nn.Module] | None = None) -> None:
     """Raise ValueError if the weights of `model` are not here: `fully_shard` keeps parts, accelerate offloads them."""
     modules = _all_modules(model) if modules is None else modules
+    check_not_fsdp1(modules)
     if any("_hf_hook" in module.__dict__ for module in modules):
         check_not_offloaded({name: m for name, m in dict(model.named_modules()).items() if isinstance(m, InPlace)})
     if any_sharded(model, modules):
@@ -567,6 +571,24 @@ def check_whole(model: nn.Module, modules: list[nn.Module] | None = None) -> Non
             "merge them; nothing was changed. Inject, load, switch or unload adapters before fully_shard; to merge, "
             "save the adapter with lora.save_lora and load it in one process that has the whole base"
         )
+
+
+def is_bias(name: str) -> bool:
+    """Whether a Parameter of that name is a bias."""
+    return name == "bias" or name.startswith("bias_") or name.endswith("_bias")
+
+
+def check_not_fsdp1(modules: Iterable[nn.Module]) -> None:
+    """Raise ValueError if `FullyShardedDataParallel` has flattened the Parameters and keeps a piece of them here."""
+    for module in modules:
+        if type(module).__name__ == "FullyShardedDataParallel" or any(
+            getattr(tensor, "_fsdp_flattened", False) for tensor in module._parameters.values()
+        ):
+            raise ValueError(
+                "the model is wrapped in FullyShardedDataParallel (FSDP1), which leaves each process a flat piece of its "
+                "tensors; nothing was done. Use torch.distributed.fsdp.fully_shard (FSDP2; in accelerate fsdp_version: "
+                "2), whose adapters are saved whole"
+            )
 
 
 def check_not_offloaded(modules: dict[str, nn.Module]) -> None:

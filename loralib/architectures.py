@@ -3,12 +3,17 @@
 Models are recognised by `config.model_type` and by class names, because the library does not import transformers.
 """
 
+import dis
+import inspect
+import itertools
+import types
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from loralib.adapters import RESIZED
+from loralib.core import _cached
 from loralib.layers import is_conv1d
 
 # Query and value projections, which section 4.2 of the paper adapts, by `config.model_type`. Of the names given, a
@@ -43,21 +48,55 @@ _WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "Opt
 # Subclasses of nn.Linear that compute what nn.Linear computes, in a forward of their own.
 LINEAR_BY_ANOTHER_NAME = ("FalconLinear",)
 
-# Layers whose weight the module around them reads past their forward: by its class, the names.
-_READ_FROM_OUTSIDE = {
-    "MultiheadAttention": ("out_proj",),
-    "TransformerEncoderLayer": ("linear1", "linear2"),  # in its fast path, in eval
-    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
-    **dict.fromkeys(["MambaMixer", "FalconMambaMixer", "JambaMambaMixer"], ("dt_proj", "conv1d")),
-    "MobileBertLMPredictionHead": ("dense",),
-    "LongcatFlashTopkRouter": ("classifier",),
-}
+# What code asks of a weight without computing with it, and names of methods that do not compute a forward.
+_HARMLESS = {"dtype", "device", "shape", "size", "requires_grad", "requires_grad_", "ndim", "dim", "numel", "is_meta"}
+_NO_FORWARD = ("init", "tie", "resize", "load", "save", "reset", "prune", "get_", "set_")
 
 
-def is_read_from_outside(owner: nn.Module, name: str) -> bool:
-    """Whether `owner` reads the weight of its layer `name` (its full name) without calling the layer."""
+def is_read_from_outside(modules: dict[str, nn.Module], name: str) -> bool:
+    """Whether a module around the layer `name` reads its weight, rather than to call the layer only.
+
+    The code tells: what is looked for is `.name.weight` in the methods of all modules that the layer is in.
+
+    >>> is_read_from_outside({"": nn.MultiheadAttention(4, 2)}, "out_proj")
+    True
+    """
+    owners = itertools.accumulate(name.split(".")[:-1], lambda above, part: f"{above}.{part}", initial="")
+    paths = [owner.removeprefix(".") for owner in owners]
     attribute = name.rpartition(".")[2]
-    return any(attribute in _READ_FROM_OUTSIDE.get(cls.__name__, ()) for cls in type(owner).__mro__)
+    return any(attribute in _weights_read_by(type(modules[path])) for path in paths if path in modules)
+
+
+@_cached  # type: ignore[untyped-decorator]
+def _weights_read_by(cls: type) -> frozenset[str]:
+    read: set[str] = set()
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for name, member in vars(base).items():
+            member = getattr(member, "fget", None) or getattr(member, "__func__", member)
+            code = getattr(inspect.unwrap(member) if inspect.isfunction(member) else member, "__code__", None)
+            if code is not None and not any(part in name for part in _NO_FORWARD):
+                read |= _weights_read_in(code)
+    return frozenset(read)
+
+
+def _weights_read_in(code: types.CodeType) -> set[str]:
+    read: set[str] = set()
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):  # a function within
+            read |= _weights_read_in(constant)
+    if "weight" not in code.co_names:
+        return read
+    skipped = ("CACHE", "RESUME", "PUSH_NULL", "PRECALL", "NOP", "EXTENDED_ARG")
+    steps = [(step.opname, step.argval) for step in dis.get_instructions(code) if step.opname not in skipped]
+    for i, (operation, key) in enumerate(steps[1:-1], 1):
+        before, after = steps[i - 1], steps[i + 1]
+        if (operation, key) != ("LOAD_ATTR", "weight") or before[0] != "LOAD_ATTR":
+            continue
+        start = next(k for k in range(i, -1, -1) if steps[k][0] != "LOAD_ATTR")
+        asked = after[0] in ("LOAD_ATTR", "LOAD_METHOD") and (after[1] in _HARMLESS or after[1].endswith("_"))
+        if not asked and not (start and steps[start - 1][1] == "isinstance"):
+            read.add(before[1])
+    return read
 
 
 def is_router(owner: nn.Module, name: str, module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from loralib.adapters import (
     base_modules,
     check_adapter_name,
     check_intact,
+    check_not_fsdp1,
     check_not_offloaded,
     check_whole,
     list_adapters,
@@ -42,6 +43,7 @@ from loralib.inject import (
     plan_tokens,
     put_adapter,
 )
+from loralib.layers import Table
 from loralib.parameters import Parameters, Rows
 from loralib.peft_format import CONFIG, read_peft, write_peft
 from loralib.utils import _join, match_modules_to_save, trained_state
@@ -104,11 +106,13 @@ def save_lora(
     if format == "peft" and path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; give the name of a folder for format='peft'")
     model = unwrapped(model)
+    check_not_fsdp1(model.modules())
     check_intact(model)
     layers = _lora_layers(model)
     if not layers and not _token_indices(model):
         raise ValueError(f"{type(model).__name__} has no adapters to save; call lora.inject_lora(model, ...) first")
     check_not_offloaded({name: module for name, module in model.named_modules() if isinstance(module, Adapted)})
+    _warn_of_untrained(model)
     adapter = _collect(model, layers, bias, modules_to_save)
     adapter.metadata = metadata or {}
     adapter.tensors = {key: whole(tensor) for key, tensor in adapter.tensors.items()}
@@ -177,6 +181,7 @@ def load_lora(
         put_adapter(model, name, plans, own, _untied(modules, own, adapter))
         layers = _lora_layers(model)
     else:
+        check_not_fsdp1(model.modules())
         check_intact(model)
         before = active_adapter(model)
         set_adapter(model, name)
@@ -483,6 +488,25 @@ def _lora_layers(model: nn.Module) -> dict[str, Any]:
 def _adapter_tensors(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     found = {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
     return {name: tensors for name, module in found.items() if (tensors := module.adapter_tensors())}
+
+
+def _warn_of_untrained(model: nn.Module) -> None:
+    # The factor that is drawn as zero: B, or A of an embedding.
+    still, moved = [], False
+    for path, tensors in _adapter_tensors(model).items():
+        layer = model.get_submodule(path)
+        for key in tensors:
+            if key.startswith("lora_A" if isinstance(layer, Table) else "lora_B"):
+                zero = not whole(tensors[key]).any()
+                moved = moved or not zero
+                still += [path + key.removeprefix("lora_B").removeprefix("lora_A").replace("_", ".", 1)] if zero else []
+    if moved and still:
+        warnings.warn(
+            f"{', '.join(still[:8])}{f', ... ({len(still)} in all)' if len(still) > 8 else ''}: still zero, as injection "
+            "made it, though others were trained: no gradient has reached it. The model does not call that layer, or "
+            "reads its weight in another way",
+            stacklevel=3,
+        )
 
 
 def _token_indices(model: nn.Module) -> dict[str, list[int]]:

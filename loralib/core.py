@@ -16,6 +16,7 @@ import contextlib
 import functools
 import math
 import numbers
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -77,6 +78,16 @@ class InPlace(nn.Module):
     # How `adapted` made the class, for pickles: a function and its arguments.
     _recipe: tuple[Callable, tuple] | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        # A bias that is trained in float32 beside a weight in half precision is as that to the forward.
+        if "bias" in name and vars(self).get("_place") is not None:
+            base = self._place.replaced.get(name)
+            if base is not None and base.itemsize < value.itemsize and self._place.narrow(self) is None:
+                if torch.compiler.is_compiling() or _called_by_forward(sys._getframe(1)):
+                    return value.to(base.dtype)
+        return value
+
     def _apply(self: _Layer, fn: Callable, recurse: bool = True) -> _Layer:
         super()._apply(fn, recurse)
         if self._place is not None:
@@ -114,6 +125,12 @@ class InPlace(nn.Module):
             )
             return
         super()._load_from_state_dict(state, prefix, metadata, *args)
+
+
+def _called_by_forward(frame: Any) -> bool:
+    while frame.f_code.co_name == "__getattr__":  # of a kind
+        frame = frame.f_back
+    return bool(frame.f_code.co_name.endswith("forward"))
 
 
 class _Merged(NamedTuple):
@@ -203,6 +220,10 @@ class Adapted(InPlace):
         # replicas of nn.DataParallel, which hold plain tensors.
         parameters = self._parameters
         return parameters[name] if name in parameters else getattr(self, name)
+
+    def _bias(self, like: Tensor) -> Any:
+        bias = self._tensor("bias")
+        return bias if bias is None or bias.dtype == like.dtype else bias.to(like.dtype)
 
     def updates(self) -> dict[str, Any]:
         """What has a rank, an alpha and a scaling here, by the ending of its name: the layer itself."""

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from loralib.architectures import fused_layout, group_spec
 from loralib.core import check_hyperparameters
-from loralib.inject import STATISTICS, is_bias
+from loralib.adapters import is_bias
+from loralib.inject import STATISTICS
 from loralib.layers import as_booleans, is_conv1d
 
 METADATA_KEY = "loralib"

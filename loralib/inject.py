@@ -20,6 +20,7 @@ from loralib.adapters import (
     check_adapter_name,
     check_not_offloaded,
     check_whole,
+    is_bias,
     list_adapters,
     note_parts,
     own_tensors,
@@ -140,6 +141,12 @@ def inject_lora(
     if modules_to_save is None:
         modules_to_save = default_modules_to_save(model)
     saved = match_names(modules, modules_to_save, "modules_to_save") if modules_to_save else []
+    packed = [name for name in modules if is_quantized(modules[name]) and any(f"{name}.".startswith(f"{s}.") for s in saved)]
+    if packed:
+        raise ValueError(
+            f"modules_to_save={modules_to_save!r}: the weight of {_some(packed)} is quantised, and cannot be trained; "
+            "load the base without quantising it (llm_int8_skip_modules of transformers), or adapt it"
+        )
     extra = target_parameters is not None or trainable_token_indices is not None
     if target_modules is None and extra or (extra and not isinstance(target_modules, str) and not list(target_modules)):
         names, aside = [], saved
@@ -233,11 +240,6 @@ def check_bias_mode(bias: str) -> None:
     """Raise if `bias` is none of the three modes."""
     if bias not in BIAS_MODES:
         raise ValueError(f"bias={bias!r}: must be one of {', '.join(map(repr, BIAS_MODES))}")
-
-
-def is_bias(name: str) -> bool:
-    """Whether a Parameter of that name is a bias."""
-    return name == "bias" or name.startswith("bias_") or name.endswith("_bias")
 
 
 def own_names(
@@ -621,7 +623,7 @@ def _plan(name: str, modules: dict[str, nn.Module], spec: dict, merge_weights: b
     # made to follow where what it has kept is just that.
     kept = [vars(module)[key] for key in ("_old_forward", "forward") if key in vars(module)][:1]
     follows = all(getattr(forward, "__func__", None) is type(module).forward for forward in kept)
-    computed = not quantized and (not branch or not follows or is_read_from_outside(owner, name))
+    computed = not quantized and (not branch or not follows or is_read_from_outside(modules, name))
     if computed and getattr(module, "max_norm", None) is not None:
         raise TypeError(
             f"{name} is a {cls.__name__} with max_norm={module.max_norm} and a forward of its own, which would bound "

@@ -29,6 +29,7 @@ it stands, by giving it another class.
 import itertools
 import math
 import numbers
+import sys
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
@@ -69,6 +70,14 @@ class Matrix(Adapted):
         transposed = _conv1d_product if base.__name__ == "Conv1D" else None
         return {"_product": _linear_product if base.forward is nn.Linear.forward else transposed}
 
+    def __getattr__(self, name: str) -> Any:
+        # Of a layer made by hand, which torch's attention modules read past its forward.
+        if name == "weight" and not torch.compiler.is_compiling() and sys._getframe(1).f_code in _READERS:
+            weight = self._parameters.get("weight")
+            if weight is not None and self.has_adapter and not self.merged and not self._disabled:
+                return self._sum(weight)
+        return super().__getattr__(name)
+
     def _full_B(self, B: Tensor) -> Tensor:
         return B
 
@@ -89,13 +98,13 @@ class Matrix(Adapted):
 
     def _plain_forward(self, x: Tensor) -> Tensor:
         if self.fan_in_fan_out and self._base_class is nn.Linear:
-            return F.linear(x, self._tensor("weight").T, self._tensor("bias"))
+            return F.linear(x, self._tensor("weight").T, self._bias(x))
         return super()._plain_forward(x)
 
     def _base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         if self._product is None and (weight is None or weight is self._tensor("weight")):
             return self._base_class.forward(self, x)
-        return F.linear(x, weight.T if self.fan_in_fan_out else weight, self._tensor("bias"))
+        return F.linear(x, weight.T if self.fan_in_fan_out else weight, self._bias(x))
 
     def _adapted_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         A, B = self._tensor("lora_A"), self._tensor("lora_B")
@@ -138,12 +147,15 @@ class Matrix(Adapted):
         return ["fan_in_fan_out=True"] if self.fan_in_fan_out else []
 
 
+_READERS = {nn.MultiheadAttention.forward.__code__, nn.TransformerEncoderLayer.forward.__code__}
+
+
 def _linear_product(layer: Any, rows: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(rows, weight.T if layer.fan_in_fan_out else weight, layer._tensor("bias"))
+    return F.linear(rows, weight.T if layer.fan_in_fan_out else weight, layer._bias(rows))
 
 
 def _conv1d_product(layer: Any, rows: Tensor, weight: Tensor) -> Tensor:
-    return torch.addmm(layer._tensor("bias"), rows, weight)
+    return torch.addmm(layer._bias(rows), rows, weight)
 
 
 def is_conv1d(module: Any) -> bool:
@@ -534,7 +546,7 @@ class Kernel(Adapted):
         return self._inner(x) if "_inner" in vars(self) else super()._plain_forward(x)
 
     def _base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._convolve(x, weight, self._tensor("bias"))
+        return self._convolve(x, weight, self._bias(x))
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not isinstance(self, nn.modules.conv._ConvTransposeNd):

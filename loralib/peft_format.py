@@ -106,8 +106,8 @@ def write_peft(
     differs = [name for name, layer in layers.items() if getattr(layer, "computes_weight", False)]
     if differs:
         warnings.warn(
-            f"PEFT computes {', '.join(differs[:8])} differently: it adds the update to the output; here it is in the "
-            "weight, which something else reads or a forward of the layer's own uses",
+            f"PEFT may compute {', '.join(differs[:8])} differently: it adds the update to the output; here it is in the "
+            "weight, too, which other code reads or a forward of the layer's own uses",
             stacklevel=3,
         )
     whole_layers = [name for name in layers if name not in parameters]

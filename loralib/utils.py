@@ -14,7 +14,9 @@ from loralib.adapters import (
     RESIZED,
     active_parts,
     base_modules,
+    check_not_fsdp1,
     check_whole,
+    is_bias,
     make_plain,
     of_base,
     places,
@@ -22,7 +24,7 @@ from loralib.adapters import (
 )
 from loralib.architectures import DEFAULT_TARGET_MODULES
 from loralib.core import Adapted, LoRALayer, quiet_state, whole
-from loralib.inject import check_bias_mode, inject_lora, is_bias, match_names
+from loralib.inject import check_bias_mode, inject_lora, match_names
 from loralib.quantized import dequantized, is_quantized, make_float, merges
 
 __all__ = [
@@ -96,6 +98,7 @@ def lora_state_dict(
     Raises:
         ValueError: as `mark_only_lora_as_trainable`.
     """
+    check_not_fsdp1(model.modules())
     return {name: whole(tensor) for name, tensor in trained_state(model, bias, modules_to_save).items()}
 
 
