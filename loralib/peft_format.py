@@ -85,7 +85,7 @@ def write_peft(
     for name, layer in layers.items():
         A, B = (adapter.tensors[key].detach() for key in _keys_of(name, layer))
         converted[name] = _to_peft(name, layer, A, B)
-    experts = {name: converted[name][0].shape[0] // _rank(layer) for name, layer in layers.items()}
+    experts = {name: _experts(layer, converted[name][0]) for name, layer in layers.items()}
     if single_rank:
         converted = _with_one_rank(converted, experts)
     use_rslora = not single_rank and _is_rslora(layers.values())
@@ -234,8 +234,9 @@ def _place_of(name: str, modules: dict[str, nn.Module], config: dict) -> tuple[s
     return f"{path}.{key}", [f"{path}.{each}" for each in LowRank.names(key)]
 
 
-def _rank(layer: Any) -> int:
-    return layer.r * (sum(layer.enable_lora) if hasattr(layer, "enable_lora") else 1)
+def _experts(layer: Any, A: Tensor) -> int:
+    stacked = isinstance(layer, LowRank) and not hasattr(layer, "enable_lora")
+    return A.shape[0] // layer.r if stacked else 1
 
 
 def _target_parameters(names: list[str], modules: dict[str, nn.Module]) -> list[str]:

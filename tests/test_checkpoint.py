@@ -340,7 +340,7 @@ def test_a_save_that_fails_leaves_the_earlier_file(file, monkeypatch):
 
     monkeypatch.setattr(os, "replace", interrupted)
     model = adapted()
-    nn.init.zeros_(model.body[0].lora_B)
+    nn.init.ones_(model.body[0].lora_B)
     with pytest.raises(KeyboardInterrupt):
         lora.save_lora(model, file)
     assert file.read_bytes() == before and [entry.name for entry in file.parent.iterdir()] == [file.name]

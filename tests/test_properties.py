@@ -356,6 +356,8 @@ class Adapters(RuleBasedStateMachine):
         self.oracle.switch(None)
         state = self.model.state_dict()
         tensors = {own_name: self.oracle.base[own_name] for own_name in own}
+        # Heads and biases of a base in half precision are trained in float32.
+        tensors = {name: t.float() if t.is_floating_point() and t.itemsize == 2 else t for name, t in tensors.items()}
         for path in cases:
             wanted = torch.promote_types(self.oracle.base[f"{path}.weight"].dtype, torch.float32)
             for key in ("lora_A", "lora_B"):
