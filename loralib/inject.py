@@ -36,7 +36,7 @@ from loralib.architectures import (
 )
 from loralib.core import Adapted, InPlace, adapted, check_hyperparameters, identity
 from loralib.layers import Groups, Kernel, Matrix, Table, as_booleans, check_groups, is_conv1d, matrix_shape
-from loralib.quantized import is_quantized
+from loralib.quantized import is_quantized, keep_gradients
 
 __all__ = ["inject_lora"]
 
@@ -276,6 +276,7 @@ def put_adapter(model: nn.Module, adapter_name: str, plans: dict[str, Plan], own
     adopt(model)
     put(model, None)
     model.requires_grad_(False)
+    keep_gradients(model)
     modules, done = base_modules(model), set()
     copies: dict = {}
     for name, keys in own.items():

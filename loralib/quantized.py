@@ -6,6 +6,7 @@ tensors. An adapted one computes its own forward plus the low-rank branch.
 """
 
 import copy
+import math
 import sys
 from typing import Any
 
@@ -50,6 +51,46 @@ def dequantized(layer: Any) -> Tensor:
 def merges(layer: nn.Module) -> bool:
     """Whether `layer` can compute with a floating-point weight in the place of its own."""
     return _class_of(layer) is None
+
+
+def count(parameter: Tensor) -> int:
+    """Return how many numbers a Parameter stands for: of 4-bit weights of bitsandbytes it stores two in a byte.
+
+    >>> count(torch.zeros(2, 3))
+    6
+    """
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Keep the 4-bit layers of bitsandbytes in `model` in the form that has a gradient, until `allow_packing`.
+
+    On a CPU with AVX512-BF16 a forward in evaluation mode packs their weights for inference, in place. What computes
+    with packed weights has no gradient (0.50): after the first validation, a training would go on without the
+    gradient that comes through the base. Layers without an adapter are among them.
+    """
+    for layer in _four_bit(model):
+        if getattr(layer, _PACKS, False):
+            setattr(layer, _PACKS, False)
+            vars(layer)["_packs"] = True
+        state = getattr(layer._parameters["weight"], "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            layer.state_dict()  # bitsandbytes unpacks for that, in place
+
+
+def allow_packing(model: nn.Module) -> None:
+    """Undo `keep_gradients`."""
+    for layer in _four_bit(model):
+        if vars(layer).pop("_packs", False):
+            setattr(layer, _PACKS, True)
+
+
+_PACKS = "support_avx512bf16_for_cpu"
+
+
+def _four_bit(model: nn.Module) -> list[Any]:
+    return [layer for layer in model.modules() if _class_of(layer) == "Linear4bit"]
 
 
 def make_float(layer: Any, weight: Tensor) -> nn.Linear:

@@ -21,7 +21,7 @@ from loralib.adapters import (
 from loralib.architectures import DEFAULT_TARGET_MODULES
 from loralib.core import Adapted, LoRALayer, quiet_state, whole
 from loralib.inject import check_bias_mode, inject_lora, is_bias, match_names
-from loralib.quantized import dequantized, is_quantized, make_float, merges
+from loralib.quantized import allow_packing, count, dequantized, is_quantized, make_float, merges
 
 __all__ = [
     "count_parameters",
@@ -223,6 +223,7 @@ def unload(model: nn.Module) -> nn.Module:
         place.leave(module)
     for layer in _lora_layers(model):
         make_plain(layer)
+    allow_packing(model)
     return model
 
 
@@ -278,8 +279,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """
     parameters = list(model.parameters())
     return ParameterCount(
-        sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        sum(parameter.numel() for parameter in parameters),
+        sum(count(parameter) for parameter in parameters if parameter.requires_grad),
+        sum(map(count, parameters)),
     )
 
 

@@ -95,7 +95,8 @@ QUANTIZED = {
     "hqq": half_quadratic,
     "float8": float8,
 }
-# bitsandbytes' int8 rounds the input as well, and on a CPU its 4-bit layers compute in bfloat16 in eval.
+# bitsandbytes' int8 rounds the input as well, and on a CPU its 4-bit layers compute in bfloat16 in eval where no adapter
+# is in the model.
 TOLERANCE = {"bitsandbytes int8": 0.05, **dict.fromkeys([name for name in QUANTIZED if "4" in name], 0.01)}
 pytestmark = [
     pytest.mark.parametrize("name", QUANTIZED),
@@ -165,11 +166,36 @@ def test_eval_does_not_merge_and_merging_is_right_or_refused(name):
     close(model(x), plain(x), name)
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_the_gradient_through_layers_without_adapter_is_the_same_after_an_evaluation(name, before):
+    # bitsandbytes packs 4-bit weights in that, and has no gradient for packed ones.
+    gradients = []
+    for evaluated in (False, True):
+        model = Model(QUANTIZED[name])
+        x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(2))
+        if evaluated and before:
+            with torch.no_grad():
+                model.eval()(x)
+            model.train()
+        lora.inject_lora(model, r=2, target_modules=["first"])
+        randomize(model)
+        if evaluated and not before:
+            with torch.no_grad():
+                model.eval()(x)
+            model.train()
+        model(x).square().sum().backward()
+        gradients.append(model.first.lora_B.grad)
+    if before:
+        close(*gradients, name)  # packing has rounded the scales
+    else:
+        assert torch.equal(*gradients)
+
+
 def test_merged_for_good(name):
     model, plain, x = adapted(name)
     wanted = plain(x).detach()
     with torch.no_grad():
-        model.eval()(x)  # bitsandbytes packs its weights anew in that
+        model.eval()(x)
     merged = lora.merge_and_unload(model, dequantize=True)
     assert type(merged.first) is nn.Linear and not lora.list_adapters(merged)
     close(merged(x), wanted, name)
@@ -191,9 +217,10 @@ def test_files_switching_disabling_unloading(name, tmp_path):
     with lora.disable_adapters(model):
         base = model(x).detach()
     lora.unload(model)
-    assert torch.equal(model(x), base) and [type(m) for m in model.modules()] == [
-        type(m) for m in Model(QUANTIZED[name]).modules()
-    ]
+    close(model(x), base, name)
+    untouched = Model(QUANTIZED[name]).eval().requires_grad_(False)
+    assert torch.equal(model(x), untouched(x))
+    assert [type(m) for m in model.modules()] == [type(m) for m in untouched.modules()]
     for file in ("a.safetensors", "peft"):
         again = copy.deepcopy(model)
         lora.load_lora(again, tmp_path / file)
