@@ -313,7 +313,7 @@ def _targets(
         heads += default_modules_to_save(model)
         last = output_layer(model)
         names = [name for name, m in model.named_modules() if name in modules and m is not last]
-        names = [name for name in names if isinstance(modules[name], nn.Linear) or is_conv1d(modules[name])]
+        names = [name for name in names if _is_linear(modules[name])]
         # What chooses experts returns choices, and is left alone unless it is named.
         names = [name for name in names if "Router" not in type(modules[name]).__name__]
     else:
@@ -327,6 +327,13 @@ def _targets(
             f"{exclude_modules!r} and the modules trained whole, {_some(heads) or 'none'}"
         )
     return left
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # Quantised layers need not derive from nn.Linear, and HQQ's and gptqmodel's do not.
+    return (
+        isinstance(module, nn.Linear) or is_conv1d(module) or (is_quantized(module) and hasattr(module, "in_features"))
+    )
 
 
 def _fused(modules: dict[str, nn.Module], name: str, enable_lora: Sequence[bool] | None) -> dict:

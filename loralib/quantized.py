@@ -1,8 +1,9 @@
 """Layers whose weight is stored in few bits: which they are, and the weight that they compute with.
 
 They are known by their class or by the kind of their tensors, because the library imports none of the packages that
-make them: torchao (tensor subclasses), bitsandbytes (`Linear4bit`, `Linear8bitLt`), HQQ (`HQQLinear`), and plain float8
-tensors. An adapted one computes its own forward plus the low-rank branch.
+make them: torchao (tensor subclasses), bitsandbytes (`Linear4bit`, `Linear8bitLt`), HQQ (`HQQLinear`), gptqmodel (what
+derives from `BaseQuantLinear`), and plain float8 tensors. An adapted one computes its own forward plus the low-rank
+branch.
 """
 
 import copy
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_CLASSES = ("Linear4bit", "Linear8bitLt", "HQQLinear")
+_CLASSES = ("Linear4bit", "Linear8bitLt", "HQQLinear", "BaseQuantLinear")
 
 
 def is_quantized(layer: nn.Module) -> bool:
@@ -29,10 +30,16 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def dequantized(layer: Any) -> Tensor:
-    """Return the weight that a quantised `layer` computes with, (out_features, in_features)."""
+    """Return the weight that a quantised `layer` computes with, (out_features, in_features).
+
+    Raises:
+        ValueError: `layer` is one of gptqmodel's that does not tell its weight.
+    """
     kind, weight = _class_of(layer), layer._parameters.get("weight")
     if kind == "HQQLinear":
         return layer.dequantize()
+    if kind == "BaseQuantLinear":
+        return _of_gptqmodel(layer)
     if kind == "Linear4bit":
         functions, data, state = sys.modules["bitsandbytes"].functional, weight.data, weight.quant_state
         if getattr(state, "packing_format_for_cpu", False):  # what a forward in eval on a CPU makes of it
@@ -102,8 +109,24 @@ def make_float(layer: Any, weight: Tensor) -> nn.Linear:
     return plain.train(layer.training)
 
 
+def _of_gptqmodel(layer: Any) -> Tensor:
+    # Only its GPTQ layers have the method with one meaning, (in_features, out_features); some kernels store the weight
+    # in an order of their own and have none. Beside the weight a layer may rotate its input, or add a correction.
+    gptq = {cls.__name__ for cls in type(layer).__mro__} & {"GPTQQuantLinear", "PackableQuantLinear"}
+    more = [key for key in ("online_full_had", "online_partial_had", "adapter") if getattr(layer, key, None)]
+    if not gptq or more or not hasattr(layer, "dequantize_weight"):
+        raise ValueError(
+            f"a {type(layer).__name__} of gptqmodel {f'with {more[0]} ' if more else ''}does not tell the weight that "
+            "it computes with, so that it cannot be made floating point; load a GPTQ model with "
+            "backend=BACKEND.GPTQ_TORCH for that"
+        )
+    return layer.dequantize_weight().detach().T.contiguous()
+
+
 def _class_of(layer: nn.Module) -> str | None:
-    return next((cls.__name__ for cls in type(layer).__mro__ if cls.__name__ in _CLASSES), None)
+    name = next((cls.__name__ for cls in type(layer).__mro__ if cls.__name__ in _CLASSES), None)
+    # gptqmodel's embeddings derive from its linear layers, and take the numbers of tokens.
+    return None if name == "BaseQuantLinear" and "Embedding" in type(layer).__name__ else name
 
 
 def _knows_its_values(weight: Tensor) -> bool:
