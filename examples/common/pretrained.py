@@ -43,11 +43,16 @@ def check_base_dtype(knobs):
     given = f"--base_dtype {knobs.base_dtype}"
     if knobs.base_dtype != "float32" and knobs.adapt == "full":
         raise UserError(f"{given} is for frozen weights, and --adapt full freezes none; leave one of them out")
-    package = QUANTIZERS.get(knobs.base_dtype)
-    if package and knobs.fsdp:
+    if knobs.base_dtype in QUANTIZERS and knobs.fsdp:
         raise UserError(f"{given} does not go with --fsdp, which divides plain tensors; take bfloat16")
+    check_installed(knobs.base_dtype)
+
+
+def check_installed(dtype):
+    """Raise a UserError if a base in `dtype` needs what is not installed."""
+    package = QUANTIZERS.get(dtype)
     if package and not importlib.util.find_spec(package):
-        raise UserError(f"{given} needs {package}, which is not installed: pip install {package}")
+        raise UserError(f"--base_dtype {dtype} needs {package}, which is not installed: pip install {package}")
 
 
 def store_base(model, dtype):
