@@ -82,8 +82,8 @@ def inject_lora(
     Args:
         model: changed in place, also within `torch.compile` and data parallelism; its `nn.Linear`, `nn.Embedding`,
             `nn.Conv1d/2d/3d` and Hugging Face `Conv1D` layers, their subclasses, and the quantised linear layers of
-            torchao, bitsandbytes and HQQ can be adapted. Of a subclass with a forward of its own, and of layers whose
-            weight is read past their forward (`nn.MultiheadAttention`), `weight` is computed as the sum.
+            torchao, bitsandbytes, HQQ and gptqmodel can be adapted. Of a subclass with a forward of its own, and of
+            layers whose weight is read past their forward (`nn.MultiheadAttention`), `weight` is computed as the sum.
         r: rank, at least 1.
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: see `LoRALayer`; embeddings have none.

@@ -30,16 +30,12 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def dequantized(layer: Any) -> Tensor:
-    """Return the weight that a quantised `layer` computes with, (out_features, in_features).
-
-    Raises:
-        ValueError: `layer` is one of gptqmodel's that does not tell its weight.
-    """
+    """Return the weight that a quantised `layer` computes with, (out_features, in_features), if it `tells` it."""
     kind, weight = _class_of(layer), layer._parameters.get("weight")
     if kind == "HQQLinear":
         return layer.dequantize()
     if kind == "BaseQuantLinear":
-        return _of_gptqmodel(layer)
+        return layer.dequantize_weight().detach().T.contiguous()
     if kind == "Linear4bit":
         functions, data, state = sys.modules["bitsandbytes"].functional, weight.data, weight.quant_state
         if getattr(state, "packing_format_for_cpu", False):  # what a forward in eval on a CPU makes of it
@@ -53,6 +49,17 @@ def dequantized(layer: Any) -> Tensor:
             return weight.data
         return stored.to(torch.float32) * scales.to(torch.float32)[:, None] / 127
     return weight.dequantize() if _knows_its_values(weight) else weight.to(torch.float32)
+
+
+def tells(layer: Any) -> bool:
+    """Whether the weight of a quantised `layer` can be had in floating point."""
+    if _class_of(layer) != "BaseQuantLinear":
+        return True
+    # Only gptqmodel's GPTQ layers have the method with one meaning, (in_features, out_features); some of its kernels
+    # store the weight in an order of their own and have none. And a layer may rotate its input, or add a correction.
+    gptq = {cls.__name__ for cls in type(layer).__mro__} & {"GPTQQuantLinear", "PackableQuantLinear"}
+    more = any(getattr(layer, key, None) for key in ("online_full_had", "online_partial_had", "adapter"))
+    return bool(gptq) and not more and hasattr(layer, "dequantize_weight")
 
 
 def merges(layer: nn.Module) -> bool:
@@ -107,20 +114,6 @@ def make_float(layer: Any, weight: Tensor) -> nn.Linear:
     if layer.bias is not None:
         plain.bias = nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=layer.bias.requires_grad)
     return plain.train(layer.training)
-
-
-def _of_gptqmodel(layer: Any) -> Tensor:
-    # Only its GPTQ layers have the method with one meaning, (in_features, out_features); some kernels store the weight
-    # in an order of their own and have none. Beside the weight a layer may rotate its input, or add a correction.
-    gptq = {cls.__name__ for cls in type(layer).__mro__} & {"GPTQQuantLinear", "PackableQuantLinear"}
-    more = [key for key in ("online_full_had", "online_partial_had", "adapter") if getattr(layer, key, None)]
-    if not gptq or more or not hasattr(layer, "dequantize_weight"):
-        raise ValueError(
-            f"a {type(layer).__name__} of gptqmodel {f'with {more[0]} ' if more else ''}does not tell the weight that "
-            "it computes with, so that it cannot be made floating point; load a GPTQ model with "
-            "backend=BACKEND.GPTQ_TORCH for that"
-        )
-    return layer.dequantize_weight().detach().T.contiguous()
 
 
 def _class_of(layer: nn.Module) -> str | None:

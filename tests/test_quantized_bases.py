@@ -306,14 +306,16 @@ class Rotated(PackableQuantLinear):
     online_full_had = True
 
 
-@pytest.mark.parametrize("cls, why", [(MarlinLinear, ""), (Rotated, "with online_full_had ")])
-def test_a_layer_of_gptqmodel_that_does_not_tell_its_weight_is_not_made_floating_point(cls, why):
-    model = nn.Sequential(cls(nn.Linear(WIDTH, WIDTH)), PackableQuantLinear(nn.Linear(WIDTH, WIDTH)))
-    lora.inject_lora(model, r=2, target_modules=["0", "1"])
-    randomize(model)
-    with pytest.raises(ValueError, match=rf"a {cls.__name__} of gptqmodel {why}does not tell .*BACKEND\.GPTQ_TORCH"):
+@pytest.mark.parametrize("cls", [MarlinLinear, Rotated])
+def test_a_layer_of_gptqmodel_that_does_not_tell_its_weight_is_not_made_floating_point(cls):
+    model = nn.Sequential(
+        PackableQuantLinear(nn.Linear(WIDTH, WIDTH)), cls(nn.Linear(WIDTH, WIDTH)), nn.Linear(WIDTH, 2)
+    )
+    lora.inject_lora(model, r=2, target_modules=["0", "1", "2"], merge_weights=True)
+    model.eval()
+    with pytest.raises(ValueError, match=rf"^1: a {cls.__name__} of gptqmodel .*nothing was merged.*GPTQ_TORCH"):
         lora.merge_and_unload(model, dequantize=True)
-    assert lora.list_adapters(model) == ["default"] and type(model[1]) is not nn.Linear
+    assert lora.list_adapters(model) == ["default"] and type(model[0]) is not nn.Linear and model[2].merged
 
 
 def test_embeddings_of_gptqmodel_are_refused():
