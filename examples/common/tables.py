@@ -240,7 +240,8 @@ def bases(folder):
 def base_dtypes(folder):
     """A row for each dtype of a base: its bytes, and the time and peak memory of a step."""
     if not (folder / f"{BENCHMARK_BASE}.json").is_file():
-        return {"": ["time, memory"], "---": ["---"], "all bases": ["not measured"]}
+        command = f"python examples/benchmarks/base_dtypes.py --record {BENCHMARK_BASE}"
+        return {"": ["time and peak memory"], "---": ["---"], "all bases": [f"not measured: `{command}`"]}
     return base_rows(read(BENCHMARK_BASE, folder))
 
 
