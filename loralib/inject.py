@@ -42,7 +42,7 @@ from loralib.architectures import (
 from loralib.core import Adapted, InPlace, adapted, check_hyperparameters, identity
 from loralib.layers import Groups, Kernel, Matrix, Table, as_booleans, check_groups, is_conv1d, matrix_shape
 from loralib.parameters import LowRank, Parameters, Rows, with_parameters
-from loralib.quantized import is_quantized
+from loralib.quantized import is_quantized, keep_gradients
 
 __all__ = ["inject_lora"]
 
@@ -93,8 +93,8 @@ def inject_lora(
     Args:
         model: changed in place, also within `torch.compile` and data parallelism; its `nn.Linear`, `nn.Embedding`,
             `nn.Conv1d/2d/3d` and Hugging Face `Conv1D` layers, their subclasses, and the quantised linear layers of
-            torchao, bitsandbytes and HQQ can be adapted. Of a subclass with a forward of its own, and of layers whose
-            weight is read past their forward (`nn.MultiheadAttention`), `weight` is computed as the sum.
+            torchao, bitsandbytes, HQQ and gptqmodel can be adapted. Of a subclass with a forward of its own, and of
+            layers whose weight is read past their forward (`nn.MultiheadAttention`), `weight` is computed as the sum.
         r: rank, at least 1.
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: see `LoRALayer`; embeddings have none.
@@ -358,6 +358,7 @@ def put_adapter(
     adopt(model)
     put(model, None)
     model.requires_grad_(False)
+    keep_gradients(model)
     modules, done = base_modules(model), set()
     copies: dict = {}
     if hasattr(type(model), "tie_weights"):
@@ -508,7 +509,7 @@ def _targets(
         heads += default_modules_to_save(model)
         last = output_layer(model)
         names = [name for name, m in model.named_modules() if name in modules and m is not last]
-        names = [name for name in names if isinstance(modules[name], nn.Linear) or is_conv1d(modules[name])]
+        names = [name for name in names if _is_linear(modules[name])]
         if target_modules == ALL_LINEAR:
             names = [name for name in names if not is_router(modules[name.rpartition(".")[0]], name, modules[name])]
             bare = _parameters(model, modules)
@@ -524,6 +525,13 @@ def _targets(
             f"{exclude_modules!r} and the modules trained whole, {_some(heads) or 'none'}"
         )
     return left, heads + excluded
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # Quantised layers need not derive from nn.Linear, and HQQ's and gptqmodel's do not.
+    return (
+        isinstance(module, nn.Linear) or is_conv1d(module) or (is_quantized(module) and hasattr(module, "in_features"))
+    )
 
 
 def _fused(modules: dict[str, nn.Module], name: str, enable_lora: Sequence[bool] | None) -> dict:

@@ -25,7 +25,7 @@ from loralib.adapters import (
 from loralib.architectures import DEFAULT_TARGET_MODULES
 from loralib.core import Adapted, LoRALayer, quiet_state, whole
 from loralib.inject import check_bias_mode, inject_lora, match_names
-from loralib.quantized import dequantized, is_quantized, make_float, merges
+from loralib.quantized import allow_packing, count, dequantized, is_quantized, make_float, merges, tells
 
 __all__ = [
     "count_parameters",
@@ -111,8 +111,8 @@ def merge_lora_weights(model: nn.Module) -> nn.Module:
     True
 
     Raises:
-        ValueError: an adapter holds NaN or infinity, a layer is of bitsandbytes or HQQ, or `model` is sharded by
-            `fully_shard`. Nothing has been changed then.
+        ValueError: an adapter holds NaN or infinity, a layer is of bitsandbytes, HQQ or gptqmodel, or `model` is
+            sharded by `fully_shard`. Nothing has been changed then.
     """
     check_whole(model)
     _check_finite(model)
@@ -159,8 +159,8 @@ def merge_and_unload(model: nn.Module, dequantize: bool = False) -> nn.Module:
             which is what one deploys after training on a 4-bit base. The memory grows accordingly.
 
     Raises:
-        ValueError: an adapter holds NaN or infinity, a weight is quantised and `dequantize` is false, or `model` is
-            sharded by `fully_shard`. Nothing has been changed then.
+        ValueError: an adapter holds NaN or infinity, a weight is quantised and `dequantize` is false or its layer does
+            not tell it, or `model` is sharded by `fully_shard`. Nothing has been changed then.
     """
     check_whole(model)
     _check_finite(model)
@@ -170,6 +170,11 @@ def merge_and_unload(model: nn.Module, dequantize: bool = False) -> nn.Module:
                 f"{path}: the weight is quantised ({_stored_as(layer)}), and the sum would have to be rounded to it; "
                 "nothing was merged. Keep the adapter apart, load the base in floating point, or pass dequantize=True "
                 "for plain layers in floating point"
+            )
+        if dequantize and not tells(layer):
+            raise ValueError(
+                f"{path}: a {_stored_as(layer)} of gptqmodel that does not tell the weight it computes with; nothing "
+                "was merged. Load a GPTQ model with backend=BACKEND.GPTQ_TORCH for that, without rotation or EoRA"
             )
     if dequantize:
         _dequantize(model)
@@ -231,6 +236,7 @@ def unload(model: nn.Module) -> nn.Module:
             vars(module).pop(note, None)
     for layer in _lora_layers(model):
         make_plain(layer)
+    allow_packing(model)
     return model
 
 
@@ -286,8 +292,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """
     parameters = list(model.parameters())
     return ParameterCount(
-        sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        sum(parameter.numel() for parameter in parameters),
+        sum(count(parameter) for parameter in parameters if parameter.requires_grad),
+        sum(map(count, parameters)),
     )
 
 

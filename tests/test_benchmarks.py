@@ -17,10 +17,11 @@ from torch import nn
 
 BENCHMARKS = ROOT / "examples" / "benchmarks"
 sys.path.append(str(BENCHMARKS))
+import base_dtypes  # noqa: E402
 import measure  # noqa: E402
 import run_benchmarks  # noqa: E402
 import systems  # noqa: E402
-from common import cli  # noqa: E402
+from common import cli, tables  # noqa: E402
 
 # What PEFT calls in transformers is on its way out there.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -291,3 +292,21 @@ def test_without_upstream_the_command_that_gets_it_is_told(tmp_path, monkeypatch
         "upstream's package is not there; leave upstream out of --systems, or get it by "
         f"pip install --no-deps --target {tmp_path} loralib==0.1.2"
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process anew")
+def test_the_dtypes_of_a_base_are_measured_beside_float32(llama, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install '.[test]'")
+    knobs = base_dtypes.Knobs(model=str(llama), base_dtypes="nf4", precisions="fp32", rounds=2, length=5)
+    record = base_dtypes.measure_all(dataclasses.replace(knobs, threads=1, output_dir=str(tmp_path)))
+    assert json.loads((tmp_path / "base_dtypes.json").read_text()) == record
+    assert list(record["bases"]) == ["float32", "nf4"] and record["quantizers"].keys() == {"bitsandbytes"}
+    base, four = record["bases"].values()
+    assert base["ratio"]["fp32"]["median"] == 1 < base["base_bytes"] / four["base_bytes"] < 8
+    rows = tables.base_rows(record)
+    assert rows[""] == ["base, MiB", "time, fp32", "peak memory, fp32, MiB"] and list(rows)[2:] == ["float32", "nf4"]
+
+
+def test_a_dtype_that_is_none_is_refused(tmp_path):
+    with pytest.raises(cli.UserError, match="--base_dtypes int4: must be one of float32, bfloat16, int8, nf4"):
+        base_dtypes.measure_all(base_dtypes.Knobs(base_dtypes="nf4,int4", output_dir=str(tmp_path)))

@@ -21,7 +21,7 @@ import run_training
 import safetensors
 import torch
 import transformers
-from common import causal_lm, cli, files, results, training
+from common import causal_lm, cli, files, pretrained, results, training
 from nlg_models import (
     DATA,
     END,
@@ -434,10 +434,11 @@ def test_training_on_a_llama_and_chosen_targets(llama, tmp_path):
     assert layers == {"default": {"q_proj", "v_proj"}, "chosen": {"k_proj", "up_proj"}, "all": ALL}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", pretrained.BASE_DTYPES)
 def test_the_base_is_stored_as_asked_and_the_adapters_in_float32(llama, tmp_path, dtype):
-    if dtype == "int8":
-        pytest.importorskip("torchao", reason="torchao is not installed: pip install '.[test]'")
+    if dtype in pretrained.QUANTIZERS:
+        package = pretrained.QUANTIZERS[dtype]
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[test]'")
     record = run_training.train_model(
         **{"model": llama, "max_steps": 4, "max_eval_samples": 2, "max_train_samples": 16, "base_dtype": dtype},
         **{"target_modules": "all-linear", "output_dir": str(tmp_path), "warmup_steps": 0},
@@ -449,8 +450,33 @@ def test_the_base_is_stored_as_asked_and_the_adapters_in_float32(llama, tmp_path
     matrices = [m.weight for name, m in base.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
     total, quantised = (sum(p.numel() for p in some) for some in (base.parameters(), matrices))
     rows = sum(map(len, matrices))  # of each a scale of four bytes and a zero point of one
+    # A byte of scale for 64 weights, four for 256 such; an offset, what the 256 bytes stand for, and what the 16 codes.
+    scales = [math.ceil(matrix.numel() / 64) for matrix in matrices]
+    four_bits = quantised // 2 + sum(n + 4 * (math.ceil(n / 256) + 1 + 256 + 16) for n in scales)
     stored = {"float32": 4 * total, "bfloat16": 2 * total, "int8": 4 * (total - quantised) + quantised + 5 * rows}
-    assert record["bytes"]["model"] == stored[dtype] + 4 * sum(tensor.numel() for tensor in adapter.values())
+    stored["nf4"] = 4 * (total - quantised) + four_bits
+    trained = sum(tensor.numel() for tensor in adapter.values())
+    assert record["bytes"]["model"] == stored[dtype] + 4 * trained
+    assert record["parameters"] == {"trainable": trained, "total": total + trained}
+
+
+def test_what_does_not_go_with_a_quantised_base_is_refused_before_anything_is_loaded(monkeypatch):
+    def refusal(**knobs):
+        with pytest.raises(cli.UserError) as raised:
+            pretrained.check_base_dtype(run_training.Knobs(**knobs))
+        return str(raised.value)
+
+    for dtype, package in pretrained.QUANTIZERS.items():
+        assert refusal(base_dtype=dtype, fsdp=True) == (
+            f"--base_dtype {dtype} does not go with --fsdp, which divides plain tensors; take bfloat16"
+        )
+        assert refusal(base_dtype=dtype, adapt="full") == (
+            f"--base_dtype {dtype} is for frozen weights, and --adapt full freezes none; leave one of them out"
+        )
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+        assert refusal(base_dtype=dtype) == (
+            f"--base_dtype {dtype} needs {package}, which is not installed: pip install {package}"
+        )
 
 
 @needs_real_data
@@ -479,6 +505,7 @@ BAD_TRAINING = {
     "no parts": (["--grad_accumulation", "0"], r"--grad_accumulation 0: must be above 0"),
     "nothing frozen": (["--base_dtype", "bfloat16", "--adapt", "full"], r"--base_dtype bfloat16 is for frozen weights"),
     "no linear layers": (["--base_dtype", "int8"], r"--base_dtype int8(: .*GPT2LMHeadModel| needs torchao)"),
+    "no linear layers, 4 bits": (["--base_dtype", "nf4"], r"--base_dtype nf4(: .*GPT2LMHeadModel| needs bitsandbytes)"),
     "repeats": (["--no_repeat_ngram_size", "-1"], r"--no_repeat_ngram_size -1: must be at least 0"),
     "nothing to go on from": (["--resume", ""], r"--resume: there is no .*training_state.pt to go on from"),
     "output is a file": (

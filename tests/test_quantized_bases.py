@@ -70,6 +70,64 @@ def half_quadratic(layer):
     return hqq.HQQLinear(layer.requires_grad_(False), config, compute_dtype=torch.float32, device="cpu")
 
 
+def four_bits_in_groups(weight, group=32):
+    """Codes (out, in) of 0 to 15, and for each row and group a scale and the code of zero, (out, groups)."""
+    parts = weight.detach().unflatten(1, (-1, group))
+    low, high = parts.amin(2).clamp(max=0), parts.amax(2).clamp(min=0)
+    scales = (high - low) / 15
+    zeros = (-low / scales).round()
+    codes = (parts / scales[..., None] + zeros[..., None]).round().clamp(0, 15)
+    return codes.flatten(1).int(), scales, zeros.int()
+
+
+def packed(codes):
+    """Eight rows of 4-bit codes in one of int32."""
+    shifts = 4 * torch.arange(8).view(1, 8, 1)
+    return (codes.long().unflatten(0, (-1, 8)) << shifts).sum(1).to(torch.int32)
+
+
+def unpacked(words):
+    return (words.long()[:, None] >> 4 * torch.arange(8).view(1, 8, 1) & 15).flatten(0, 1)
+
+
+class BaseQuantLinear(nn.Module):
+    pass
+
+
+class PackableQuantLinear(BaseQuantLinear):
+    """gptqmodel's `TorchLinear` as its clients see it, for machines without the package: buffers and arithmetic."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        codes, scales, zeros = four_bits_in_groups(layer.weight)
+        self.register_buffer("qweight", packed(codes.T))
+        self.register_buffer("qzeros", packed(zeros).T.contiguous())
+        self.register_buffer("scales", scales.T.contiguous())
+        self.register_buffer("g_idx", torch.arange(self.in_features, dtype=torch.int32) // 32)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+
+    def dequantize_weight(self):
+        zeros, groups = unpacked(self.qzeros.T).T, self.g_idx.long()
+        return self.scales[groups] * (unpacked(self.qweight) - zeros[groups])
+
+    def forward(self, x):
+        out = torch.matmul(x.reshape(-1, x.shape[-1]), self.dequantize_weight().to(x.dtype))
+        out = out.reshape(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+def gptq(layer):
+    """The layer of the package itself, which no extra of ours installs: it asks for a torch above our bound."""
+    kernel = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch", reason="gptqmodel is not installed")
+    shape = {"in_features": layer.in_features, "out_features": layer.out_features, "bias": layer.bias is not None}
+    made = kernel.TorchLinear(bits=4, group_size=32, sym=False, desc_act=False, **shape)
+    _, scales, zeros = four_bits_in_groups(layer.weight)
+    with torch.no_grad():
+        made.pack_original(layer.requires_grad_(False), scales, zeros, torch.arange(WIDTH, dtype=torch.int32) // 32)
+    return made.float()  # the scales, which are float16 at first
+
+
 class ByteLinear(nn.Linear):
     """A layer with float8 weights, as checkpoints have them: its forward widens them."""
 
@@ -93,14 +151,19 @@ QUANTIZED = {
     "bitsandbytes fp4": four_bit("fp4", False),
     "bitsandbytes int8": eight_bit,
     "hqq": half_quadratic,
+    "gptq": gptq,
+    "gptq, of its interface": PackableQuantLinear,
     "float8": float8,
 }
-# bitsandbytes' int8 rounds the input as well, and on a CPU its 4-bit layers compute in bfloat16 in eval.
+# bitsandbytes' int8 rounds the input as well, and its 4-bit layers compute in bfloat16 on a CPU in eval while the model
+# has no adapters.
 TOLERANCE = {"bitsandbytes int8": 0.05, **dict.fromkeys([name for name in QUANTIZED if "4" in name], 0.01)}
-pytestmark = [
-    pytest.mark.parametrize("name", QUANTIZED),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:MatMul8bitLt:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:MatMul8bitLt:UserWarning")
+
+
+def pytest_generate_tests(metafunc):
+    if "name" in metafunc.fixturenames:
+        metafunc.parametrize("name", QUANTIZED)
 
 
 def made(name):
@@ -165,11 +228,36 @@ def test_eval_does_not_merge_and_merging_is_right_or_refused(name):
     close(model(x), plain(x), name)
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_the_gradient_through_layers_without_adapter_is_the_same_after_an_evaluation(name, before):
+    # bitsandbytes packs 4-bit weights in that, and has no gradient for packed ones.
+    gradients = []
+    for evaluated in (False, True):
+        model = Model(QUANTIZED[name])
+        x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(2))
+        if evaluated and before:
+            with torch.no_grad():
+                model.eval()(x)
+            model.train()
+        lora.inject_lora(model, r=2, target_modules=["first"])
+        randomize(model)
+        if evaluated and not before:
+            with torch.no_grad():
+                model.eval()(x)
+            model.train()
+        model(x).square().sum().backward()
+        gradients.append(model.first.lora_B.grad)
+    if before:
+        close(*gradients, name)  # packing has rounded the scales
+    else:
+        assert torch.equal(*gradients)
+
+
 def test_merged_for_good(name):
     model, plain, x = adapted(name)
     wanted = plain(x).detach()
     with torch.no_grad():
-        model.eval()(x)  # bitsandbytes packs its weights anew in that
+        model.eval()(x)
     merged = lora.merge_and_unload(model, dequantize=True)
     assert type(merged.first) is nn.Linear and not lora.list_adapters(merged)
     close(merged(x), wanted, name)
@@ -191,10 +279,51 @@ def test_files_switching_disabling_unloading(name, tmp_path):
     with lora.disable_adapters(model):
         base = model(x).detach()
     lora.unload(model)
-    assert torch.equal(model(x), base) and [type(m) for m in model.modules()] == [
-        type(m) for m in Model(QUANTIZED[name]).modules()
-    ]
+    close(model(x), base, name)
+    untouched = Model(QUANTIZED[name]).eval().requires_grad_(False)
+    assert torch.equal(model(x), untouched(x))
+    assert [type(m) for m in model.modules()] == [type(m) for m in untouched.modules()]
     for file in ("a.safetensors", "peft"):
         again = copy.deepcopy(model)
         lora.load_lora(again, tmp_path / file)
         close(again(x), first, name)
+
+
+def test_all_linear_takes_quantised_layers(name):
+    assert {"first", "second"} <= set(lora.inject_lora(Model(QUANTIZED[name]), r=2, target_modules="all-linear"))
+
+
+class MarlinLinear(PackableQuantLinear):
+    dequantize_weight = property()  # has none: hasattr is false
+
+
+class TorchQuantEmbeddings(PackableQuantLinear):
+    def forward(self, tokens):
+        return nn.functional.embedding(tokens, self.dequantize_weight())
+
+
+class Rotated(PackableQuantLinear):
+    online_full_had = True
+
+
+@pytest.mark.parametrize("cls", [MarlinLinear, Rotated])
+def test_a_layer_of_gptqmodel_that_does_not_tell_its_weight_is_not_made_floating_point(cls):
+    model = nn.Sequential(
+        PackableQuantLinear(nn.Linear(WIDTH, WIDTH)), cls(nn.Linear(WIDTH, WIDTH)), nn.Linear(WIDTH, 2)
+    )
+    lora.inject_lora(model, r=2, target_modules=["0", "1", "2"], merge_weights=True)
+    model.eval()
+    with pytest.raises(ValueError, match=rf"^1: a {cls.__name__} of gptqmodel .*nothing was merged.*GPTQ_TORCH"):
+        lora.merge_and_unload(model, dequantize=True)
+    assert lora.list_adapters(model) == ["default"] and type(model[0]) is not nn.Linear and model[2].merged
+
+
+def test_embeddings_of_gptqmodel_are_refused():
+    model = nn.Sequential(TorchQuantEmbeddings(nn.Linear(WIDTH, WIDTH)))
+    with pytest.raises(TypeError, match="0 is a TorchQuantEmbeddings, which LoRA cannot adapt"):
+        lora.inject_lora(model, r=2, target_modules=["0"])
+
+
+def test_parameters_are_counted_as_the_numbers_that_they_stand_for():
+    model = Model(QUANTIZED["bitsandbytes nf4"])
+    assert lora.count_parameters(model).total == lora.count_parameters(Model(lambda layer: layer)).total

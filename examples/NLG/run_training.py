@@ -79,7 +79,7 @@ class Knobs(causal_lm.DecodingKnobs, training.Knobs):
     adapt: str = knob("lora", "what trains: adapters, all parameters, or nothing", ["lora", "full", "none"])
     base_dtype: str = knob(
         "float32",
-        "of the frozen weights: half the memory in bfloat16, which computes in it; int8 needs torchao",
+        "of the frozen weights; the model computes in bfloat16 if they are that; int8 needs torchao, nf4 bitsandbytes",
         pretrained.BASE_DTYPES,
     )
     lora_dim: int = knob(4, "rank; 4 is the paper's for GPT-2 on E2E")

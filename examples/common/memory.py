@@ -38,6 +38,11 @@ def account(total, trained):
 
 def plain_tensors(tensor):
     """The tensors that hold the numbers of one, several if it is quantised."""
+    state = getattr(tensor, "quant_state", None)
+    if state is not None:  # of bitsandbytes' 4-bit weights; the scales of the scales are in another state
+        states = [state] if state.state2 is None else [state, state.state2]
+        scales = [part for each in states for part in (each.absmax, each.code, each.offset) if part is not None]
+        return [tensor, *scales]
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     return [plain for name in tensor.__tensor_flatten__()[0] for plain in plain_tensors(getattr(tensor, name))]

@@ -15,7 +15,9 @@ from transformers import AutoTokenizer
 
 from common.cli import UserError
 
-BASE_DTYPES = ["float32", "bfloat16", "int8"]
+BASE_DTYPES = ["float32", "bfloat16", "int8", "nf4"]
+# What quantises, for those that are quantised.
+QUANTIZERS = {"int8": "torchao", "nf4": "bitsandbytes"}
 
 
 def load(auto_class, name, kind, **options):
@@ -41,30 +43,53 @@ def check_base_dtype(knobs):
     given = f"--base_dtype {knobs.base_dtype}"
     if knobs.base_dtype != "float32" and knobs.adapt == "full":
         raise UserError(f"{given} is for frozen weights, and --adapt full freezes none; leave one of them out")
-    if knobs.base_dtype == "int8" and knobs.fsdp:
+    if knobs.base_dtype in QUANTIZERS and knobs.fsdp:
         raise UserError(f"{given} does not go with --fsdp, which divides plain tensors; take bfloat16")
-    if knobs.base_dtype == "int8" and not importlib.util.find_spec("torchao"):
-        raise UserError(f"{given} needs torchao, which is not installed: pip install torchao")
+    check_installed(knobs.base_dtype)
+
+
+def check_installed(dtype):
+    """Raise a UserError if a base in `dtype` needs what is not installed."""
+    package = QUANTIZERS.get(dtype)
+    if package and not importlib.util.find_spec(package):
+        raise UserError(f"--base_dtype {dtype} needs {package}, which is not installed: pip install {package}")
 
 
 def store_base(model, dtype):
     """Keep the weights of a model that is not adapted yet in one of BASE_DTYPES; the adapters will be float32.
 
-    With int8, one scale for each row, the matrices of `nn.Linear` alone; the model computes in float32 as before.
+    int8 has one scale for each row, nf4 one for every 64 weights, stored in eight bits themselves. Both are for the
+    matrices of `nn.Linear` but the output head; the model computes in float32, or what autocast says, as before.
     """
     if dtype == "bfloat16":
         model.to(torch.bfloat16)
+    if dtype not in QUANTIZERS:
+        return
+    head = model.get_output_embeddings()  # often the same tensor as the input embeddings
+    linear = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and m is not head}
+    if not linear:
+        raise UserError(
+            f"--base_dtype {dtype}: {QUANTIZERS[dtype]} quantises nn.Linear, and {type(model).__name__} has no such "
+            "layers but its head; take bfloat16"
+        )
     if dtype == "int8":
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-        head = model.get_output_embeddings()  # often the same tensor as the input embeddings
-        linear = {name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head}
-        if not linear:
-            raise UserError(
-                f"--base_dtype int8: torchao quantises nn.Linear, and {type(model).__name__} has no such layers but "
-                "its head; take bfloat16"
-            )
         quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: name in linear)
+    else:
+        for name, layer in linear.items():
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, _in_four_bits(layer))
+
+
+def _in_four_bits(layer):
+    from bitsandbytes.nn import LinearNF4, Params4bit
+
+    device = layer.weight.device
+    made = LinearNF4(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    made.weight = Params4bit(layer.weight.data.cpu(), requires_grad=False, quant_type="nf4", module=made)
+    made.bias = layer.bias
+    return made.to(device)  # quantises
 
 
 def save(model, tokenizer, folder):

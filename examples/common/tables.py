@@ -36,7 +36,9 @@ MULTI_TASK = "nlu_multi_task"
 # Head alone, LoRA and full fine-tuning on official GLUE files.
 OFFICIAL_GLUE = ["nlu_sst2_minilm", "nlu_mrpc_minilm", "nlu_stsb_minilm", "nlu_cola_smollm2", "nlu_rte_smollm2"]
 
-BENCHMARK, BENCHMARK_CUDA = "benchmark", "benchmark_cuda"
+BENCHMARK, BENCHMARK_CUDA, BENCHMARK_BASE = "benchmark", "benchmark_cuda", "benchmark_base"
+# The same training on bases stored in different dtypes.
+BASES = ["nlg_smollm2_all_2e-3", "nlg_smollm2_all_2e-3_nf4"]
 SYSTEMS = {"floor": "no adapter", "ours": "loralib", "upstream": "loralib 0.1.2", "peft": "PEFT", "full": "full"}
 
 
@@ -214,7 +216,53 @@ def steps_cuda(folder):
     return rows
 
 
+def bases(folder):
+    """A row for each base that was trained on: what it takes, its validation losses and what its texts score."""
+    runs = {name: read(name, folder) for name in BASES}
+    steps = [entry["step"] for entry in next(iter(runs.values()))["history"]]
+    columns = [*(f"loss at {step}" for step in steps), "perplexity", "BLEU", "slot errors, %", "result file"]
+    rows = {"": ["model, bytes", *columns], "---": ["---:"] * (len(columns) + 1)}
+    for name, run in runs.items():
+        losses = {entry["step"]: entry["valid_loss"] for entry in run["history"]}
+        after = run["after"]
+        # The first records are from before --base_dtype.
+        rows[run["configuration"].get("base_dtype", "float32"), name] = [
+            f"{run['bytes']['model']:,}",
+            *(f"{losses[step]:.3f}" for step in steps),
+            f"{after['perplexity']:.2f}",
+            _number(after["bleu"], 1, 1),
+            _number(after["slot_error_rate"], 100, 1),
+            _link(name),
+        ]
+    return rows
+
+
+def base_dtypes(folder):
+    """A row for each dtype of a base: its bytes, and the time and peak memory of a step."""
+    if not (folder / f"{BENCHMARK_BASE}.json").is_file():
+        command = f"python examples/benchmarks/base_dtypes.py --record {BENCHMARK_BASE}"
+        return {"": ["time and peak memory"], "---": ["---"], "all bases": [f"not measured: `{command}`"]}
+    return base_rows(read(BENCHMARK_BASE, folder))
+
+
+def base_rows(record):
+    """The rows of what benchmarks/base_dtypes.py measures."""
+    found = record["bases"]
+    precisions = list(found["float32"]["seconds"])
+    titles = [title for p in precisions for title in (f"time, {p}", f"peak memory, {p}, MiB")]
+    rows = {"": ["base, MiB", *titles], "---": ["---:"] * (len(titles) + 1)}
+    for dtype, base in found.items():
+        rows[dtype] = [f"{base['base_bytes'] / 2**20:.0f}"]
+        for precision in precisions:
+            ratio = base["ratio"][precision]
+            rows[dtype].append(f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]")
+            rows[dtype].append(f"{base['peak_bytes'][precision] / 2**20:,.0f}")
+    return rows
+
+
 TABLES = {
+    "bases": bases,
+    "base_dtypes": base_dtypes,
     "bars": bars,
     "steps_cuda": steps_cuda,
     "steps": steps,
