@@ -27,11 +27,12 @@ from loralib.adapters import (
 )
 from loralib.architectures import group_spec, unwrapped
 from loralib.core import Adapted, is_sharded, quiet_state, whole
-from loralib.formats import Adapter, check_metadata, read_native, read_upstream, write_native
+from loralib.formats import LORA_ENDINGS, Adapter, check_metadata, read_native, read_upstream, write_native
 from loralib.inject import BIAS_MODES, Plan, check_bias_mode, own_names, plan_layers, put_adapter
 from loralib.layers import Groups
 from loralib.peft_format import CONFIG, read_peft, write_peft
 from loralib.utils import match_modules_to_save, trained_state
+from loralib.wrappers import under_names_of, without_compiled
 
 __all__ = ["load_lora", "read_metadata", "save_lora"]
 
@@ -46,6 +47,7 @@ def save_lora(
     format: str = "loralib",
     single_rank: bool = False,
     metadata: dict[str, str] | None = None,
+    base_model: str | os.PathLike | None = None,
 ) -> None:
     """Write the active adapter of `model` and its configuration to one safetensors file, or to a folder for PEFT.
 
@@ -64,7 +66,8 @@ def save_lora(
     Args:
         model: a model with LoRA layers, in any state.
         path: the file to write; an earlier one stays whole until the new one is complete. For PEFT a folder, made if it
-            does not exist; each of its two files is replaced in that way, the configuration last.
+            does not exist; each of its files is replaced in that way, the configuration last, but for a README.md,
+            which is written only if there is none.
         bias, modules_to_save: what to save besides the adapter and the heads and biases that it got from
             `inject_lora`, as given to `mark_only_lora_as_trainable`.
         format: "loralib", or "peft" for a folder that `peft.PeftModel.from_pretrained` reads.
@@ -72,6 +75,8 @@ def save_lora(
             ranks are padded with zeros, differing scales multiplied into B.
         metadata: texts that `read_metadata` gives back, such as the task that the adapter is for; in loralib's own file
             only.
+        base_model: name of the base model on the Hub, or its folder, which `AutoModel.from_pretrained` reads from
+            PEFT's folder; None means what the model was loaded from.
 
     Raises:
         ValueError: the model has no adapter, the arguments are wrong as in `mark_only_lora_as_trainable`, or PEFT has
@@ -95,13 +100,16 @@ def save_lora(
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapters to save; call lora.inject_lora(model, ...) first")
     check_not_offloaded(dict(layers))
-    adapter = _collect(model, layers, bias, modules_to_save)
+    adapter = _without_compiled(_collect(model, layers, bias, modules_to_save))
     adapter.metadata = metadata or {}
+    adapter.base_model = _base_model(model, format) if base_model is None else os.fspath(base_model)
     adapter.tensors = {key: whole(tensor) for key, tensor in adapter.tensors.items()}
 
     def write() -> None:
         if format == "peft":
-            write_peft(path, adapter, model, base_modules(model), layers, single_rank)
+            modules = {without_compiled(name): module for name, module in base_modules(model).items()}
+            adapted = {without_compiled(name): layer for name, layer in layers.items()}
+            write_peft(path, adapter, model, modules, adapted, single_rank)
         else:
             write_native(path, adapter)
 
@@ -251,7 +259,7 @@ def _collect(
     everything = trained_state(model, bias, saved)
     own = own_names(modules, layers, bias, saved)
     tensors = {f"{name}.{key}": everything[f"{name}.{key}"] for name, keys in own.items() for key in sorted(keys)}
-    return Adapter(tensors, {name: _spec(layer) for name, layer in layers.items()}, bias, saved, _base_model(model))
+    return Adapter(tensors, {name: _spec(layer) for name, layer in layers.items()}, bias, saved)
 
 
 def _owned_whole(modules: dict[str, nn.Module], own: dict[str, frozenset[str]]) -> list[str]:
@@ -299,7 +307,16 @@ def _read(
         return read_peft(path, modules, groups)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such adapter file")
-    return read_native(path)
+    return _named_as_here(read_native(path), modules)
+
+
+def _named_as_here(adapter: Adapter, modules: dict[str, nn.Module]) -> Adapter:
+    """Give the adapter the names of the model, which may be wrapped otherwise than the one that was saved."""
+    adapter.tensors, there = under_names_of(adapter.tensors, LORA_ENDINGS, modules, adapter.modules_to_save)
+    here = {theirs: ours for ours, theirs in there.items()}
+    adapter.layers = {here.get(name, name): spec for name, spec in adapter.layers.items()}
+    adapter.modules_to_save = [here.get(name, name) for name in adapter.modules_to_save]
+    return adapter
 
 
 def _leave_out_heads(adapter: Adapter) -> None:
@@ -407,10 +424,19 @@ def _lora_layers(model: nn.Module) -> dict[str, Adapted]:
     return {name: module for name, module in found.items() if module.has_adapter}
 
 
-def _base_model(model: nn.Module) -> str | None:
+def _base_model(model: nn.Module, format: str) -> str | None:
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    if format == "peft":  # where transformers looks for the base
+        return name
     # The folders around a local model are this machine's and nobody else's business.
     return os.path.basename(os.path.abspath(name)) if name and os.path.isdir(name) else name
+
+
+def _without_compiled(adapter: Adapter) -> Adapter:
+    adapter.tensors = {without_compiled(name): tensor for name, tensor in adapter.tensors.items()}
+    adapter.layers = {without_compiled(name): spec for name, spec in adapter.layers.items()}
+    adapter.modules_to_save = [without_compiled(name) for name in adapter.modules_to_save]
+    return adapter
 
 
 def _spec(layer: Adapted) -> dict:

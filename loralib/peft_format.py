@@ -29,23 +29,34 @@ from loralib.core import Adapted, check_hyperparameters, whole
 from loralib.formats import Adapter, read_safetensors, read_torch, sort_out, to_bytes, write_atomically
 from loralib.inject import compile_pattern, match_names, match_pattern
 from loralib.layers import Groups, is_conv1d
+from loralib.model_card import model_card
 from loralib.quantized import is_quantized
+from loralib.wrappers import under_names_of
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 _PREFIX = "base_model.model."
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-# Entries that do not change what a trained adapter computes, or are taken care of here. Any other entry that is set
-# stands for a variant of LoRA that this library does not have.
+# Entries that do not change what a trained adapter computes, or are taken care of here. The layers that target_modules,
+# layers_to_transform and layers_pattern chose are those that have tensors in the file.
 _KNOWN = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
     *("peft_version", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "bias"),
     *("modules_to_save", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"),
     *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("qalora_group_size", "runtime_config", "ensure_weight_tying", "init_lora_weights"),
+    *("velora_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "init_lora_weights"),
+    *("merge_weights",),  # of the first versions of PEFT
+}  # fmt: skip
+_VARIANTS = {
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "layer_replication"),
+    *("arrow_config", "kasa_config", "monteclora_config", "target_parameters", "trainable_token_indices"),
 }  # fmt: skip
 # The other ways to start change the weights of the base, which the adapter file does not hold.
-_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+
+# In a state dict of PEFT's model, though not in its files, the name of the adapter is in the names of its tensors.
+_ADAPTER_NAME = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|modules_to_save)\.(?!weight$)([^.]+)(?=\.|$)")
+_HALVES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -65,7 +76,7 @@ def write_peft(
     layers: dict[str, Adapted],
     single_rank: bool,
 ) -> None:
-    """Write PEFT's folder, the weights before the configuration, each of the two files atomically.
+    """Write PEFT's folder, the weights before the configuration, each file atomically, and a model card if it has none.
 
     Args:
         folder: made if it does not exist.
@@ -87,6 +98,14 @@ def write_peft(
         alphas[name] = _whole(scaling * (math.sqrt(ranks[name]) if use_rslora else ranks[name]))
     r, rank_pattern = _pattern(ranks)
     lora_alpha, alpha_pattern = _pattern(alphas)
+    read_by_engines = lora_alpha / (math.sqrt(r) if use_rslora else r)
+    others = [name for name, (_, _, scaling) in converted.items() if not math.isclose(scaling, read_by_engines)]
+    if others:
+        warnings.warn(
+            "ranks or alphas differ, and are in rank_pattern and alpha_pattern: engines that read r and lora_alpha alone, "
+            f"such as vLLM, would scale {', '.join(others[:8])} wrongly; save for them with single_rank=True",
+            stacklevel=4,
+        )
     dropouts = {spec["lora_dropout"] for spec in adapter.layers.values()} - {0.0}
     if len(dropouts) > 1:
         message = f"PEFT has one lora_dropout for all layers: of {sorted(dropouts)} the largest was written"
@@ -127,6 +146,8 @@ def write_peft(
             tensors[f"{_PREFIX}{path}.base_layer.{key}" if path in layers else _PREFIX + name] = tensor
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS, to_bytes(tensors, {"format": "pt"}))
+    if not (folder / CARD).exists():
+        write_atomically(folder / CARD, model_card(adapter.base_model).encode())
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
@@ -142,7 +163,7 @@ def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[st
         tensors = read_torch(folder / "adapter_model.bin")
     else:
         raise FileNotFoundError(f"{folder}: there is {CONFIG}, but neither {WEIGHTS} nor adapter_model.bin")
-    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    tensors, names_there = _named_as_here(folder, tensors, modules)
     result, layers, rest = {}, {}, set()
     for key in list(tensors):
         for first, second in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
@@ -152,7 +173,8 @@ def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[st
                 if B is None:
                     raise ValueError(f"{folder}: {name} has {first} and no {second}")
                 try:
-                    layers[name], A, B = _from_peft(name, modules, A, B, config, known_groups.get(name))
+                    there = names_there.get(name, name)
+                    layers[name], A, B = _from_peft(name, there, modules, A, B, config, known_groups.get(name))
                 except ValueError as error:
                     raise ValueError(f"{folder}: {error}") from error
                 result[f"{name}.lora_A"], result[f"{name}.lora_B"] = A, B
@@ -171,6 +193,26 @@ def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[st
     leaves, bias = sort_out(rest, layers)
     bias = bias if bias != "none" else config["bias"]
     return Adapter(result, layers, bias, saved + leaves, config["base_model_name_or_path"])
+
+
+def _named_as_here(
+    folder: Path, tensors: dict[str, Tensor], modules: dict[str, nn.Module]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file under the names of the model, and the names in the file of modules that are renamed so."""
+    plain, adapters = {}, set()
+    for key, tensor in tensors.items():
+        key = key.partition(_PREFIX)[2] or key
+        named = _ADAPTER_NAME.search(key)
+        if named:
+            adapters.add(named[2])
+            key = key[: named.start()] + ("" if named[1] == "modules_to_save" else "." + named[1]) + key[named.end() :]
+        plain[key.replace(".base_layer.", ".")] = tensor
+    if len(adapters) > 1 or len(plain) < len(tensors):
+        raise ValueError(
+            f"{folder} holds several adapters ({', '.join(sorted(adapters))} in the names of their tensors); save each "
+            "to a folder of its own"
+        )
+    return under_names_of(plain, _HALVES, modules)
 
 
 def _to_peft(name: str, layer: Adapted, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -205,7 +247,7 @@ def _conv_from_peft(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _from_peft(
-    name: str, modules: dict[str, nn.Module], A: Tensor, B: Tensor, config: dict, known: dict | None
+    name: str, there: str, modules: dict[str, nn.Module], A: Tensor, B: Tensor, config: dict, known: dict | None
 ) -> tuple[dict, Tensor, Tensor]:
     module = modules.get(name)
     groups = getattr(module, "groups", 1)
@@ -214,7 +256,7 @@ def _from_peft(
     if A.dim() != B.dim() or A.dim() < 2 or A.shape[0] != B.shape[1] or A.shape[0] == 0:
         raise ValueError(f"{name}: A of {tuple(A.shape)} and B of {tuple(B.shape)} make no product of low rank")
     r = A.shape[0]
-    rank_key, alpha_key = match_pattern(config["rank_pattern"], name), match_pattern(config["alpha_pattern"], name)
+    rank_key, alpha_key = match_pattern(config["rank_pattern"], there), match_pattern(config["alpha_pattern"], there)
     named = config["r"] if rank_key is None else config["rank_pattern"][rank_key]
     if named != r:
         raise ValueError(f"{name}: the configuration says rank {named}, the tensors have {r}")
@@ -267,9 +309,17 @@ def _read_config(path: Path) -> dict:
         config = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(config, dict) or config.get("peft_type") != "LORA":
             raise ValueError(f"peft_type is {config.get('peft_type')!r}, this library reads 'LORA'")
-        unknown = sorted(key for key, value in config.items() if value and key not in _KNOWN)
+        unknown = {key: value for key, value in config.items() if value and key not in _KNOWN}
+        # A boolean, a list or a dict turns a new variant on; what other programs add are texts and numbers.
+        variants = sorted(k for k, value in unknown.items() if k in _VARIANTS or isinstance(value, (bool, list, dict)))
+        if variants:
+            raise ValueError(f"{', '.join(variants)} set: a variant of LoRA that this library does not have")
         if unknown:
-            raise ValueError(f"{', '.join(unknown)} set: a variant of LoRA that this library does not have")
+            warnings.warn(
+                f"{path}: {', '.join(sorted(unknown))} is no entry of PEFT's; it is taken for a note, and nothing is "
+                "computed from it",
+                stacklevel=6,
+            )
         init = config.get("init_lora_weights", True)
         if init not in _PLAIN_INITS:
             raise ValueError(
