@@ -44,12 +44,13 @@ _KNOWN = {
     *("peft_version", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "bias"),
     *("modules_to_save", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"),
     *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("velora_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "init_lora_weights"),
+    *("qalora_group_size", "runtime_config", "ensure_weight_tying", "init_lora_weights"),
     *("merge_weights",),  # of the first versions of PEFT
 }  # fmt: skip
 _VARIANTS = {
     *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "layer_replication"),
-    *("arrow_config", "kasa_config", "monteclora_config", "target_parameters", "trainable_token_indices"),
+    *("arrow_config", "kasa_config", "monteclora_config", "velora_config"),
+    *("target_parameters", "trainable_token_indices"),
 }  # fmt: skip
 # The other ways to start change the weights of the base, which the adapter file does not hold.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
@@ -102,8 +103,8 @@ def write_peft(
     others = [name for name, (_, _, scaling) in converted.items() if not math.isclose(scaling, read_by_engines)]
     if others:
         warnings.warn(
-            "ranks or alphas differ, and are in rank_pattern and alpha_pattern: engines that read r and lora_alpha alone, "
-            f"such as vLLM, would scale {', '.join(others[:8])} wrongly; save for them with single_rank=True",
+            "ranks or alphas differ (rank_pattern, alpha_pattern): engines that read one of each, such as vLLM, "
+            f"would scale {', '.join(others[:8])} wrongly; save with single_rank=True for them",
             stacklevel=4,
         )
     dropouts = {spec["lora_dropout"] for spec in adapter.layers.values()} - {0.0}
