@@ -27,7 +27,9 @@ from loralib.adapters import (
 )
 from loralib.architectures import group_spec, unwrapped
 from loralib.core import Adapted, is_sharded, quiet_state, whole
+from loralib.diffusers_format import FILE, is_of_diffusers, read_diffusers, write_diffusers
 from loralib.formats import LORA_ENDINGS, Adapter, check_metadata, read_native, read_upstream, write_native
+from loralib.hub import local_path
 from loralib.inject import BIAS_MODES, Plan, check_bias_mode, own_names, plan_layers, put_adapter
 from loralib.layers import Groups
 from loralib.peft_format import CONFIG, read_peft, write_peft
@@ -70,7 +72,8 @@ def save_lora(
             which is written only if there is none.
         bias, modules_to_save: what to save besides the adapter and the heads and biases that it got from
             `inject_lora`, as given to `mark_only_lora_as_trainable`.
-        format: "loralib", or "peft" for a folder that `peft.PeftModel.from_pretrained` reads.
+        format: "loralib"; "peft" for a folder that `peft.PeftModel.from_pretrained` reads; or "diffusers" for a file
+            that `load_lora_weights` of a pipeline reads, the name of a safetensors file or of a folder for it.
         single_rank: for PEFT, write one rank and one alpha for all layers, as some serving engines need it: smaller
             ranks are padded with zeros, differing scales multiplied into B.
         metadata: texts that `read_metadata` gives back, such as the task that the adapter is for; in loralib's own file
@@ -80,21 +83,22 @@ def save_lora(
 
     Raises:
         ValueError: the model has no adapter, the arguments are wrong as in `mark_only_lora_as_trainable`, or PEFT has
-            no equal of a layer.
+            no equal of a layer, or diffusers none of a head.
         OSError: the file cannot be written.
     """
-    if format not in ("loralib", "peft"):
-        raise ValueError(f"format={format!r}: must be 'loralib' or 'peft'")
+    if format not in ("loralib", "peft", "diffusers"):
+        raise ValueError(f"format={format!r}: must be 'loralib', 'peft' or 'diffusers'")
     if single_rank and format != "peft":
-        raise ValueError("single_rank=True is for format='peft'; loralib's own file keeps the rank of each layer")
+        raise ValueError("single_rank=True is for format='peft'; the other formats keep the rank of each layer")
     check_metadata({} if metadata is None else metadata)
     if metadata and format != "loralib":
-        raise ValueError(f"metadata={metadata!r}: PEFT's folder has no place for it")
+        raise ValueError(f"metadata={metadata!r}: the files of {format} have no place for it")
     path = Path(path)
     if format == "loralib" and path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file, or format='peft'")
-    if format == "peft" and path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file; give the name of a folder for format='peft'")
+    folder = format == "peft" or (format == "diffusers" and path.suffix != ".safetensors")
+    if folder and path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; give the name of a folder for format={format!r}")
     model = unwrapped(model)
     layers = _lora_layers(model)
     if not layers:
@@ -106,10 +110,13 @@ def save_lora(
     adapter.tensors = {key: whole(tensor) for key, tensor in adapter.tensors.items()}
 
     def write() -> None:
-        if format == "peft":
+        if format != "loralib":
             modules = {without_compiled(name): module for name, module in base_modules(model).items()}
             adapted = {without_compiled(name): layer for name, layer in layers.items()}
-            write_peft(path, adapter, model, modules, adapted, single_rank)
+            if format == "peft":
+                write_peft(path, adapter, model, modules, adapted, single_rank)
+            else:
+                write_diffusers(path, adapter, model, modules, adapted)
         else:
             write_native(path, adapter)
 
@@ -127,6 +134,8 @@ def load_lora(
     enable_lora: Sequence[bool] = (True, False, True),
     merge_weights: bool = False,
     heads: bool = True,
+    trainable: bool = True,
+    revision: str | None = None,
 ) -> list[str]:
     """Load an adapter into `model`, make it the active one and return the names of its LoRA layers.
 
@@ -136,8 +145,11 @@ def load_lora(
 
     Args:
         model: the base model, or one with LoRA layers, in any state (merged, in eval, on any device).
-        path: a file of `save_lora`; a folder of PEFT; or a .bin, .pt or .pth file of upstream's `lora_state_dict`.
-            Nothing in any of them is executed.
+        path: a file of `save_lora`; a folder of PEFT; a safetensors file of diffusers or of kohya's scripts, of which
+            the part for this model is taken; a .bin, .pt or .pth file of upstream's `lora_state_dict`; or "user/name"
+            of an adapter on the Hugging Face Hub, which huggingface_hub downloads. Nothing in any of them is executed.
+            Where only wrappers (`module.`, `_orig_mod.`, `model.`, `0.auto_model.`) tell the names in it from those in
+            the model, they match.
         adapter_name: which adapter to load into; a new name makes a new adapter beside those that are there. None means
             the active one, or else "default".
         lora_alpha: for upstream's files, which do not carry it, and for no others.
@@ -146,15 +158,17 @@ def load_lora(
         merge_weights: whether `eval()` merges layers made here.
         heads: whether to load the modules that the file saves whole, too. False leaves those of the model as they are:
             the adapter of one task then begins the training of another.
+        trainable: False freezes the adapter too, as for a reference or for inference.
+        revision: which branch, tag or commit of a repository on the Hub.
 
     Raises:
-        FileNotFoundError: there is no such file. (Another OSError: it cannot be read.)
+        FileNotFoundError: there is no such file, here or on the Hub. (Another OSError: it cannot be read.)
         TypeError: `lora_alpha` is no number, or `enable_lora` no list of booleans.
         ValueError: the file is damaged or of another kind, `lora_alpha` is missing, or the adapter does not fit the
             model: one error lists every missing, unexpected and misshapen tensor, and those that hold NaN or infinity.
             The model has not been changed then, whatever was raised.
     """
-    path, model = Path(path), unwrapped(model)
+    path, model = local_path(os.fspath(path), revision), unwrapped(model)
     modules = base_modules(model)
     name = (active_adapter(model) or DEFAULT_NAME) if adapter_name is None else adapter_name
     check_adapter_name(name)
@@ -186,7 +200,16 @@ def load_lora(
     with quiet_state():
         there = model.state_dict()
     model.load_state_dict({key: _as_held(there.get(key), t) for key, t in adapter.tensors.items()}, strict=False)
+    if not trainable:
+        _freeze(modules, layers)
     return list(layers)
+
+
+def _freeze(modules: dict[str, nn.Module], layers: dict[str, Adapted]) -> None:
+    parts = active_parts(modules).values()
+    factors = [tensor for layer in layers.values() for tensor in (layer.lora_A, layer.lora_B)]
+    for tensor in [*factors, *(tensor for part in parts for tensor in part.values())]:
+        tensor.requires_grad_(False)
 
 
 def _refuse(path: Path, model: nn.Module, problems: list[str]) -> None:
@@ -301,12 +324,16 @@ def _read(
         return read_upstream(path, modules, lora_alpha, enable_lora, groups)
     if lora_alpha is not None:
         raise ValueError(f"lora_alpha={lora_alpha}: {path} carries its own; it is for upstream's .bin and .pt files")
+    if path.is_dir() and (path / FILE).is_file() and not (path / CONFIG).is_file():
+        path = path / FILE
     if path.is_dir():
         if not (path / CONFIG).is_file():
             raise FileNotFoundError(f"{path}: a folder without {CONFIG} holds no adapter of PEFT")
         return read_peft(path, modules, groups)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such adapter file")
+    if is_of_diffusers(path):
+        return read_diffusers(path, modules, groups)
     return _named_as_here(read_native(path), modules)
 
 

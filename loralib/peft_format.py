@@ -34,7 +34,8 @@ from loralib.quantized import is_quantized
 from loralib.wrappers import under_names_of
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-_PREFIX = "base_model.model."
+OLD_WEIGHTS = "adapter_model.bin"  # of PEFT before 0.6
+PREFIX = "base_model.model."
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 # Entries that do not change what a trained adapter computes, or are taken care of here. The layers that target_modules,
@@ -81,11 +82,39 @@ def write_peft(
 
     Args:
         folder: made if it does not exist.
-        adapter: what to write.
+        adapter, model, modules, layers, single_rank: see `to_peft`.
+    """
+    tensors, config = to_peft(adapter, model, modules, layers, single_rank)
+    scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    others = [name for name, layer in layers.items() if not math.isclose(layer.scaling, scaling)]
+    if others and not single_rank:
+        warnings.warn(
+            "ranks or alphas differ (rank_pattern, alpha_pattern): engines that read one of each, such as vLLM, would "
+            f"scale {', '.join(others[:8])} wrongly; save with single_rank=True for them",
+            stacklevel=4,
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / WEIGHTS, to_bytes(tensors, {"format": "pt"}))
+    if not (folder / CARD).exists():
+        write_atomically(folder / CARD, model_card(adapter.base_model).encode())
+    write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def to_peft(
+    adapter: Adapter,
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    layers: dict[str, Adapted],
+    single_rank: bool,
+) -> tuple[dict[str, Tensor], dict]:
+    """Return the tensors and the configuration of an adapter as PEFT has them.
+
+    Args:
+        adapter: what to convert.
         model: whose class tells the task.
         modules: the modules of the model without adapters, by name.
         layers: its LoRA layers.
-        single_rank: write one rank and one alpha for all layers.
+        single_rank: give all layers one rank and one alpha.
     """
     # The adapter's tensors rather than the layers', which may be sharded.
     factors = {name: [adapter.tensors[f"{name}.{key}"].detach() for key in ("lora_A", "lora_B")] for name in layers}
@@ -99,24 +128,16 @@ def write_peft(
         alphas[name] = _whole(scaling * (math.sqrt(ranks[name]) if use_rslora else ranks[name]))
     r, rank_pattern = _pattern(ranks)
     lora_alpha, alpha_pattern = _pattern(alphas)
-    read_by_engines = lora_alpha / (math.sqrt(r) if use_rslora else r)
-    others = [name for name, (_, _, scaling) in converted.items() if not math.isclose(scaling, read_by_engines)]
-    if others:
-        warnings.warn(
-            "ranks or alphas differ (rank_pattern, alpha_pattern): engines that read one of each, such as vLLM, "
-            f"would scale {', '.join(others[:8])} wrongly; save with single_rank=True for them",
-            stacklevel=4,
-        )
     dropouts = {spec["lora_dropout"] for spec in adapter.layers.values()} - {0.0}
     if len(dropouts) > 1:
         message = f"PEFT has one lora_dropout for all layers: of {sorted(dropouts)} the largest was written"
-        warnings.warn(f"{message}, which matters to further training only", stacklevel=3)
+        warnings.warn(f"{message}, which matters to further training only", stacklevel=5)
     differs = [name for name, layer in layers.items() if layer.computes_weight]
     if differs:
         warnings.warn(
             f"PEFT computes {', '.join(differs[:8])} differently: it adds the update to the output; here it is in the "
             "weight, which something else reads or a forward of the layer's own uses",
-            stacklevel=3,
+            stacklevel=5,
         )
     transposed = any(is_conv1d(modules[name]) or getattr(modules[name], "fan_in_fan_out", False) for name in layers)
     # An adapted layer with a weight of its own is told by its tensors.
@@ -144,12 +165,8 @@ def write_peft(
     for name, tensor in adapter.tensors.items():
         path, _, key = name.rpartition(".")
         if key not in ("lora_A", "lora_B"):
-            tensors[f"{_PREFIX}{path}.base_layer.{key}" if path in layers else _PREFIX + name] = tensor
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / WEIGHTS, to_bytes(tensors, {"format": "pt"}))
-    if not (folder / CARD).exists():
-        write_atomically(folder / CARD, model_card(adapter.base_model).encode())
-    write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+            tensors[f"{PREFIX}{path}.base_layer.{key}" if path in layers else PREFIX + name] = tensor
+    return tensors, config
 
 
 def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[str, dict]) -> Adapter:
@@ -157,13 +174,13 @@ def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[st
 
     `known_groups` are the specs of the fused layers that the model has already, empty for a layer that is not fused.
     """
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG, (folder / CONFIG).read_bytes())
     if (folder / WEIGHTS).is_file():
         tensors, _ = read_safetensors(folder / WEIGHTS)
-    elif (folder / "adapter_model.bin").is_file():  # PEFT before 0.6
-        tensors = read_torch(folder / "adapter_model.bin")
+    elif (folder / OLD_WEIGHTS).is_file():
+        tensors = read_torch(folder / OLD_WEIGHTS)
     else:
-        raise FileNotFoundError(f"{folder}: there is {CONFIG}, but neither {WEIGHTS} nor adapter_model.bin")
+        raise FileNotFoundError(f"{folder}: there is {CONFIG}, but neither {WEIGHTS} nor {OLD_WEIGHTS}")
     tensors, names_there = _named_as_here(folder, tensors, modules)
     result, layers, rest = {}, {}, set()
     for key in list(tensors):
@@ -175,7 +192,7 @@ def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[st
                     raise ValueError(f"{folder}: {name} has {first} and no {second}")
                 try:
                     there = names_there.get(name, name)
-                    layers[name], A, B = _from_peft(name, there, modules, A, B, config, known_groups.get(name))
+                    layers[name], A, B = layer_from_peft(name, there, modules, A, B, config, known_groups.get(name))
                 except ValueError as error:
                     raise ValueError(f"{folder}: {error}") from error
                 result[f"{name}.lora_A"], result[f"{name}.lora_B"] = A, B
@@ -202,7 +219,7 @@ def _named_as_here(
     """The tensors of a file under the names of the model, and the names in the file of modules that are renamed so."""
     plain, adapters = {}, set()
     for key, tensor in tensors.items():
-        key = key.partition(_PREFIX)[2] or key
+        key = key.partition(PREFIX)[2] or key
         named = _ADAPTER_NAME.search(key)
         if named:
             adapters.add(named[2])
@@ -247,9 +264,10 @@ def _conv_from_peft(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return A, torch.kron(B.contiguous(), torch.eye(p, dtype=B.dtype))
 
 
-def _from_peft(
+def layer_from_peft(
     name: str, there: str, modules: dict[str, nn.Module], A: Tensor, B: Tensor, config: dict, known: dict | None
 ) -> tuple[dict, Tensor, Tensor]:
+    """Return the spec, A and B of a layer from PEFT's A and B; `there` is its name for the patterns of `config`."""
     module = modules.get(name)
     groups = getattr(module, "groups", 1)
     if A.dim() > 2 and groups > 1:
@@ -305,9 +323,15 @@ def _blocks(
     return enable_lora, torch.cat(inside)
 
 
-def _read_config(path: Path) -> dict:
+def read_config(path: Path, text: str | bytes) -> dict:
+    """Return what of a configuration the adapter's computation depends on; ValueError says what is wrong with it.
+
+    Args:
+        path: the file that it is in.
+        text: the configuration as JSON.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8-sig"))
+        config = json.loads(text)
         if not isinstance(config, dict) or config.get("peft_type") != "LORA":
             raise ValueError(f"peft_type is {config.get('peft_type')!r}, this library reads 'LORA'")
         unknown = {key: value for key, value in config.items() if value and key not in _KNOWN}
@@ -375,7 +399,7 @@ def _is_base_weight(name: str, tensor: Tensor, module: nn.Module | None) -> bool
 
 def _adapter_keys(name: str, embedding: bool) -> tuple[str, str]:
     kind = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-    return f"{_PREFIX}{name}.{kind[0]}", f"{_PREFIX}{name}.{kind[1]}"
+    return f"{PREFIX}{name}.{kind[0]}", f"{PREFIX}{name}.{kind[1]}"
 
 
 def _is_rslora(layers: Iterable[Adapted]) -> bool:
