@@ -142,9 +142,9 @@ def _choose(path: Path, parts: dict[str, dict], modules: dict[str, nn.Module]) -
         return expected
     if len(parts) == 1:
         return next(iter(parts))  # what does not fit is listed where it is compared with the model
-    what = "each of which fits" if fitting else "none of which fits"
+    found, what = sorted(fitting or parts), "each of which fits" if fitting else "none of which fits"
     raise ValueError(
-        f"{path} holds adapters of {', '.join(map(repr, fitting or parts))}, {what} {type(modules['']).__name__}; "
+        f"{path} holds adapters of {', '.join(map(repr, found))}, {what} {type(modules['']).__name__}; "
         "give the model that one of them was trained on, or write that part to a file of its own"
     )
 
