@@ -30,7 +30,7 @@ from loralib.core import Adapted, is_sharded, quiet_state, whole
 from loralib.diffusers_format import FILE, is_of_diffusers, read_diffusers, write_diffusers
 from loralib.formats import LORA_ENDINGS, Adapter, check_metadata, read_native, read_upstream, write_native
 from loralib.hub import local_path
-from loralib.inject import BIAS_MODES, Plan, check_bias_mode, own_names, plan_layers, put_adapter
+from loralib.inject import BIAS_MODES, LayerNames, Plan, check_bias_mode, own_names, plan_layers, put_adapter
 from loralib.layers import Groups
 from loralib.peft_format import CONFIG, read_peft, write_peft
 from loralib.utils import match_modules_to_save, trained_state
@@ -202,7 +202,7 @@ def load_lora(
     model.load_state_dict({key: _as_held(there.get(key), t) for key, t in adapter.tensors.items()}, strict=False)
     if not trainable:
         _freeze(modules, layers)
-    return list(layers)
+    return LayerNames(layers)
 
 
 def _freeze(modules: dict[str, nn.Module], layers: dict[str, Adapted]) -> None:

@@ -157,7 +157,22 @@ def inject_lora(
     own = own_names(modules, names, bias, saved)
     check_not_offloaded({name: modules[name] for name in own})
     put_adapter(model, adapter_name, plans, own)
-    return names
+    return LayerNames(names)
+
+
+class LayerNames(list):
+    """The names of the layers that were adapted; used as a model, it says what went wrong."""
+
+    _MISTAKE = (
+        "inject_lora and load_lora change the model in place and return the names of the adapted layers: write "
+        "lora.inject_lora(model, ...), not model = lora.inject_lora(model, ...)"
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"a list of layer names has no {name!r}; {self._MISTAKE}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"a list of layer names is no model; {self._MISTAKE}")
 
 
 def _check_arguments(r: int, lora_alpha: float, lora_dropout: float) -> None:
@@ -386,8 +401,9 @@ def _plan(name: str, module: nn.Module, owner: nn.Module, spec: dict, merge_weig
         kind = Matrix
     if kind is None:
         allowed = ", ".join(f"nn.{plain.__name__}" for plain in _KINDS)
+        where = f"{cls.__module__}." if any(cls.__name__ == plain.__name__ for plain in _KINDS) else ""
         raise TypeError(
-            f"{name} is a {cls.__name__}, which LoRA cannot adapt; {allowed} and Conv1D it can. "
+            f"{name} is a {where}{cls.__name__}, which LoRA cannot adapt; {allowed} and Conv1D it can. "
             "exclude_modules leaves layers out"
         )
     if "weight" not in own_tensors(module) and not quantized:

@@ -268,6 +268,14 @@ class ParameterCount(NamedTuple):
     trainable: int
     total: int
 
+    @property
+    def percentage(self) -> float:
+        """How many of a hundred are trained."""
+        return 100 * self.trainable / max(self.total, 1)
+
+    def __str__(self) -> str:
+        return f"{self.trainable:,} of {self.total:,} parameters are trained ({self.percentage:.2f} %)"
+
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Return how many parameters `model` trains and has.
@@ -275,6 +283,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     >>> import loralib as lora
     >>> count_parameters(lora.Linear(10, 10, r=1, bias=False))
     ParameterCount(trainable=20, total=120)
+    >>> print(count_parameters(lora.Linear(10, 10, r=1, bias=False)))
+    20 of 120 parameters are trained (16.67 %)
     """
     parameters = list(model.parameters())
     return ParameterCount(
