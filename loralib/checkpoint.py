@@ -33,6 +33,7 @@ from loralib.hub import local_path
 from loralib.inject import BIAS_MODES, LayerNames, Plan, check_bias_mode, own_names, plan_layers, put_adapter
 from loralib.layers import Groups
 from loralib.peft_format import CONFIG, read_peft, write_peft
+from loralib.reloaded import check_not_reloaded
 from loralib.utils import match_modules_to_save, trained_state
 from loralib.wrappers import under_names_of, without_compiled
 
@@ -447,6 +448,7 @@ def _add_own(
 
 def _lora_layers(model: nn.Module) -> dict[str, Adapted]:
     """The LoRA layers of the active adapter, by name."""
+    check_not_reloaded(model.modules())
     found = {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
     return {name: module for name, module in found.items() if module.has_adapter}
 

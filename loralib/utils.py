@@ -22,6 +22,7 @@ from loralib.architectures import DEFAULT_TARGET_MODULES
 from loralib.core import Adapted, LoRALayer, quiet_state, whole
 from loralib.inject import check_bias_mode, inject_lora, is_bias, match_names
 from loralib.quantized import dequantized, is_quantized, make_float, merges
+from loralib.reloaded import check_not_reloaded
 
 __all__ = [
     "count_parameters",
@@ -294,6 +295,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def _lora_layers(model: nn.Module) -> list[Adapted]:
+    check_not_reloaded(model.modules())
     return [module for module in model.modules() if isinstance(module, Adapted)]
 
 

@@ -4,8 +4,10 @@ Run alone: `pytest tests/test_habits.py`.
 """
 
 import copy
+import importlib
 import json
 import pickle
+import sys
 
 import pytest
 import torch
@@ -87,6 +89,52 @@ def test_an_adapter_that_is_not_trained(form, into, tmp_path):
         again = build()
         lora.load_lora(again, tmp_path / "a")
         assert lora.count_parameters(again).trainable == 16 + 10
+
+
+@pytest.fixture
+def anew():
+    """loralib imported again, and back to the first import afterwards."""
+    first = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "loralib"}
+    yield importlib.import_module("loralib")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "loralib"]:
+        del sys.modules[name]
+    sys.modules.update(first)
+
+
+AFTER = {
+    "save": lambda again, model, path: again.save_lora(model, path),
+    "load": lambda again, model, path: again.load_lora(model, path),
+    "inject": lambda again, model, path: again.inject_lora(model, target_modules=["1"]),
+    "merge": lambda again, model, path: again.merge_lora_weights(model),
+    "merge and unload": lambda again, model, path: again.merge_and_unload(model),
+    "unload": lambda again, model, path: again.unload(model),
+    "unmerge": lambda again, model, path: again.unmerge_lora_weights(model),
+    "disable": lambda again, model, path: again.disable_adapters(model).__enter__(),
+}
+
+
+@pytest.mark.parametrize("use", AFTER.values(), ids=AFTER)
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_layers_of_an_earlier_import_are_not_taken_for_plain_ones(by_hand, use, anew, tmp_path):
+    model = build()
+    if by_hand:
+        model[0] = lora.Linear(4, 4, r=2)
+    else:
+        lora.inject_lora(model, r=2, target_modules=["0"])
+    lora.save_lora(model, tmp_path / "a")
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=r"has a Linear of an earlier import of loralib.*Restart the notebook's"):
+        use(anew, model, tmp_path / "a")
+    assert [type(module) for module in model.modules()] == classes
+    assert lora.list_adapters(model) == ["default"] and anew.inject_lora(build(), r=1, target_modules=["1"]) == ["1"]
+
+
+def test_reloading_the_package_alone_does_no_harm(tmp_path):
+    model = build()
+    lora.inject_lora(model, r=2, target_modules=["0"])
+    importlib.reload(lora)
+    lora.save_lora(model, tmp_path / "a")
+    assert lora.load_lora(build(), tmp_path / "a") == ["0"]
 
 
 class Linear(nn.Module):
