@@ -74,7 +74,8 @@ def save_lora(
         bias, modules_to_save: what to save besides the adapter and the heads and biases that it got from
             `inject_lora`, as given to `mark_only_lora_as_trainable`.
         format: "loralib"; "peft" for a folder that `peft.PeftModel.from_pretrained` reads; or "diffusers" for a file
-            that `load_lora_weights` of a pipeline reads, the name of a safetensors file or of a folder for it.
+            that `load_lora_weights` of a pipeline reads, the name of a safetensors file or of a folder for it (in
+            `load_lora_adapter` of a model `use_safetensors=True`, without which diffusers leaves out the alpha).
         single_rank: for PEFT, write one rank and one alpha for all layers, as some serving engines need it: smaller
             ranks are padded with zeros, differing scales multiplied into B.
         metadata: texts that `read_metadata` gives back, such as the task that the adapter is for; in loralib's own file

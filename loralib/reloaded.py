@@ -13,6 +13,6 @@ def check_not_reloaded(modules: Iterable[nn.Module]) -> None:
         if not issubclass(kind, (InPlace, LoRALayer)) and any(cls.__module__ == "loralib.core" for cls in kind.__mro__):
             raise ValueError(
                 f"the model has a {kind.__name__} of an earlier import of loralib, whose adapter is not seen since "
-                "loralib was imported again (importlib.reload, %autoreload); nothing was changed. Restart the notebook's "
+                "it was imported again (importlib.reload, %autoreload); nothing was changed. Restart the notebook's "
                 "kernel, or build the model anew and load the adapter then"
             )
