@@ -176,6 +176,4 @@ def _as_in(module: nn.Module | None, tensor: Tensor) -> Tensor:
     # A projection of the channels is a linear layer in some models and a convolution of size 1 in others.
     if isinstance(module, nn.Linear) and tensor.dim() > 2 and tensor[0, 0].numel() == 1:
         return tensor.flatten(1)
-    if isinstance(module, nn.Conv2d) and tensor.dim() == 2:
-        return tensor[:, :, None, None]
     return tensor

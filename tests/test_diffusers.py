@@ -228,6 +228,7 @@ HALF = {"lora_unet_conv_in.lora_down.weight": torch.ones(1, 3, 3, 3)}
 REFUSED = {
     "a layer that is not there": (NOWHERE, "none: the model has no such layer"),
     "half a layer": (HALF, "conv_in has an alpha or one of A and B"),
+    "the other half": ({"lora_unet_conv_in.lora_up.weight": torch.ones(6, 1)}, "conv_in has an alpha or one of A"),
     "an alpha alone": ({"lora_unet_conv_in.alpha": torch.tensor(1.0)}, "conv_in has an alpha or one of A and B"),
     "DoRA": ({"lora_unet_conv_in.dora_scale": torch.ones(1)}, "conv_in.dora_scale: neither A, B nor alpha of a plain"),
     "LoHa": ({"lora_unet_conv_in.hada_w1_a": torch.ones(1)}, "hada_w1_a: neither A, B nor alpha of a plain LoRA layer"),
