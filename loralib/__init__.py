@@ -27,6 +27,7 @@ from loralib.checkpoint import load_lora, read_metadata, save_lora
 from loralib.core import LoRALayer
 from loralib.inject import inject_lora
 from loralib.layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Embedding, Linear, MergedLinear
+from loralib.loraplus import create_loraplus_optimizer
 from loralib.utils import (
     count_parameters,
     disable_adapters,
@@ -53,6 +54,7 @@ __all__ = [
     "MergedLinear",
     "active_adapter",
     "count_parameters",
+    "create_loraplus_optimizer",
     "delete_adapter",
     "disable_adapters",
     "inject_lora",

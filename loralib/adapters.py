@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from loralib.core import Adapted, InPlace, adapted, identity, is_sharded
 from loralib.layers import Kernel
 from loralib.quantized import is_quantized
+from loralib.reloaded import check_not_reloaded
 
 __all__ = ["active_adapter", "delete_adapter", "list_adapters", "set_adapter"]
 
@@ -562,6 +563,7 @@ def any_sharded(model: nn.Module, modules: list[nn.Module] | None = None) -> boo
 def check_whole(model: nn.Module, modules: list[nn.Module] | None = None) -> None:
     """Raise ValueError if the weights of `model` are not here: `fully_shard` keeps parts, accelerate offloads them."""
     modules = _all_modules(model) if modules is None else modules
+    check_not_reloaded(modules)
     check_not_fsdp1(modules)
     if any("_hf_hook" in module.__dict__ for module in modules):
         check_not_offloaded({name: m for name, m in dict(model.named_modules()).items() if isinstance(m, InPlace)})

@@ -32,10 +32,13 @@ from loralib.adapters import (
 )
 from loralib.architectures import group_spec, resized_embeddings, unwrapped
 from loralib.core import Adapted, is_sharded, quiet_state, whole
-from loralib.formats import Adapter, check_metadata, read_native, read_upstream, write_native
+from loralib.diffusers_format import FILE, is_of_diffusers, read_diffusers, write_diffusers
+from loralib.formats import LORA_ENDINGS, Adapter, check_metadata, read_native, read_upstream, write_native
+from loralib.hub import local_path
 from loralib.inject import (
     BIAS_MODES,
     STATISTICS,
+    LayerNames,
     Plan,
     check_bias_mode,
     own_names,
@@ -46,7 +49,9 @@ from loralib.inject import (
 from loralib.layers import Table
 from loralib.parameters import Parameters, Rows
 from loralib.peft_format import CONFIG, read_peft, write_peft
+from loralib.reloaded import check_not_reloaded
 from loralib.utils import _join, match_modules_to_save, trained_state
+from loralib.wrappers import under_names_of, without_compiled
 
 __all__ = ["load_lora", "read_metadata", "save_lora"]
 
@@ -61,6 +66,7 @@ def save_lora(
     format: str = "loralib",
     single_rank: bool = False,
     metadata: dict[str, str] | None = None,
+    base_model: str | os.PathLike | None = None,
 ) -> None:
     """Write the active adapter of `model` and its configuration to one safetensors file, or to a folder for PEFT.
 
@@ -79,32 +85,38 @@ def save_lora(
     Args:
         model: a model with LoRA layers, in any state.
         path: the file to write; an earlier one stays whole until the new one is complete. For PEFT a folder, made if it
-            does not exist; each of its two files is replaced in that way, the configuration last.
+            does not exist; each of its files is replaced in that way, the configuration last, but for a README.md,
+            which is written only if there is none.
         bias, modules_to_save: what to save besides the adapter and the heads and biases that it got from
             `inject_lora`, as given to `mark_only_lora_as_trainable`.
-        format: "loralib", or "peft" for a folder that `peft.PeftModel.from_pretrained` reads.
+        format: "loralib"; "peft" for a folder that `peft.PeftModel.from_pretrained` reads; or "diffusers" for a file
+            that `load_lora_weights` of a pipeline reads, the name of a safetensors file or of a folder for it (in
+            `load_lora_adapter` of a model `use_safetensors=True`, without which diffusers leaves out the alpha).
         single_rank: for PEFT, write one rank and one alpha for all layers, as some serving engines need it: smaller
             ranks are padded with zeros, differing scales multiplied into B.
         metadata: texts that `read_metadata` gives back, such as the task that the adapter is for; in loralib's own file
             only.
+        base_model: name of the base model on the Hub, or its folder, which `AutoModel.from_pretrained` reads from
+            PEFT's folder; None means what the model was loaded from.
 
     Raises:
         ValueError: the model has no adapter, the arguments are wrong as in `mark_only_lora_as_trainable`, or PEFT has
-            no equal of a layer.
+            no equal of a layer, or diffusers none of a head.
         OSError: the file cannot be written.
     """
-    if format not in ("loralib", "peft"):
-        raise ValueError(f"format={format!r}: must be 'loralib' or 'peft'")
+    if format not in ("loralib", "peft", "diffusers"):
+        raise ValueError(f"format={format!r}: must be 'loralib', 'peft' or 'diffusers'")
     if single_rank and format != "peft":
-        raise ValueError("single_rank=True is for format='peft'; loralib's own file keeps the rank of each layer")
+        raise ValueError("single_rank=True is for format='peft'; the other formats keep the rank of each layer")
     check_metadata({} if metadata is None else metadata)
     if metadata and format != "loralib":
-        raise ValueError(f"metadata={metadata!r}: PEFT's folder has no place for it")
+        raise ValueError(f"metadata={metadata!r}: the files of {format} have no place for it")
     path = Path(path)
     if format == "loralib" and path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file, or format='peft'")
-    if format == "peft" and path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file; give the name of a folder for format='peft'")
+    folder = format == "peft" or (format == "diffusers" and path.suffix != ".safetensors")
+    if folder and path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; give the name of a folder for format={format!r}")
     model = unwrapped(model)
     check_not_fsdp1(model.modules())
     check_intact(model)
@@ -113,13 +125,19 @@ def save_lora(
         raise ValueError(f"{type(model).__name__} has no adapters to save; call lora.inject_lora(model, ...) first")
     check_not_offloaded({name: module for name, module in model.named_modules() if isinstance(module, Adapted)})
     _warn_of_untrained(model)
-    adapter = _collect(model, layers, bias, modules_to_save)
+    adapter = _without_compiled(_collect(model, layers, bias, modules_to_save))
     adapter.metadata = metadata or {}
+    adapter.base_model = _base_model(model, format) if base_model is None else os.fspath(base_model)
     adapter.tensors = {key: whole(tensor) for key, tensor in adapter.tensors.items()}
 
     def write() -> None:
-        if format == "peft":
-            write_peft(path, adapter, model, base_modules(model), layers, single_rank)
+        if format != "loralib":
+            modules = {without_compiled(name): module for name, module in base_modules(model).items()}
+            adapted = {without_compiled(name): layer for name, layer in layers.items()}
+            if format == "peft":
+                write_peft(path, adapter, model, modules, adapted, single_rank)
+            else:
+                write_diffusers(path, adapter, model, modules, adapted)
         else:
             write_native(path, adapter)
 
@@ -137,6 +155,8 @@ def load_lora(
     enable_lora: Sequence[bool] = (True, False, True),
     merge_weights: bool = False,
     heads: bool = True,
+    trainable: bool = True,
+    revision: str | None = None,
 ) -> list[str]:
     """Load an adapter into `model`, make it the active one and return the names of its LoRA layers.
 
@@ -146,8 +166,11 @@ def load_lora(
 
     Args:
         model: the base model, or one with LoRA layers, in any state (merged, in eval, on any device).
-        path: a file of `save_lora`; a folder of PEFT; or a .bin, .pt or .pth file of upstream's `lora_state_dict`.
-            Nothing in any of them is executed.
+        path: a file of `save_lora`; a folder of PEFT; a safetensors file of diffusers or of kohya's scripts, of which
+            the part for this model is taken; a .bin, .pt or .pth file of upstream's `lora_state_dict`; or "user/name"
+            of an adapter on the Hugging Face Hub, which huggingface_hub downloads. Nothing in any of them is executed.
+            Where only wrappers (`module.`, `_orig_mod.`, `model.`, `0.auto_model.`) tell the names in it from those in
+            the model, they match.
         adapter_name: which adapter to load into; a new name makes a new adapter beside those that are there. None means
             the active one, or else "default".
         lora_alpha: for upstream's files, which do not carry it, and for no others.
@@ -156,15 +179,17 @@ def load_lora(
         merge_weights: whether `eval()` merges layers made here.
         heads: whether to load the modules that the file saves whole, too. False leaves those of the model as they are:
             the adapter of one task then begins the training of another.
+        trainable: False freezes the adapter too, as for a reference or for inference.
+        revision: which branch, tag or commit of a repository on the Hub.
 
     Raises:
-        FileNotFoundError: there is no such file. (Another OSError: it cannot be read.)
+        FileNotFoundError: there is no such file, here or on the Hub. (Another OSError: it cannot be read.)
         TypeError: `lora_alpha` is no number, or `enable_lora` no list of booleans.
         ValueError: the file is damaged or of another kind, `lora_alpha` is missing, or the adapter does not fit the
             model: one error lists every missing, unexpected and misshapen tensor, and those that hold NaN or infinity.
             The model has not been changed then, whatever was raised.
     """
-    path, model = Path(path), unwrapped(model)
+    path, model = local_path(os.fspath(path), revision), unwrapped(model)
     modules = base_modules(model)
     name = (active_adapter(model) or DEFAULT_NAME) if adapter_name is None else adapter_name
     check_adapter_name(name)
@@ -208,7 +233,15 @@ def load_lora(
     with quiet_state():
         there = model.state_dict()
     model.load_state_dict({key: _as_held(there.get(key), t) for key, t in adapter.tensors.items()}, strict=False)
-    return list(layers)
+    if not trainable:
+        _freeze(model, modules)
+    return LayerNames(layers)
+
+
+def _freeze(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    for part in (*active_parts(modules).values(), *_adapter_tensors(model).values()):
+        for tensor in part.values():
+            tensor.requires_grad_(False)
 
 
 def _refuse(path: Path, model: nn.Module, problems: list[str]) -> None:
@@ -291,7 +324,7 @@ def _collect(
             everything = {**model.state_dict(), **everything}
     tensors = {name: everything[name] for name in names}
     specs = {name: _spec(layer) for name, layer in layers.items()}
-    return Adapter(tensors, specs, bias, saved, _base_model(model), token_indices=_token_indices(model))
+    return Adapter(tensors, specs, bias, saved, token_indices=_token_indices(model))
 
 
 def _owned_whole(modules: dict[str, nn.Module], own: dict[str, frozenset[str]]) -> list[str]:
@@ -333,13 +366,26 @@ def _read(
         return read_upstream(path, modules, lora_alpha, enable_lora, groups)
     if lora_alpha is not None:
         raise ValueError(f"lora_alpha={lora_alpha}: {path} carries its own; it is for upstream's .bin and .pt files")
+    if path.is_dir() and (path / FILE).is_file() and not (path / CONFIG).is_file():
+        path = path / FILE
     if path.is_dir():
         if not (path / CONFIG).is_file():
             raise FileNotFoundError(f"{path}: a folder without {CONFIG} holds no adapter of PEFT")
         return read_peft(path, modules, groups)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such adapter file")
-    return read_native(path)
+    if is_of_diffusers(path):
+        return read_diffusers(path, modules, groups)
+    return _named_as_here(read_native(path), modules)
+
+
+def _named_as_here(adapter: Adapter, modules: dict[str, nn.Module]) -> Adapter:
+    """Give the adapter the names of the model, which may be wrapped otherwise than the one that was saved."""
+    adapter.tensors, there = under_names_of(adapter.tensors, LORA_ENDINGS, modules, adapter.modules_to_save)
+    here = {theirs: ours for ours, theirs in there.items()}
+    adapter.layers = {here.get(name, name): spec for name, spec in adapter.layers.items()}
+    adapter.modules_to_save = [here.get(name, name) for name in adapter.modules_to_save]
+    return adapter
 
 
 def _leave_out_heads(adapter: Adapter) -> None:
@@ -360,9 +406,7 @@ def _differences(present: dict[str, Adapted], specs: dict[str, dict]) -> list[st
     return problems
 
 
-def _plan(
-    modules: dict[str, nn.Module], adapter: Adapter, merge_weights: bool
-) -> tuple[dict[str, Plan], list[str]]:
+def _plan(modules: dict[str, nn.Module], adapter: Adapter, merge_weights: bool) -> tuple[dict[str, Plan], list[str]]:
     plans: dict[str, Plan] = {}
     problems = []
     order = {name: position for position, name in enumerate(modules)}
@@ -448,7 +492,9 @@ def _untied(modules: dict[str, nn.Module], own: dict[str, frozenset[str]], adapt
             if key in keys and name in adapter.tensors:
                 groups.setdefault(id(tensor), {})[name] = adapter.tensors[name]
     differing = [
-        group for group in groups.values() if not all(torch.equal(t, next(iter(group.values()))) for t in group.values())
+        group
+        for group in groups.values()
+        if not all(torch.equal(t, next(iter(group.values()))) for t in group.values())
     ]
     return sorted(name for group in differing for name in group)
 
@@ -477,6 +523,7 @@ def _add_own(
 
 def _lora_layers(model: nn.Module) -> dict[str, Any]:
     """What has a rank in the active adapter, by name: the LoRA layers, and updates of Parameters."""
+    check_not_reloaded(model.modules())
     found = {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
     return {
         (name + ending).removeprefix("."): update
@@ -519,10 +566,20 @@ def _token_indices(model: nn.Module) -> dict[str, list[int]]:
     }
 
 
-def _base_model(model: nn.Module) -> str | None:
+def _base_model(model: nn.Module, format: str) -> str | None:
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    if format == "peft":  # where transformers looks for the base
+        return name
     # The folders around a local model are this machine's and nobody else's business.
     return os.path.basename(os.path.abspath(name)) if name and os.path.isdir(name) else name
+
+
+def _without_compiled(adapter: Adapter) -> Adapter:
+    adapter.tensors = {without_compiled(name): tensor for name, tensor in adapter.tensors.items()}
+    adapter.layers = {without_compiled(name): spec for name, spec in adapter.layers.items()}
+    adapter.modules_to_save = [without_compiled(name) for name in adapter.modules_to_save]
+    adapter.token_indices = {without_compiled(name): rows for name, rows in adapter.token_indices.items()}
+    return adapter
 
 
 def _spec(layer: Any) -> dict:

@@ -19,14 +19,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from loralib.adapters import is_bias
 from loralib.architectures import fused_layout, group_spec
 from loralib.core import check_hyperparameters
-from loralib.adapters import is_bias
 from loralib.inject import STATISTICS
 from loralib.layers import as_booleans, is_conv1d
+from loralib.wrappers import under_names_of
 
 METADATA_KEY = "loralib"
 FORMAT_VERSION = 1
+LORA_ENDINGS = (".lora_A", ".lora_B")
 _SPEC_KEYS = {"r", "lora_alpha", "scaling", "lora_dropout"}
 _FUSED_KEYS = {"enable_lora", "group_sizes", "interleave"}
 
@@ -184,8 +186,7 @@ def read_upstream(
     adapts, where `known_groups`, the specs of the model's own fused layers, does not.
     """
     tensors = read_torch(path)
-    if tensors and all(name.startswith("module.") for name in tensors):  # saved from DistributedDataParallel
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    tensors, _ = under_names_of(tensors, LORA_ENDINGS, modules)
     tensors = _under_first_names(path, tensors, modules)
     names = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
     if not names:

@@ -141,7 +141,9 @@ def inject_lora(
     if modules_to_save is None:
         modules_to_save = default_modules_to_save(model)
     saved = match_names(modules, modules_to_save, "modules_to_save") if modules_to_save else []
-    packed = [name for name in modules if is_quantized(modules[name]) and any(f"{name}.".startswith(f"{s}.") for s in saved)]
+    packed = [
+        name for name in modules if is_quantized(modules[name]) and any(f"{name}.".startswith(f"{s}.") for s in saved)
+    ]
     if packed:
         raise ValueError(
             f"modules_to_save={modules_to_save!r}: the weight of {_some(packed)} is quantised, and cannot be trained; "
@@ -196,7 +198,22 @@ def inject_lora(
     own = own_names(modules, own_of_plans(plans), bias, saved)
     check_not_offloaded({name: modules[name] for name in own})
     put_adapter(model, adapter_name, plans, own)
-    return names
+    return LayerNames(names)
+
+
+class LayerNames(list):
+    """The names of the layers that were adapted; used as a model, it says what went wrong."""
+
+    _MISTAKE = (
+        "inject_lora and load_lora change the model in place and return the names of the adapted layers: write "
+        "lora.inject_lora(model, ...), not model = lora.inject_lora(model, ...)"
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"a list of layer names has no {name!r}; {self._MISTAKE}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"a list of layer names is no model; {self._MISTAKE}")
 
 
 def _check_arguments(r: int, lora_alpha: float, lora_dropout: float) -> None:
@@ -422,7 +439,9 @@ def _form_of(module: nn.Module, plans: list[Plan]) -> Form | None:
         return plans[0].form if plans else None
     # XLNet has a Parameter `r`, which an attribute of the class would hide.
     shadowed = [name for name in module._parameters if name in _names_of_ours(Parameters)]
-    names = tuple(name for name in module._parameters if name in shadowed or any(plan.parameter == name for plan in plans))
+    names = tuple(
+        name for name in module._parameters if name in shadowed or any(plan.parameter == name for plan in plans)
+    )
     computed = {plan.parameter: plan.computed for plan in plans}
     settings = {"lora_parameters": computed, "merged": False, "merge_weights": plans[0].merge_weights}
     return Form(with_parameters(_plain_class(module), names), settings)
@@ -481,7 +500,9 @@ def token_rows(
         size = getattr(table, "num_embeddings", 0)
         whole = [operator.index(row) for row in rows]
         if not isinstance(table, nn.Embedding) or not whole or len(set(whole)) < len(whole):
-            raise ValueError(f"{_TOKENS}: {path}, a {type(table).__name__}, {whole}: must be an embedding and rows, once each")
+            raise ValueError(
+                f"{_TOKENS}: {path}, a {type(table).__name__}, {whole}: must be an embedding and rows, once each"
+            )
         if min(whole) < 0 or max(whole) >= size:
             raise ValueError(f"{_TOKENS}: {path} has rows 0 to {size - 1}, not {min(whole)} to {max(whole)}")
         if path in saved:
@@ -602,8 +623,9 @@ def _plan(name: str, modules: dict[str, nn.Module], spec: dict, merge_weights: b
         kind = Matrix
     if kind is None:
         allowed = ", ".join(f"nn.{plain.__name__}" for plain in _KINDS)
+        where = f"{cls.__module__}." if any(cls.__name__ == plain.__name__ for plain in _KINDS) else ""
         raise TypeError(
-            f"{name} is a {cls.__name__}, which LoRA cannot adapt; {allowed} and Conv1D it can. "
+            f"{name} is a {where}{cls.__name__}, which LoRA cannot adapt; {allowed} and Conv1D it can. "
             "exclude_modules leaves layers out"
         )
     if "weight" not in own_tensors(module) and not quantized:
@@ -657,7 +679,9 @@ def _plan_parameter(name: str, modules: dict[str, nn.Module], spec: dict, merge_
     module, r = modules[path], spec["r"]
     weight = own_tensors(module)[key]
     if weight.dim() not in (2, 3):
-        raise TypeError(f"{name} has {weight.dim()} axes, {tuple(weight.shape)}; LoRA adapts matrices and stacks of them")
+        raise TypeError(
+            f"{name} has {weight.dim()} axes, {tuple(weight.shape)}; LoRA adapts matrices and stacks of them"
+        )
     groups = {}
     if "enable_lora" in spec:
         groups = check_groups(weight.shape[0], **{k: spec[k] for k in _FUSED_KEYS if k in spec})
@@ -667,13 +691,18 @@ def _plan_parameter(name: str, modules: dict[str, nn.Module], spec: dict, merge_
     return _compute(modules, path, key, update, merge_weights)
 
 
-def _compute(
-    modules: dict[str, nn.Module], path: str, key: str, update: LowRank | Rows, merge_weights: bool
-) -> Plan:
+def _compute(modules: dict[str, nn.Module], path: str, key: str, update: LowRank | Rows, merge_weights: bool) -> Plan:
     module = modules[path]
     weight, cls = own_tensors(module)[key], _plain_class(module)
-    if not isinstance(weight, nn.Parameter) or is_quantized(module) or not weight.is_floating_point() or weight.itemsize < 2:
-        raise TypeError(f"{path}.{key} is no Parameter of floating-point numbers of 16 bits or more, which LoRA adapts there")
+    if (
+        not isinstance(weight, nn.Parameter)
+        or is_quantized(module)
+        or not weight.is_floating_point()
+        or weight.itemsize < 2
+    ):
+        raise TypeError(
+            f"{path}.{key} is no Parameter of floating-point numbers of 16 bits or more, which LoRA adapts there"
+        )
     if issubclass(cls, Adapted) or getattr(module, "max_norm", None) is not None:
         raise TypeError(f"{path} is a {cls.__name__}, made by hand or with max_norm, whose {key} cannot be computed")
     if "forward" in vars(module) or "_old_forward" in vars(module):

@@ -226,7 +226,9 @@ class Sum(_Lazy):
         left, right = weight._narrow(x.dtype)
         pad = -left.shape[-1] % (16 // x.element_size())  # rows of 16 bytes is what the kernels take
         left, right = F.pad(left, (0, pad)).contiguous(), F.pad(right, (0, 0, 0, pad)).contiguous()
-        return product(x, weight.weight, **kwargs) + product(product(x, left, **kwargs) * weight.scaling, right, **kwargs)
+        return product(x, weight.weight, **kwargs) + product(
+            product(x, left, **kwargs) * weight.scaling, right, **kwargs
+        )
 
 
 Sum._products = {
@@ -377,7 +379,9 @@ class Parameters(Adapted):
         return {**state, "merged": False, "_aside": None, "_merge_again": True} if merged is not None else state
 
     def extra_repr(self) -> str:
-        parts = [f"{name}: r={each.r}, lora_alpha={each.lora_alpha}" for name, each in self._computed() if hasattr(each, "r")]
+        parts = [
+            f"{name}: r={each.r}, lora_alpha={each.lora_alpha}" for name, each in self._computed() if hasattr(each, "r")
+        ]
         rows = [f"{name}: {len(each.indices)} rows" for name, each in self._computed() if not hasattr(each, "r")]
         return ", ".join(part for part in (self._base_class.extra_repr(self), *parts, *rows) if part)
 

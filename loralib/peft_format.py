@@ -30,16 +30,19 @@ from loralib.core import check_hyperparameters, whole
 from loralib.formats import Adapter, read_safetensors, read_torch, sort_out, to_bytes, write_atomically
 from loralib.inject import compile_pattern, match_names, match_pattern
 from loralib.layers import Groups, is_conv1d
+from loralib.model_card import model_card
 from loralib.parameters import LowRank
 from loralib.quantized import is_quantized
+from loralib.wrappers import under_names_of
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+OLD_WEIGHTS = "adapter_model.bin"  # of PEFT before 0.6
 _TOKENS = "token_adapter.trainable_tokens_delta"
+PREFIX = "base_model.model."
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-# Entries that do not change what a trained adapter computes, or are taken care of here. Any other entry that is set
-# stands for a variant of LoRA that this library does not have.
+# Entries that do not change what a trained adapter computes, or are taken care of here. The layers that target_modules,
+# layers_to_transform and layers_pattern chose are those that have tensors in the file.
 _KNOWN = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
     *("peft_version", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "bias"),
@@ -47,9 +50,18 @@ _KNOWN = {
     *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("qalora_group_size", "runtime_config", "ensure_weight_tying", "init_lora_weights"),
     *("target_parameters", "trainable_token_indices"),
+    *("merge_weights",),  # of the first versions of PEFT
+}  # fmt: skip
+_VARIANTS = {
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "layer_replication"),
+    *("arrow_config", "kasa_config", "monteclora_config", "velora_config"),
 }  # fmt: skip
 # The other ways to start change the weights of the base, which the adapter file does not hold.
-_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+
+# In a state dict of PEFT's model, though not in its files, the name of the adapter is in the names of its tensors.
+_ADAPTER_NAME = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|modules_to_save)\.(?!weight$)([^.]+)(?=\.|$)")
+_HALVES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -69,15 +81,43 @@ def write_peft(
     layers: dict[str, Any],
     single_rank: bool,
 ) -> None:
-    """Write PEFT's folder, the weights before the configuration, each of the two files atomically.
+    """Write PEFT's folder, the weights before the configuration, each file atomically, and a model card if it has none.
 
     Args:
         folder: made if it does not exist.
-        adapter: what to write.
+        adapter, model, modules, layers, single_rank: see `to_peft`.
+    """
+    tensors, config = to_peft(adapter, model, modules, layers, single_rank)
+    scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    others = [name for name, layer in layers.items() if not math.isclose(layer.scaling, scaling)]
+    if others and not single_rank:
+        warnings.warn(
+            "ranks or alphas differ (rank_pattern, alpha_pattern): engines that read one of each, such as vLLM, would "
+            f"scale {', '.join(others[:8])} wrongly; save with single_rank=True for them",
+            stacklevel=4,
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / WEIGHTS, to_bytes(tensors, {"format": "pt"}))
+    if not (folder / CARD).exists():
+        write_atomically(folder / CARD, model_card(adapter.base_model).encode())
+    write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def to_peft(
+    adapter: Adapter,
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    layers: dict[str, Any],
+    single_rank: bool,
+) -> tuple[dict[str, Tensor], dict]:
+    """Return the tensors and the configuration of an adapter as PEFT has them.
+
+    Args:
+        adapter: what to convert.
         model: whose class tells the task.
         modules: the modules of the model without adapters, by name.
         layers: its LoRA layers.
-        single_rank: write one rank and one alpha for all layers.
+        single_rank: give all layers one rank and one alpha.
     """
     # The adapter's tensors rather than the layers', which may be sharded.
     parameters = {name: layer for name, layer in layers.items() if isinstance(layer, LowRank)}
@@ -102,13 +142,13 @@ def write_peft(
         dropouts = set()
     if len(dropouts) > 1:
         message = f"PEFT has one lora_dropout for all layers: of {sorted(dropouts)} the largest was written"
-        warnings.warn(f"{message}, which matters to further training only", stacklevel=3)
+        warnings.warn(f"{message}, which matters to further training only", stacklevel=5)
     differs = [name for name, layer in layers.items() if getattr(layer, "computes_weight", False)]
     if differs:
         warnings.warn(
             f"PEFT may compute {', '.join(differs[:8])} differently: it adds the update to the output; here it is in the "
             "weight, too, which other code reads or a forward of the layer's own uses",
-            stacklevel=3,
+            stacklevel=5,
         )
     whole_layers = [name for name in layers if name not in parameters]
     transposed = any(
@@ -145,14 +185,12 @@ def write_peft(
             first, second = _adapter_keys(path + ".base_layer" * depth, is_table)
             tensors[first], tensors[second], _ = converted[name]
     for path in config["trainable_token_indices"] or ():
-        tensors[f"{_PREFIX}{path}.{_TOKENS}"] = adapter.tensors[f"{path}.lora_rows_weight"]
+        tensors[f"{PREFIX}{path}.{_TOKENS}"] = adapter.tensors[f"{path}.lora_rows_weight"]
     for name, tensor in adapter.tensors.items():
         path, _, key = name.rpartition(".")
         if of_base([key]):
-            tensors[f"{_PREFIX}{path}{'.base_layer' * len(wrapped.get(path, ()))}.{key}"] = tensor
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / WEIGHTS, to_bytes(tensors, {"format": "pt"}))
-    write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+            tensors[f"{PREFIX}{path}{'.base_layer' * len(wrapped.get(path, ()))}.{key}"] = tensor
+    return tensors, config
 
 
 def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[str, dict]) -> Adapter:
@@ -160,14 +198,14 @@ def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[st
 
     `known_groups` are the specs of the fused layers that the model has already, empty for a layer that is not fused.
     """
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG, (folder / CONFIG).read_bytes())
     if (folder / WEIGHTS).is_file():
         tensors, _ = read_safetensors(folder / WEIGHTS)
-    elif (folder / "adapter_model.bin").is_file():  # PEFT before 0.6
-        tensors = read_torch(folder / "adapter_model.bin")
+    elif (folder / OLD_WEIGHTS).is_file():
+        tensors = read_torch(folder / OLD_WEIGHTS)
     else:
-        raise FileNotFoundError(f"{folder}: there is {CONFIG}, but neither {WEIGHTS} nor adapter_model.bin")
-    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+        raise FileNotFoundError(f"{folder}: there is {CONFIG}, but neither {WEIGHTS} nor {OLD_WEIGHTS}")
+    tensors, names_there = _named_as_here(folder, tensors, modules)
     result, layers, rest = {}, {}, set()
     for key in list(tensors):
         for first, second in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
@@ -178,7 +216,8 @@ def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[st
                     raise ValueError(f"{folder}: {name} has {first} and no {second}")
                 name, keys = _place_of(name, modules, config)
                 try:
-                    layers[name], A, B = _from_peft(name, modules, A, B, config, known_groups.get(name))
+                    there = names_there.get(name, name)
+                    layers[name], A, B = layer_from_peft(name, there, modules, A, B, config, known_groups.get(name))
                 except ValueError as error:
                     raise ValueError(f"{folder}: {error}") from error
                 result.update(zip(keys, (A, B), strict=True))
@@ -189,7 +228,9 @@ def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[st
         found = [rows for key, rows in given.items() if path.endswith(key)] if isinstance(given, dict) else [given]
         weight = own_tensors(modules[path]).get("weight") if path in modules else None
         if not found or weight is None:
-            raise ValueError(f"{folder}: {path}.{_TOKENS} is there, and no trainable_token_indices or no such embedding")
+            raise ValueError(
+                f"{folder}: {path}.{_TOKENS} is there, and no trainable_token_indices or no such embedding"
+            )
         for name, module in modules.items():
             if own_tensors(module).get("weight") is weight:
                 tokens[name], result[f"{name}.lora_rows_weight"] = list(found[0]), tensor
@@ -197,7 +238,6 @@ def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[st
         raise ValueError(f"{folder} holds no LoRA tensors")
     saved = [name for name in modules if name and _ends_with(name, config["modules_to_save"])]
     for name, tensor in tensors.items():
-        name = re.sub(r"(\.base_layer)+\.", ".", name)
         is_saved = any(name.startswith(module + ".") for module in saved)
         # PEFT adds embeddings that are adapted, or whose size differs from the base model's on the Hub.
         if not is_saved and _is_base_weight(name, tensor, modules.get(name.rpartition(".")[0])):
@@ -252,6 +292,29 @@ def _first_of_tied(tokens: dict[str, list[int]], modules: dict[str, nn.Module]) 
     return {path: tokens[path] for path in first.values()}
 
 
+def _named_as_here(
+    folder: Path, tensors: dict[str, Tensor], modules: dict[str, nn.Module]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file under the names of the model, and the names in the file of modules that are renamed so."""
+    plain, adapters = {}, set()
+    for key, tensor in tensors.items():
+        key = key.partition(PREFIX)[2] or key
+        named = _ADAPTER_NAME.search(key)
+        if named:
+            adapters.add(named[2])
+            key = key[: named.start()] + ("" if named[1] == "modules_to_save" else "." + named[1]) + key[named.end() :]
+        # Before A and B it counts the Parameters that are adapted in one module.
+        plain[key if key.endswith(_HALVES) else re.sub(r"(\.base_layer)+\.", ".", key)] = tensor
+    if len(adapters) > 1 or len(plain) < len(tensors):
+        raise ValueError(
+            f"{folder} holds several adapters ({', '.join(sorted(adapters))} in the names of their tensors); save each "
+            "to a folder of its own"
+        )
+    deepest = max((key.count(".base_layer") for key in plain), default=0)
+    endings = [".base_layer" * depth + half for depth in range(deepest, -1, -1) for half in _HALVES]
+    return under_names_of(plain, endings, modules)
+
+
 def _to_peft(name: str, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
     if hasattr(layer, "enable_lora"):
         B = Groups._full_B(layer, B)  # type: ignore[arg-type]
@@ -283,9 +346,10 @@ def _conv_from_peft(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return A, torch.kron(B.contiguous(), torch.eye(p, dtype=B.dtype))
 
 
-def _from_peft(
-    name: str, modules: dict[str, nn.Module], A: Tensor, B: Tensor, config: dict, known: dict | None
+def layer_from_peft(
+    name: str, there: str, modules: dict[str, nn.Module], A: Tensor, B: Tensor, config: dict, known: dict | None
 ) -> tuple[dict, Tensor, Tensor]:
+    """Return the spec, A and B of a layer from PEFT's A and B; `there` is its name for the patterns of `config`."""
     module = modules.get(name)
     groups = getattr(module, "groups", 1)
     if A.dim() > 2 and groups > 1:
@@ -295,7 +359,7 @@ def _from_peft(
     path, _, key = name.rpartition(".")
     weight = own_tensors(modules[path]).get(key) if module is None and path in modules else None
     r = A.shape[0] // (weight.shape[0] if weight is not None and weight.dim() == 3 else 1)
-    rank_key, alpha_key = match_pattern(config["rank_pattern"], name), match_pattern(config["alpha_pattern"], name)
+    rank_key, alpha_key = match_pattern(config["rank_pattern"], there), match_pattern(config["alpha_pattern"], there)
     named = config["r"] if rank_key is None else config["rank_pattern"][rank_key]
     if named != r:
         raise ValueError(f"{name}: the configuration says rank {named}, the tensors have {r}")
@@ -345,14 +409,28 @@ def _blocks(
     return enable_lora, torch.cat(inside)
 
 
-def _read_config(path: Path) -> dict:
+def read_config(path: Path, text: str | bytes) -> dict:
+    """Return what of a configuration the adapter's computation depends on; ValueError says what is wrong with it.
+
+    Args:
+        path: the file that it is in.
+        text: the configuration as JSON.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8-sig"))
+        config = json.loads(text)
         if not isinstance(config, dict) or config.get("peft_type") != "LORA":
             raise ValueError(f"peft_type is {config.get('peft_type')!r}, this library reads 'LORA'")
-        unknown = sorted(key for key, value in config.items() if value and key not in _KNOWN)
+        unknown = {key: value for key, value in config.items() if value and key not in _KNOWN}
+        # A boolean, a list or a dict turns a new variant on; what other programs add are texts and numbers.
+        variants = sorted(k for k, value in unknown.items() if k in _VARIANTS or isinstance(value, (bool, list, dict)))
+        if variants:
+            raise ValueError(f"{', '.join(variants)} set: a variant of LoRA that this library does not have")
         if unknown:
-            raise ValueError(f"{', '.join(unknown)} set: a variant of LoRA that this library does not have")
+            warnings.warn(
+                f"{path}: {', '.join(sorted(unknown))} is no entry of PEFT's; it is taken for a note, and nothing is "
+                "computed from it",
+                stacklevel=6,
+            )
         init = config.get("init_lora_weights", True)
         if init not in _PLAIN_INITS:
             raise ValueError(
@@ -409,7 +487,7 @@ def _is_base_weight(name: str, tensor: Tensor, module: nn.Module | None) -> bool
 
 def _adapter_keys(name: str, embedding: bool) -> tuple[str, str]:
     kind = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-    return f"{_PREFIX}{name}.{kind[0]}", f"{_PREFIX}{name}.{kind[1]}"
+    return f"{PREFIX}{name}.{kind[0]}", f"{PREFIX}{name}.{kind[1]}"
 
 
 def _is_rslora(layers: Iterable[Any]) -> bool:

@@ -26,6 +26,7 @@ from loralib.architectures import DEFAULT_TARGET_MODULES
 from loralib.core import Adapted, LoRALayer, quiet_state, whole
 from loralib.inject import check_bias_mode, inject_lora, match_names
 from loralib.quantized import allow_packing, count, dequantized, is_quantized, make_float, merges, tells
+from loralib.reloaded import check_not_reloaded
 
 __all__ = [
     "count_parameters",
@@ -282,6 +283,14 @@ class ParameterCount(NamedTuple):
     trainable: int
     total: int
 
+    @property
+    def percentage(self) -> float:
+        """How many of a hundred are trained."""
+        return 100 * self.trainable / max(self.total, 1)
+
+    def __str__(self) -> str:
+        return f"{self.trainable:,} of {self.total:,} parameters are trained ({self.percentage:.2f} %)"
+
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Return how many parameters `model` trains and has.
@@ -289,6 +298,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     >>> import loralib as lora
     >>> count_parameters(lora.Linear(10, 10, r=1, bias=False))
     ParameterCount(trainable=20, total=120)
+    >>> print(count_parameters(lora.Linear(10, 10, r=1, bias=False)))
+    20 of 120 parameters are trained (16.67 %)
     """
     parameters = list(model.parameters())
     return ParameterCount(
@@ -298,6 +309,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def _lora_layers(model: nn.Module) -> list[Adapted]:
+    check_not_reloaded(model.modules())
     return [module for module in model.modules() if isinstance(module, Adapted)]
 
 
@@ -425,7 +437,7 @@ def _untie(model: nn.Module) -> None:
     seen: set[int] = set()
     for module in model.modules():
         if getattr(module, "all_tied_weights_keys", None):
-            setattr(module, "all_tied_weights_keys", {})
+            module.all_tied_weights_keys = {}
         for name, tensor in module._parameters.items():
             if id(tensor) in seen and tensor is not None:
                 module._parameters[name] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)

@@ -310,7 +310,7 @@ def test_missing_file_and_nothing_to_save(tmp_path):
         lora.save_lora(base(), tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="bias='some'"):
         lora.save_lora(adapted(), tmp_path / "a.safetensors", bias="some")
-    with pytest.raises(ValueError, match="format='torch': must be 'loralib' or 'peft'"):
+    with pytest.raises(ValueError, match="format='torch': must be 'loralib', 'peft' or 'diffusers'"):
         lora.save_lora(adapted(), tmp_path / "a.safetensors", format="torch")
     with pytest.raises(ValueError, match="single_rank=True is for format='peft'"):
         lora.save_lora(adapted(), tmp_path / "a.safetensors", single_rank=True)
@@ -320,6 +320,8 @@ def test_missing_file_and_nothing_to_save(tmp_path):
     (tmp_path / "a").touch()
     with pytest.raises(ValueError, match="is a file; give the name of a folder for format='peft'"):
         lora.save_lora(adapted(), tmp_path / "a", format="peft")
+    with pytest.raises(ValueError, match="is a file; give the name of a folder for format='diffusers'"):
+        lora.save_lora(adapted(), tmp_path / "a", format="diffusers")
 
 
 def test_weights_of_peft_without_their_configuration(tmp_path):
@@ -417,7 +419,7 @@ def test_metadata_that_are_no_texts_are_refused(tmp_path, file, metadata):
 
 
 def test_metadata_of_no_file_and_for_peft_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="PEFT's folder has no place for it"):
+    with pytest.raises(ValueError, match="the files of peft have no place for it"):
         lora.save_lora(adapted(), tmp_path / "peft", format="peft", metadata={"task": "sst2"})
     with pytest.raises(FileNotFoundError, match="no such adapter file"):
         lora.read_metadata(tmp_path / "none.bin")

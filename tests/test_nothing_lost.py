@@ -33,7 +33,18 @@ MODELS = {
     "Bart": ("BartForConditionalGeneration", SEQ2SEQ),
     "MBart": ("MBartForConditionalGeneration", SEQ2SEQ),
     "Marian": ("MarianMTModel", SEQ2SEQ),
-    "T5": ("T5ForConditionalGeneration", {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}),
+    "T5": (
+        "T5ForConditionalGeneration",
+        {
+            "vocab_size": 64,
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 24,
+            "num_layers": 1,
+            "num_heads": 2,
+            "decoder_start_token_id": 0,
+        },
+    ),
 }
 
 
@@ -127,7 +138,9 @@ def test_tied_weights(name, how, ends, tmp_path):
 
 def _linear(model):
     ends = _tied(model)
-    return {name for name, module in model.named_modules() if name.endswith(("q_proj", ".q", "c_attn")) and name not in ends}
+    return {
+        name for name, module in model.named_modules() if name.endswith(("q_proj", ".q", "c_attn")) and name not in ends
+    }
 
 
 @pytest.mark.parametrize("kind", ["peft", "native", "upstream"])
@@ -316,7 +329,9 @@ def test_rows_of_a_resized_embedding_go_with_the_adapter(when, format, tmp_path)
     ids = torch.tensor([[5, 64, 65]])
     torch.testing.assert_close(other(ids).logits, model(ids).logits)
     small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match=r"\(66, 16\) in the file, \(64, 16\) in the model \(call model.resize_token_emb"):
+    with pytest.raises(
+        ValueError, match=r"\(66, 16\) in the file, \(64, 16\) in the model \(call model.resize_token_emb"
+    ):
         lora.load_lora(small, path)
 
 
@@ -339,7 +354,9 @@ def test_a_replaced_module_is_noticed(tmp_path):
             act(model)
         act(model)  # told once
         model[0].weight.data = torch.zeros(6, 4)
-        with pytest.raises(ValueError, match=r"0.weight was \(4, 4\) when adapter 'default' was put there and is \(6, 4\)"):
+        with pytest.raises(
+            ValueError, match=r"0.weight was \(4, 4\) when adapter 'default' was put there and is \(6, 4\)"
+        ):
             act(model)
 
 
@@ -358,7 +375,9 @@ def test_saving_names_adapters_that_no_gradient_reached(tmp_path):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
-    with pytest.warns(UserWarning, match="^unused, table: still zero, as injection made it, though others were trained"):
+    with pytest.warns(
+        UserWarning, match="^unused, table: still zero, as injection made it, though others were trained"
+    ):
         lora.save_lora(model, tmp_path / "a.safetensors")
 
 

@@ -73,7 +73,10 @@ CASES = {
         f"GptOss-{how}": (lambda how=how: _experts("GptOss", how, num_local_experts=4, head_dim=8), GATE_UP)
         for how in ("eager", "batched_mm", "grouped_mm")
     },
-    "Qwen3Moe": (lambda: _experts("Qwen3Moe", num_experts=4, moe_intermediate_size=8, head_dim=8, num_experts_per_tok=2), GATE_UP),
+    "Qwen3Moe": (
+        lambda: _experts("Qwen3Moe", num_experts=4, moe_intermediate_size=8, head_dim=8, num_experts_per_tok=2),
+        GATE_UP,
+    ),
     "Olmoe": (lambda: _experts("Olmoe", num_experts=4, num_experts_per_tok=2), GATE_UP),
     "DeepseekV3": (
         lambda: _experts(
@@ -230,7 +233,9 @@ def test_files_and_several_adapters(case, tmp_path):
         torch.testing.assert_close(run(other), wanted)
         lora.load_lora(model, tmp_path / "first.safetensors", adapter_name="third")
         torch.testing.assert_close(run(model), wanted)
-        with pytest.raises(ValueError, match=f"(?s){names[-1]}: the file adapts it, the model does not|r is 2 in the file, 1"):
+        with pytest.raises(
+            ValueError, match=f"(?s){names[-1]}: the file adapts it, the model does not|r is 2 in the file, 1"
+        ):
             lora.load_lora(model, tmp_path / "first.safetensors", adapter_name="second")
 
 
@@ -246,14 +251,21 @@ def test_rank_pattern_rslora_and_exclusions():
         use_rslora=True,
     )
     experts = model.model.layers[0].mlp.experts
-    assert names == ["model.layers.0.self_attn.q_proj", *(f"model.layers.0.mlp.experts.{n}" for n in ("gate_up_proj", "down_proj"))]
+    assert names == [
+        "model.layers.0.self_attn.q_proj",
+        *(f"model.layers.0.mlp.experts.{n}" for n in ("gate_up_proj", "down_proj")),
+    ]
     assert experts.lora_A_gate_up_proj.shape == (8, 16) and experts.lora_A_down_proj.shape == (16, 24)
     assert experts.lora_parameters["down_proj"].scaling == 16 / 4**0.5
     assert "gate_up_proj: r=2, lora_alpha=16, down_proj: r=4" in repr(experts)
 
 
 REFUSED = {
-    "nothing": ({"target_parameters": ["experts.up"]}, ValueError, "nothing in the model is called 'experts.up'; the model has down_proj"),
+    "nothing": (
+        {"target_parameters": ["experts.up"]},
+        ValueError,
+        "nothing in the model is called 'experts.up'; the model has down_proj",
+    ),
     "whole": (
         {"target_parameters": ["embed_tokens.weight"], "modules_to_save": ["embed_tokens"]},
         ValueError,
@@ -266,7 +278,11 @@ REFUSED = {
     ),
     "vector": ({"target_parameters": ["norm.weight"]}, TypeError, r"has 1 axes, \(16,\); LoRA adapts matrices"),
     "rank": ({"target_parameters": GATE_UP, "r": 17}, ValueError, "r=17: .* at most 16 here"),
-    "layout": ({"target_parameters": GATE_UP, "enable_lora": [True, False, True]}, ValueError, "none of the targets is a fused"),
+    "layout": (
+        {"target_parameters": GATE_UP, "enable_lora": [True, False, True]},
+        ValueError,
+        "none of the targets is a fused",
+    ),
     "row": ({"trainable_token_indices": [64]}, ValueError, "embed_tokens has rows 0 to 63, not 64 to 64"),
     "rows": ({"trainable_token_indices": [3, 3]}, ValueError, "must be an embedding and rows, once each"),
     "no table": ({"trainable_token_indices": {"q_proj": [3]}}, ValueError, "q_proj, a Linear, .* must be an embedding"),

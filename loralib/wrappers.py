@@ -1,0 +1,81 @@
+"""What frameworks put around a model or a part of it, and so into the names of its layers.
+
+A file is written under the names of one model and loaded into another that may be wrapped otherwise: by
+`DistributedDataParallel` ("module."), `torch.compile` ("_orig_mod."), a LightningModule ("model."), the class with a
+head ("model."), sentence-transformers ("0.auto_model.").
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+_AROUND_PARTS = ("_orig_mod", "_fsdp_wrapped_module")
+_WRAPPERS = re.compile(rf"^0\.(auto_)?model\.|(?<![^.])(module|model|{'|'.join(_AROUND_PARTS)})\.")
+
+
+def without_compiled(name: str) -> str:
+    """Return a name as it is without `torch.compile` around parts of the model.
+
+    >>> without_compiled("layers.0._orig_mod.q_proj")
+    'layers.0.q_proj'
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def matched_names(layers: Iterable[str], others: Iterable[str], modules: dict[str, Any]) -> dict[str, str]:
+    """Return what a model calls the modules of a file, where nothing but wrappers tells the names apart.
+
+    Nothing is renamed if the model has all the layers under the names of the file, or if one of them would have no
+    counterpart, or several.
+
+    >>> model = dict.fromkeys(["q", "v", "norm"]) | {name: name for name in ["first.model.q", "second.q"]}
+    >>> matched_names(["model.v"], ["model.norm", "model.else"], model)
+    {'model.v': 'v', 'model.norm': 'norm'}
+    >>> matched_names(["v"], [], model)
+    {}
+
+    Args:
+        layers: names of the adapted layers in the file.
+        others: names of the other modules that have tensors in the file.
+        modules: the modules of the model, by all their names.
+    """
+    layers = list(layers)
+    inner = {name: m for name, m in modules.items() if not any(f"{name}.{part}" in modules for part in _AROUND_PARTS)}
+    if inner.keys() >= set(layers):
+        return {}
+    counterparts: dict[str, dict[int, str]] = {}  # by the module, which may have several names
+    for name, module in inner.items():
+        counterparts.setdefault(_core(name), {}).setdefault(id(module), name)
+    found = {name: list(counterparts.get(_core(name), {}).values()) for name in (*layers, *others)}
+    if any(len(found[name]) != 1 for name in layers) or len({found[name][0] for name in layers}) < len(layers):
+        return {}
+    return {name: candidates[0] for name, candidates in found.items() if len(candidates) == 1}
+
+
+def under_names_of(
+    tensors: dict[str, Any], endings: Sequence[str], modules: dict[str, Any], others: Iterable[str] = ()
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the tensors of a file under the names that a model has for their modules (`matched_names`), and what the
+    file calls the modules that it calls otherwise.
+
+    >>> under_names_of({"module.q.lora_A": 1, "module.q.bias": 2}, [".lora_A", ".lora_B"], {"": None, "q": None})
+    ({'q.lora_A': 1, 'q.bias': 2}, {'q': 'module.q'})
+
+    Args:
+        tensors: by name.
+        endings: what follows the name of an adapted layer in the names of A and B.
+        modules: the modules of the model, by all their names.
+        others: names of more modules that the file speaks of.
+    """
+    layers, owners = set(), {}
+    for key in tensors:
+        ending = next((ending for ending in endings if key.endswith(ending)), None)
+        owners[key] = key.rpartition(".")[0] if ending is None else key.removesuffix(ending)
+        layers |= set() if ending is None else {owners[key]}
+    ours = matched_names(sorted(layers), {*owners.values(), *others} - layers, modules)
+    renamed = {ours.get(owner, owner) + key[len(owner) :]: tensors[key] for key, owner in owners.items()}
+    return renamed, {here: there for there, here in ours.items()}
+
+
+def _core(name: str) -> str:
+    return _WRAPPERS.sub("", name + ".")
