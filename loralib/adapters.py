@@ -587,9 +587,9 @@ def check_not_fsdp1(modules: Iterable[nn.Module]) -> None:
             getattr(tensor, "_fsdp_flattened", False) for tensor in module._parameters.values()
         ):
             raise ValueError(
-                "the model is wrapped in FullyShardedDataParallel (FSDP1), which leaves each process a flat piece of its "
-                "tensors; nothing was done. Use torch.distributed.fsdp.fully_shard (FSDP2; in accelerate fsdp_version: "
-                "2), whose adapters are saved whole"
+                "the model is wrapped in FullyShardedDataParallel (FSDP1), which leaves each process a flat piece of "
+                "its tensors; nothing was done. Use torch.distributed.fsdp.fully_shard (FSDP2; in accelerate "
+                "fsdp_version: 2), whose adapters are saved whole"
             )
 
 

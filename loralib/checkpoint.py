@@ -429,7 +429,8 @@ def _fit(
 ) -> tuple[dict[str, frozenset[str]], list[str]]:
     """What would be the adapter's own in the model, and everything that speaks against it.
 
-    `shapes` are those of the adapter's tensors, by module; `whole_adapter` says whether the file must hold all of the active adapter.
+    `shapes` are those of the adapter's tensors, by module; `whole_adapter` says whether the file must hold all of the
+    active adapter.
     """
     if adapter.bias not in BIAS_MODES:
         return {}, [f"bias={adapter.bias!r}: must be one of {', '.join(map(repr, BIAS_MODES))}"]
@@ -485,7 +486,8 @@ def _is_statistic(name: str) -> bool:
 
 def _untied(modules: dict[str, nn.Module], own: dict[str, frozenset[str]], adapter: Adapter) -> list[str]:
     """The tensors that the model ties to others and to which the file gives values of their own."""
-    parts, groups = active_parts(modules), {}
+    parts = active_parts(modules)
+    groups: dict[int, dict[str, Tensor]] = {}
     for path, keys in own.items():
         for key, tensor in {**own_tensors(modules[path]), **parts.get(path, {})}.items():
             name = _join(path, key)
@@ -548,10 +550,10 @@ def _warn_of_untrained(model: nn.Module) -> None:
                 moved = moved or not zero
                 still += [path + key.removeprefix("lora_B").removeprefix("lora_A").replace("_", ".", 1)] if zero else []
     if moved and still:
+        more = f", ... ({len(still)} in all)" if len(still) > 8 else ""
         warnings.warn(
-            f"{', '.join(still[:8])}{f', ... ({len(still)} in all)' if len(still) > 8 else ''}: still zero, as injection "
-            "made it, though others were trained: no gradient has reached it. The model does not call that layer, or "
-            "reads its weight in another way",
+            f"{', '.join(still[:8])}{more}: still zero, as injection made it, though others were trained: no gradient "
+            "has reached it. The model does not call that layer, or reads its weight in another way",
             stacklevel=3,
         )
 

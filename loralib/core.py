@@ -83,9 +83,9 @@ class InPlace(nn.Module):
         # A bias that is trained in float32 beside a weight in half precision is as that to the forward.
         if "bias" in name and vars(self).get("_place") is not None:
             base = self._place.replaced.get(name)
-            if base is not None and base.itemsize < value.itemsize and self._place.narrow(self) is None:
-                if torch.compiler.is_compiling() or _called_by_forward(sys._getframe(1)):
-                    return value.to(base.dtype)
+            wider = base is not None and base.itemsize < value.itemsize and self._place.narrow(self) is None
+            if wider and (torch.compiler.is_compiling() or _called_by_forward(sys._getframe(1))):
+                return value.to(base.dtype)
         return value
 
     def _apply(self: _Layer, fn: Callable, recurse: bool = True) -> _Layer:

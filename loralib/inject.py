@@ -150,9 +150,9 @@ def inject_lora(
             "load the base without quantising it (llm_int8_skip_modules of transformers), or adapt it"
         )
     extra = target_parameters is not None or trainable_token_indices is not None
-    if target_modules is None and extra or (extra and not isinstance(target_modules, str) and not list(target_modules)):
-        names, aside = [], saved
-    else:
+    names: list[str] = []
+    aside = saved
+    if target_modules or not extra:
         names, aside = _targets(model, modules, target_modules, exclude_modules, saved)
         if enable_lora is None and target_modules is None:
             enable_lora = (True, False, True)
@@ -419,9 +419,9 @@ def _tell_left_out(
         is_matrix_like = tensor.dim() in (2, 3) and min(tensor.shape) > 1 and not is_bias(key)
         known = isinstance(modules[path], _NO_MATRICES) or modules[path] is last
         known = known or any(f"{name}.".startswith(f"{each}.") for each in aside)
-        if path in failed or name in failed or (is_matrix_like and not known and name not in adapted_ones):
-            if not is_router(modules[path.rpartition(".")[0]], path, modules[path]):
-                left[name] = tensor.numel()
+        open_ = path in failed or name in failed or (is_matrix_like and not known and name not in adapted_ones)
+        if open_ and not is_router(modules[path.rpartition(".")[0]], path, modules[path]):
+            left[name] = tensor.numel()
     share = sum(left.values()) / max(total, 1)
     if share >= 0.01:
         warnings.warn(
@@ -559,10 +559,7 @@ def _fused(modules: dict[str, nn.Module], name: str, enable_lora: Sequence[bool]
     if enable_lora is None:
         return {}
     owner = modules[name.rpartition(".")[0]]
-    if name in modules:
-        layout = fused_layout(owner, name, modules[name])
-    else:
-        layout = in_proj_layout(owner, name)
+    layout = fused_layout(owner, name, modules[name]) if name in modules else in_proj_layout(owner, name)
     if layout is None:
         return {}
     # The last ones, because GPT-2's cross-attention has k and v only.

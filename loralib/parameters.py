@@ -1,9 +1,9 @@
 """Parameters that are computed: bare matrices with a low-rank update, and tables some of whose rows are trained.
 
-Where a matrix is no layer of its own but a Parameter that a larger module reads (the fused experts of Mixtral, (E, o, i);
-`in_proj_weight` of `nn.MultiheadAttention`; the weights of `nn.LSTM`), there is no forward to add a branch to. The module
-gets a class with a property of the Parameter's name, which gives W + scaling * B A, differentiably; the Parameter itself
-stays where it is. PEFT calls that `target_parameters`, and the tensors are laid out as it has them:
+Where a matrix is no layer of its own but a Parameter that a larger module reads (the fused experts of Mixtral,
+(E, o, i); `in_proj_weight` of `nn.MultiheadAttention`; the weights of `nn.LSTM`), there is no forward to add a branch
+to. The module gets a class with a property of the Parameter's name, which gives W + scaling * B A, differentiably; the
+Parameter itself stays where it is. PEFT calls that `target_parameters`, and the tensors are laid out as it has them:
 
 | weight                    | lora_A_<name> | lora_B_<name> | update of expert e                            |
 |---------------------------|---------------|---------------|-----------------------------------------------|
@@ -50,6 +50,9 @@ class LowRank:
         self.r, self.lora_alpha, self.scaling, self.transposed = r, lora_alpha, scaling, transposed
         vars(self).update(groups)
 
+    def __repr__(self) -> str:
+        return f"r={self.r}, lora_alpha={self.lora_alpha}"
+
     @staticmethod
     def names(name: str) -> tuple[str, ...]:
         """The names of the tensors that an update of the Parameter `name` has."""
@@ -92,6 +95,9 @@ class Rows:
 
     def __init__(self, indices: Sequence[int]):
         self.indices = list(indices)
+
+    def __repr__(self) -> str:
+        return f"{len(self.indices)} rows"
 
     @staticmethod
     def names(name: str) -> tuple[str, ...]:
@@ -149,7 +155,7 @@ class _Lazy:
         return len(self.weight)
 
     def __matmul__(self, other: Tensor) -> Any:
-        return torch.matmul(self, other)  # type: ignore[call-overload]
+        return torch.matmul(self, other)  # type: ignore[arg-type]
 
 
 def _formed(x: Any) -> Any:
@@ -161,7 +167,7 @@ class Sum(_Lazy):
 
     def __init__(self, weight: Tensor, left: Tensor, right: Tensor, scaling: float):
         self.weight, self.left, self.right, self.scaling = weight, left, right, scaling
-        self._each: list[tuple[Tensor, ...]] | None = None
+        self._each: list[tuple[Tensor, Tensor, Tensor]] | None = None
 
     def value(self) -> Tensor:
         dtype = torch.promote_types(self.weight.dtype, torch.promote_types(self.left.dtype, torch.float32))
@@ -299,8 +305,8 @@ class Parameters(Adapted):
 
     def delta_weight(self, name: str = "weight") -> Tensor:
         """Return scaling * B A of the Parameter `name`, in its layout, in float32 or wider."""
-        zero = self._parameters[name]
-        zero = torch.zeros_like(zero, dtype=torch.promote_types(zero.dtype, torch.float32))
+        weight: Any = self._parameters[name]
+        zero = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         return self.lora_parameters[name].value(zero, *self._of(name))
 
     def reset_lora_parameters(self) -> None:
@@ -407,12 +413,16 @@ def with_parameters(cls: Any, names: tuple[str, ...]) -> Any:
     members: dict = {"__module__": __name__, "__doc__": cls.__doc__, "_base_class": cls, "forward": forward}
     members.update(_recipe=(with_parameters, (cls, names)), train=_train, computes_weight=False)
     for name in names:
-        members[name] = property(lambda self, name=name: self._read(name), functools.partial(_set, name))
+        members[name] = property(functools.partial(_get, name), functools.partial(_set, name))
     if issubclass(cls, nn.RNNBase):  # which keeps its weights in a list besides
         members["_flat_weights"] = property(_flat_weights, _keep_flat_weights)
     if cls.__repr__ is not nn.Module.__repr__:
         members["__repr__"] = cls.__repr__
     return types.new_class(cls.__name__, (Parameters, cls, LoRALayer), exec_body=lambda body: body.update(members))
+
+
+def _get(name: str, module: Any) -> Any:
+    return module._read(name)
 
 
 def _set(name: str, module: Any, value: Any) -> None:

@@ -146,8 +146,8 @@ def to_peft(
     differs = [name for name, layer in layers.items() if getattr(layer, "computes_weight", False)]
     if differs:
         warnings.warn(
-            f"PEFT may compute {', '.join(differs[:8])} differently: it adds the update to the output; here it is in the "
-            "weight, too, which other code reads or a forward of the layer's own uses",
+            f"PEFT may compute {', '.join(differs[:8])} differently: it adds the update to the output; here it is in "
+            "the weight, too, which other code reads or a forward of the layer's own uses",
             stacklevel=5,
         )
     whole_layers = [name for name in layers if name not in parameters]
@@ -156,6 +156,7 @@ def to_peft(
     )
     # An adapted layer with a weight of its own is told by its tensors.
     saved = [name for name in adapter.modules_to_save if name not in layers]
+    tokens = _first_of_tied(adapter.token_indices, modules)
     config = {
         "peft_type": "LORA",
         "task_type": _task(model, saved),
@@ -169,7 +170,7 @@ def to_peft(
         "alpha_pattern": alpha_pattern,
         "target_modules": _target_modules(whole_layers, modules, saved) if whole_layers else [],
         "target_parameters": _target_parameters(list(parameters), modules) or None,
-        "trainable_token_indices": _first_of_tied(adapter.token_indices, modules) or None,
+        "trainable_token_indices": tokens or None,
         "fan_in_fan_out": transposed,
         "bias": adapter.bias,
         "modules_to_save": saved or None,
@@ -184,7 +185,7 @@ def to_peft(
             is_table = name in whole_layers and isinstance(modules[name], nn.Embedding)
             first, second = _adapter_keys(path + ".base_layer" * depth, is_table)
             tensors[first], tensors[second], _ = converted[name]
-    for path in config["trainable_token_indices"] or ():
+    for path in tokens:
         tensors[f"{PREFIX}{path}.{_TOKENS}"] = adapter.tensors[f"{path}.lora_rows_weight"]
     for name, tensor in adapter.tensors.items():
         path, _, key = name.rpartition(".")
@@ -206,7 +207,8 @@ def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[st
     else:
         raise FileNotFoundError(f"{folder}: there is {CONFIG}, but neither {WEIGHTS} nor {OLD_WEIGHTS}")
     tensors, names_there = _named_as_here(folder, tensors, modules)
-    result, layers, rest = {}, {}, set()
+    result: dict[str, Tensor] = {}
+    layers, rest = {}, set()
     for key in list(tensors):
         for first, second in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
             if key.endswith("." + first):
@@ -317,7 +319,7 @@ def _named_as_here(
 
 def _to_peft(name: str, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
     if hasattr(layer, "enable_lora"):
-        B = Groups._full_B(layer, B)  # type: ignore[arg-type]
+        B = Groups._full_B(layer, B)
     if isinstance(layer, _CONVS):
         if layer.groups > 1:
             raise ValueError(f"{name}: PEFT has no equal of a LoRA convolution with groups={layer.groups}")

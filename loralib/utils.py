@@ -437,7 +437,7 @@ def _untie(model: nn.Module) -> None:
     seen: set[int] = set()
     for module in model.modules():
         if getattr(module, "all_tied_weights_keys", None):
-            module.all_tied_weights_keys = {}
+            vars(module)["all_tied_weights_keys"] = {}
         for name, tensor in module._parameters.items():
             if id(tensor) in seen and tensor is not None:
                 module._parameters[name] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
