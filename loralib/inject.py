@@ -28,6 +28,7 @@ from loralib.architectures import (
     LINEAR_BY_ANOTHER_NAME,
     default_modules_to_save,
     default_target_modules,
+    find_head,
     fused_layout,
     group_spec,
     is_read_from_outside,
@@ -89,7 +90,8 @@ def inject_lora(
         lora_dropout: see `LoRALayer`; embeddings have none.
         target_modules: a list of full names or last parts of names ("q_proj", "attn.c_attn"); or one string, a regular
             expression that matches full names; or "all-linear", every linear layer but the output layer or head and
-            the routers of experts; or None for query and value of a known Hugging Face architecture.
+            the routers of experts; or None for query and value of every attention, of the language model's if there are
+            other parts with configurations of their own, as they are found by their names.
         exclude_modules: targets to leave out after all, named in the same way.
         rank_pattern, alpha_pattern: ranks and alphas that differ, by full names, last parts or regular expressions for
             the end of a name ("attn.c_proj", "layer.(0|1).attention.query"); the first that matches counts.
@@ -121,8 +123,9 @@ def inject_lora(
     check_whole(model)
     modules = base_modules(model)
     if modules_to_save is None:
-        modules_to_save = default_modules_to_save(model)
-    saved = match_names(modules, modules_to_save, "modules_to_save") if modules_to_save else []
+        saved = default_modules_to_save(model)
+    else:
+        saved = match_names(modules, modules_to_save, "modules_to_save") if modules_to_save else []
     names = _targets(model, modules, target_modules, exclude_modules, saved)
     if enable_lora is None and target_modules is None:
         enable_lora = (True, False, True)
@@ -302,14 +305,14 @@ def _targets(
     exclude_modules: Sequence[str] | str | None,
     saved: list[str],
 ) -> list[str]:
-    if target_modules is None:
-        target_modules = default_target_modules(model)
     # A module has several names where it is used twice; the first is the one to report.
     first = {name for name, _ in model.named_modules()}
     modules = {name: module for name, module in modules.items() if name in first}
     heads = [*saved]
-    if target_modules == ALL_LINEAR:
-        heads += default_modules_to_save(model)
+    if target_modules is None:
+        names = default_target_modules(model)
+    elif target_modules == ALL_LINEAR:
+        heads += find_head(model) or []
         last = output_layer(model)
         names = [name for name, m in model.named_modules() if name in modules and m is not last]
         names = [name for name in names if isinstance(modules[name], nn.Linear) or is_conv1d(modules[name])]
@@ -334,8 +337,7 @@ def _fused(modules: dict[str, nn.Module], name: str, enable_lora: Sequence[bool]
     layout = fused_layout(modules[name.rpartition(".")[0]], name, modules[name])
     if layout is None:
         return {}
-    # The last ones, because GPT-2's cross-attention has k and v only.
-    return group_spec(list(enable_lora)[-len(layout[0]) :], *layout)
+    return group_spec(layout.enabled(enable_lora), layout.sizes, layout.turns)
 
 
 def _apply_pattern(specs: dict[str, dict], pattern: Mapping[str, float], argument: str, key: str) -> None:

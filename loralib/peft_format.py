@@ -234,7 +234,8 @@ def _from_peft(
             sizes = known.get("group_sizes", [B.shape[0] // len(enable_lora)] * len(enable_lora))
             layout = sizes, known.get("interleave", 1)
     elif isinstance(module, nn.Linear) or (module is not None and is_conv1d(module)):
-        layout = fused_layout(modules[name.rpartition(".")[0]], name, module)
+        found = fused_layout(modules[name.rpartition(".")[0]], name, module)
+        layout = found and (found.sizes, found.turns)
     if layout and B.shape[0] == sum(layout[0]):
         blocks = _blocks(B, *layout, enable_lora)
         if blocks is not None:

@@ -18,7 +18,7 @@ from loralib.adapters import (
     places,
     put,
 )
-from loralib.architectures import DEFAULT_TARGET_MODULES
+from loralib.architectures import find_query_and_value
 from loralib.core import Adapted, LoRALayer, quiet_state, whole
 from loralib.inject import check_bias_mode, inject_lora, is_bias, match_names
 from loralib.quantized import dequantized, is_quantized, make_float, merges
@@ -63,7 +63,7 @@ def mark_only_lora_as_trainable(
     """
     trained_names(model, bias, modules_to_save)  # for its errors, before anything changes
     if not has_adapters(model):
-        if getattr(getattr(model, "config", None), "model_type", None) in DEFAULT_TARGET_MODULES:
+        if getattr(getattr(model, "config", None), "model_type", None) and find_query_and_value(model):
             names = inject_lora(model)
             message = f"no LoRA layers yet: injected the default adapters (r=8, lora_alpha=16) into {len(names)} layers"
             warnings.warn(f"{message}; call lora.inject_lora(model, ...) first to choose others", stacklevel=2)
