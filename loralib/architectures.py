@@ -108,7 +108,7 @@ class Layout(NamedTuple):
 # By the classes that own a fused projection, its name and its layout.
 _BLOCKS = """
     Blip2Attention BlipAttention CohereCompassVisionAttention DeepseekOcr2SamVisionSdpaAttention
-    Dots3NoteVisionAttention Ernie4_5_VLMoeVisionAttention Exaone4_5_VisionAttention Florence2VisionWindowAttention Glm4vMoeVisionAttention
+    Dots3NoteVisionAttention Ernie4_5_VLMoeVisionAttention Florence2VisionWindowAttention Glm4vMoeVisionAttention
     Glm4vVisionAttention Glm5NextVisionAttention GlmOcrVisionAttention GotOcr2VisionAttention HieraMaskUnitAttention
     InstructBlipAttention InstructBlipVideoAttention PPFormulaNetVisionAttention Qwen2_5_VLVisionAttention
     Qwen3OmniMoeVisionAttention Qwen3VLMoeVisionAttention Qwen3VLVisionAttention Qwen3_5MoeVisionAttention
@@ -126,6 +126,7 @@ _FUSED: dict[tuple[str, str], Callable[[Any, int], Layout]] = {
     **{(owner, "kv_b_proj"): lambda owner, rows: _latent(owner, rows) for owner in _LATENT.split()},
     **{(owner, "in_proj_qkv"): lambda owner, rows: _delta(owner) for owner in _DELTA.split()},
     ("Qwen3NextGatedDeltaNet", "in_proj_qkvz"): lambda owner, rows: _delta(owner, owner.num_k_heads),
+    ("Exaone4_5_VisionAttention", "qkv"): lambda owner, rows: Layout([owner.q_dim, owner.kv_dim, owner.kv_dim]),
     ("ModernBertAttention", "Wqkv"): lambda owner, rows: _thirds(rows),
     ("MptAttention", "Wqkv"): lambda owner, rows: _thirds(rows),
     ("DbrxAttention", "Wqkv"): lambda owner, rows: _grouped(rows, owner.head_dim, owner.num_key_value_heads),
@@ -186,7 +187,9 @@ def find_query_and_value(model: nn.Module) -> list[str]:
             found.update((f"{name}.{layer}".removeprefix("."), towers[name]) for layer in _query_and_value(module))
     get = getattr(getattr(model, "config", None), "get_text_config", None)
     language = type(get(decoder=True)) if callable(get) else None
-    return [name for name, tower in found.items() if tower is language or language not in found.values()]
+    if language in found.values():
+        found = {name: tower for name, tower in found.items() if tower is language}
+    return [name for name, _ in model.named_modules() if name in found]
 
 
 def default_target_modules(model: nn.Module) -> list[str]:
