@@ -198,7 +198,11 @@ def default_target_modules(model: nn.Module) -> list[str]:
     if names:
         return names
     kind, owners = type(model).__name__, sorted({type(m).__name__ for m in model.modules() if _has_bare_query(m)})
-    why = f"its query and value are Parameters of {', '.join(owners)}, not layers" if owners else "no query and value"
+    why = (
+        f"its query and value are Parameters of {', '.join(owners)}, not layers"
+        if owners
+        else "it has no query and value"
+    )
     raise ValueError(
         f"no default target_modules for {kind}: {why}; name the layers to adapt, or pass target_modules='all-linear'"
     )

@@ -90,14 +90,14 @@ def inject_lora(
         lora_dropout: see `LoRALayer`; embeddings have none.
         target_modules: a list of full names or last parts of names ("q_proj", "attn.c_attn"); or one string, a regular
             expression that matches full names; or "all-linear", every linear layer but the output layer or head and
-            the routers of experts; or None for query and value of every attention, of the language model's if there are
-            other parts with configurations of their own, as they are found by their names.
+            the routers of experts; or None for query and value of every attention, found by their names, in a Hugging
+            Face model of several towers those of the language model.
         exclude_modules: targets to leave out after all, named in the same way.
         rank_pattern, alpha_pattern: ranks and alphas that differ, by full names, last parts or regular expressions for
             the end of a name ("attn.c_proj", "layer.(0|1).attention.query"); the first that matches counts.
         modules_to_save: modules to train whole, in copies of their own, such as a classifier head; named as targets
-            are. None means the head of a Hugging Face classifier (of sequences, tokens, images, choices or answers);
-            [] means none.
+            are. None means the head of a Hugging Face classifier (of sequences, tokens, images, sounds, choices,
+            answers, or by CTC); [] means none.
         use_rslora: scale by lora_alpha / sqrt(r) instead (Kalajdzievski, arXiv 2312.03732).
         bias: biases to train, in copies of their own: "none", "all", or "lora_only", those of the adapted layers.
         enable_lora: which of q, k, v to adapt, three booleans, in a fused projection whose layout is known, such as

@@ -125,6 +125,14 @@ def write_peft(
         path, _, key = name.rpartition(".")
         if key not in ("lora_A", "lora_B"):
             tensors[f"{_PREFIX}{path}.base_layer.{key}" if path in layers else _PREFIX + name] = tensor
+    # PEFT trains every module whose name ends with one of `modules_to_save`: those that are not meant get their base.
+    for path, module in modules.items():
+        if _ends_with(path, saved) and path not in saved:
+            inside = [name for name in layers if name.startswith(f"{path}.")]
+            if inside:
+                warnings.warn(f"PEFT takes {path} for a head and drops the adapters of {inside[:8]}", stacklevel=3)
+            state = {key: tensor for key, tensor in module.state_dict().items() if "lora_" not in key}
+            tensors = {**{f"{_PREFIX}{path}.{key}": whole(tensor) for key, tensor in state.items()}, **tensors}
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS, to_bytes(tensors, {"format": "pt"}))
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())

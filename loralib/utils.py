@@ -49,9 +49,9 @@ def mark_only_lora_as_trainable(
     Args:
         model: what belongs to an adapter in it is what the LoRA layers own, with the heads and biases that
             `inject_lora` gave to the active adapter, and every Parameter with a part of its dotted name that begins
-            with `lora_` ("lora_A", "lora_gate", "q_proj.lora_A.default.weight" of PEFT). A Hugging Face model of a
-            known architecture that has none of these is given its default adapters first, with a `UserWarning`; any
-            other has none to train, with a `UserWarning`.
+            with `lora_` ("lora_A", "lora_gate", "q_proj.lora_A.default.weight" of PEFT). A Hugging Face model that
+            has none of these is given its default adapters first, with a `UserWarning`; one without a query and a value
+            has none to train, like any other model, with a `UserWarning`.
         bias: "none"; "all", every bias of the model; or "lora_only", the biases of the LoRA layers, and of whatever
             else holds a `lora_...`, its own or that of the one layer that it wraps.
         modules_to_save: modules to train whole, such as a classifier head, named as `inject_lora` names targets.

@@ -21,10 +21,8 @@ WIDTH, HEADS, VOCABULARY = 64, 4, 320
 
 # What a whole number becomes, by the first pattern that its name matches; None leaves it as it is.
 NUMBERS = [
-    (
-        "chunk_size_feed_forward|num_labels|.*num_channels|in_chan.*|audio_channels|seed|sampling_rate|subsampling_.*",
-        None,
-    ),
+    ("chunk_size_feed_forward|num_labels|.*num_channels|in_chan.*|audio_channels|seed|sampling_rate", None),
+    ("subsampling_.*", None),
     (".*kernel.*|.*stride|guided_.*|max_window_layers|num_lstm_layers|frame_stack.*", None),
     (".*vocab_size.*", VOCABULARY),
     (".*(key_value|kv)_heads|kv_n_heads", 2),
@@ -39,10 +37,8 @@ NUMBERS = [
     ("num_kv_shared_layers|num_nextn_predict_layers|num_mtp_layers", 0),
     ("first_k_dense_replace|num_dense_layers|moe_layer_.*_index|.*sparse_step|topk_group|.*shared_experts", 1),
     ("mamba_n_?groups|n_groups", 1),
-    (
-        ".*experts_per_tok(en)?|moe_top.*|moe_k|top_k_experts|n_group|num_expert_group|layer_group_size|.*_layer_period",
-        2,
-    ),
+    (".*experts_per_tok(en)?|moe_top.*|moe_k|top_k_experts|n_group|num_expert_group", 2),
+    ("layer_group_size|.*_layer_period", 2),
     (".*_layer_offset|insert_layer_id", 1),
     (".*experts", 4),
     ("(.*_)?(num_)?(hidden_)?layers|n_layers?|(.*_)?depth|num_blocks|num_self_attends_per_block", 2),
