@@ -1,14 +1,16 @@
-"""What is known of Hugging Face architectures: which layers to adapt, how fused projections lie, what the head is.
+"""What is known of architectures: which layers to adapt, how fused projections lie, what the head is.
 
-Models are recognised by `config.model_type` and by class names, because the library does not import transformers.
+Layers are found by the structure of the model and by their names, exceptions by class names, because the library does
+not import transformers.
 """
 
 import dis
 import inspect
 import itertools
+import re
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,31 +18,58 @@ from loralib.adapters import RESIZED
 from loralib.core import _cached
 from loralib.layers import is_conv1d
 
-# Query and value projections, which section 4.2 of the paper adapts, by `config.model_type`. Of the names given, a
-# model has those of its version of transformers.
-DEFAULT_TARGET_MODULES = {
-    **dict.fromkeys(["gpt2", "gpt_bigcode"], ["c_attn"]),
-    **dict.fromkeys(["gpt_neox", "falcon", "bloom"], ["query_key_value"]),
-    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra", "albert"], ["query", "value"]),
-    **dict.fromkeys(["llama", "mistral", "mixtral", "qwen2", "qwen3", "phi"], ["q_proj", "v_proj"]),
-    **dict.fromkeys(["gemma", "gemma2", "gemma3_text"], ["q_proj", "v_proj"]),
-    **dict.fromkeys(["opt", "gpt_neo", "gptj", "bart", "mbart", "whisper"], ["q_proj", "v_proj"]),
-    **dict.fromkeys(["t5", "mt5"], ["q", "v"]),
-    "deberta-v2": ["query_proj", "value_proj"],
-    "distilbert": ["q_lin", "v_lin"],
-    "mpt": ["Wqkv"],
-    "phi3": ["qkv_proj"],
-    "vit": ["query", "value", "q_proj", "v_proj"],
-}  # fmt: skip
-
-# Endings of the classes whose head pretraining has not seen.
-_WITH_HEAD = (
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForImageClassification",
-    "ForQuestionAnswering",
-    "ForMultipleChoice",
+# What makes an attention, whose query and value section 4.2 of the paper adapts: siblings whose names differ in one
+# word only, query, key and value, or one layer that is called by all three. The words, and the sets of them in the
+# order in which they count.
+_ROLES = {
+    "qkv": "query_key_value|queries_keys_values|[wW]?qkvz?",
+    "kv": "keys?_values?|kv",
+    "q": "query|queries|[wW]?q",
+    "k": "key|[wW]?k",
+    "v": "value|[wW]?v",
+}
+_WORD = re.compile(
+    "(?<![a-zA-Z])(?:" + "|".join(f"(?P<{role}>{words})" for role, words in _ROLES.items()) + ")(?![a-zA-Z])"
 )
+_SETS = (("q", "k", "v"), ("qkv",), ("q", "kv"))
+
+# The same by names that do not tell it: what is adapted where layers of these names are siblings.
+_OTHER_NAMES = (
+    ("c_attn",),  # GPT-2: q, k, v, and in its cross-attention k, v
+    ("q_proj", "kv_b_proj"),  # latent attention, the query not through a low rank
+    ("q_gate_proj", "kv_b_proj"),  # latent attention, a gate beside the query
+    ("q_b_proj", "kv_proj"),  # DeepSeek V4: key and value are one vector
+    ("q_proj", "v_proj_current", "v_proj_delayed"),  # Zaya: half of the value is of the token before
+    ("query_key", "value"),  # Reformer: query and key are one vector
+    ("to_query", "to_key"),  # SwiftFormer: the weighted queries multiply the key, and nothing is called value
+)
+# And where the names are those of other layers, too, by the class that owns them.
+_OTHER_OWNERS = {
+    "DisentangledSelfAttention": ("in_proj",),  # DeBERTa
+    "JetMoeAttention": ("kv_proj",),  # its query is in experts
+    "RwkvSelfAttention": ("receptance", "value"),  # the receptance gates what is read, as a query does
+}
+
+# Classes inside of which nothing gets a gradient: they choose by ranks, or run under `torch.no_grad`.
+_WITHOUT_GRADIENT = re.compile("Indexer$|^BltPatcher$")
+
+# The classes whose head pretraining has not seen.
+_WITH_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|CTC|XVector)")
+
+# Heads that are not what a model has beside its pretrained part, by full names.
+_HEADS = {
+    "HGNetV2ForImageClassification": ["fc"],  # the pretrained part is several modules
+    "PPLCNetForImageClassification": ["head"],
+    **dict.fromkeys(  # the decoder is inside of what is called the pretrained part
+        [
+            "PerceiverForSequenceClassification",
+            "PerceiverForImageClassificationLearned",
+            "PerceiverForImageClassificationFourier",
+            "PerceiverForImageClassificationConvProcessing",
+        ],
+        ["perceiver.decoder"],
+    ),
+}
 
 # What training wraps around a model, and where the model is in it.
 _WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
@@ -115,18 +144,72 @@ def is_matrix(owner: nn.Module, name: str, parameter: Tensor) -> bool:
     return any("Expert" in cls.__name__ for cls in type(owner).__mro__)
 
 
-# How many rows of a fused projection belong to q, k and v, and in how many turns they are laid out, by the class that
-# owns the projection and the projection's name.
-Layout = tuple[list[int], int]
+class Layout(NamedTuple):
+    """How a fused projection lies: the rows of each of its parts, in how many turns, and what the parts are."""
+
+    sizes: list[int]
+    turns: int = 1
+    parts: str = "qkv"  # z: a gate
+
+    def enabled(self, enable_lora: Sequence[bool]) -> list[bool]:
+        """Return for each part whether to adapt it, of what is wanted for q, k and v.
+
+        >>> Layout([4, 4, 4, 4], 1, "qvkz").enabled([True, False, True])
+        [True, True, False, False]
+        """
+        wanted = dict(zip("qkv", enable_lora, strict=True))
+        return [wanted.get(part, False) for part in self.parts]
+
+
+# By the classes that own a fused projection, its name and its layout.
+_BLOCKS = """
+    Blip2Attention BlipAttention CohereCompassVisionAttention DeepseekOcr2SamVisionSdpaAttention
+    Dots3NoteVisionAttention Ernie4_5_VLMoeVisionAttention Florence2VisionWindowAttention Glm4vMoeVisionAttention
+    Glm4vVisionAttention Glm5NextVisionAttention GlmOcrVisionAttention GotOcr2VisionAttention HieraMaskUnitAttention
+    InstructBlipAttention InstructBlipVideoAttention PPFormulaNetVisionAttention Qwen2_5_VLVisionAttention
+    Qwen3OmniMoeVisionAttention Qwen3VLMoeVisionAttention Qwen3VLVisionAttention Qwen3_5MoeVisionAttention
+    Qwen3_5VisionAttention Qwen4ExpVisionAttention SamVisionSdpaAttention UnlimitedOcrSamVisionSdpaAttention
+    VisionAttention
+"""
+_LATENT = """
+    AXK1Attention AXK2Attention BailingHybridAttention DeepseekV2Attention DeepseekV32Attention DeepseekV3Attention
+    Dots3NoteTextAttention Glm4MoeLiteAttention Glm5NextTextAttention GlmMoeDsaAttention HYV4Attention HYV4VLAttention
+    KimiLinearAttention LongcatFlashMLA MiniCPM3Attention Mistral4Attention MistralLarge4TextAttention YoutuAttention
+"""
+_DELTA = "LaraMiniGatedDeltaNet Qwen3_5GatedDeltaNet Qwen3_5MoeGatedDeltaNet Qwen4ExpTextGatedDeltaNet"
 _FUSED: dict[tuple[str, str], Callable[[Any, int], Layout]] = {
+    **{(owner, "qkv"): lambda owner, rows: _thirds(rows) for owner in _BLOCKS.split()},
+    **{(owner, "kv_b_proj"): lambda owner, rows: _latent(owner, rows) for owner in _LATENT.split()},
+    **{(owner, "in_proj_qkv"): lambda owner, rows: _delta(owner) for owner in _DELTA.split()},
+    ("Qwen3NextGatedDeltaNet", "in_proj_qkvz"): lambda owner, rows: _delta(owner, owner.num_k_heads),
+    ("Exaone4_5_VisionAttention", "qkv"): lambda owner, rows: Layout([owner.q_dim, owner.kv_dim, owner.kv_dim]),
+    ("ModernBertAttention", "Wqkv"): lambda owner, rows: _thirds(rows),
+    ("MptAttention", "Wqkv"): lambda owner, rows: _thirds(rows),
+    ("DbrxAttention", "Wqkv"): lambda owner, rows: _grouped(rows, owner.head_dim, owner.num_key_value_heads),
+    **{
+        (owner, "qkv_proj"): lambda owner, rows: _grouped(rows, owner.head_dim, owner.num_key_value_heads)
+        for owner in ("Phi3Attention", "Phi4MultimodalAttention")
+    },
+    ("MiniMaxLightningAttention", "qkv_proj"): lambda owner, rows: _thirds(rows, owner.num_attention_heads),
+    ("CodeGenAttention", "qkv_proj"): lambda owner, rows: Layout([rows // 3] * 3, 4, "qvk"),  # four TPU cores
     ("GPTNeoXAttention", "query_key_value"): lambda owner, rows: _thirds(rows, owner.config.num_attention_heads),
+    ("GPTNeoXJapaneseAttention", "query_key_value"): lambda owner, rows: _thirds(rows, owner.num_attention_heads),
+    ("PersimmonAttention", "query_key_value"): lambda owner, rows: _thirds(rows, owner.num_heads),
     ("BloomAttention", "query_key_value"): lambda owner, rows: _thirds(rows, owner.num_heads),
     ("FalconAttention", "query_key_value"): lambda owner, rows: _falcon(owner, rows),
-    ("Phi3Attention", "qkv_proj"): lambda owner, rows: (_grouped(rows, owner.head_dim, owner.num_key_value_heads), 1),
-    ("MptAttention", "Wqkv"): lambda owner, rows: _thirds(rows, 1),
+    ("DisentangledSelfAttention", "in_proj"): lambda owner, rows: _thirds(rows, owner.num_attention_heads),
     ("GPTBigCodeAttention", "c_attn"): lambda owner, rows: (
-        (_grouped(rows, owner.kv_dim, 1), 1) if owner.multi_query else _thirds(rows, owner.num_heads)
+        _grouped(rows, owner.kv_dim, 1) if owner.multi_query else _thirds(rows, owner.num_heads)
     ),
+    **{
+        (owner, name): lambda owner, rows: Layout([rows // 2] * 2, 1, "kv")
+        for owner, name in (
+            ("EvollaSequenceCompressorAttention", "to_kv"),
+            ("GraniteSpeechConformerAttention", "to_kv"),
+            ("GraniteSpeechPlusConformerAttention", "to_kv"),
+            ("JetMoeAttention", "kv_proj"),
+        )
+    },
 }
 
 
@@ -137,34 +220,80 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def find_query_and_value(model: nn.Module) -> list[str]:
+    """Return the names of the query and value projections that are adapted when none are named; [] if there are none.
+
+    Of a Hugging Face model whose parts have configurations of their own, those of the language model.
+
+    >>> find_query_and_value(nn.MultiheadAttention(8, 2))
+    []
+    >>> find_query_and_value(nn.ModuleDict({name: nn.Linear(8, 8) for name in ("wq", "wk", "wv", "wo")}))
+    ['wq', 'wv']
+    """
+    found: dict[str, Any] = {}
+    towers: dict[str, Any] = {}
+    closed: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        config = vars(module).get("config")
+        inherited = towers.get(name.rpartition(".")[0]) if name else None
+        towers[name] = type(config) if hasattr(config, "get_text_config") else inherited
+        if _WITHOUT_GRADIENT.search(type(module).__name__):
+            closed += (f"{name}.",)
+        elif not f"{name}.".startswith(closed):
+            found.update((f"{name}.{layer}".removeprefix("."), towers[name]) for layer in _query_and_value(module))
+    get = getattr(getattr(model, "config", None), "get_text_config", None)
+    language = type(get(decoder=True)) if callable(get) else None
+    if language in found.values():
+        found = {name: tower for name, tower in found.items() if tower is language}
+    return [name for name, _ in model.named_modules() if name in found]
+
+
 def default_target_modules(model: nn.Module) -> list[str]:
-    """Return the last parts of the names of the layers to adapt when none are named."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in DEFAULT_TARGET_MODULES:
-        raise ValueError(
-            f"no default target_modules for {type(model).__name__} (model_type={model_type!r}); name them, "
-            f"or use one of {', '.join(sorted(DEFAULT_TARGET_MODULES))}"
-        )
-    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    wanted = DEFAULT_TARGET_MODULES[model_type]
-    return [name for name in wanted if name in present] or wanted
+    """Return the full names of the layers to adapt when none are named."""
+    names = find_query_and_value(model)
+    if names:
+        return names
+    kind, owners = type(model).__name__, sorted({type(m).__name__ for m in model.modules() if _has_bare_query(m)})
+    why = (
+        f"its query and value are Parameters of {', '.join(owners)}, not layers"
+        if owners
+        else "it has no query and value"
+    )
+    raise ValueError(
+        f"no default target_modules for {kind}: {why}; name the layers to adapt, or pass target_modules='all-linear'"
+    )
+
+
+def find_head(model: nn.Module) -> list[str] | None:
+    """Return the full names of what a Hugging Face classifier has beside its pretrained part, its head.
+
+    [] for other models, None if the head cannot be told from the rest.
+    """
+    kind = type(model).__name__
+    if kind in _HEADS:
+        return _HEADS[kind]
+    prefix = getattr(model, "base_model_prefix", None)
+    if prefix is None or not _WITH_HEAD.search(kind):
+        return []
+    children = dict(model.named_children())
+    pretrained = {prefix} & children.keys()
+    if not pretrained:  # a part of it, say its encoder, is a pretrained model as well
+        pretrained = {n for n, child in children.items() if hasattr(child, "base_model_prefix")}
+    if not pretrained:
+        return None
+    return [n for n, child in children.items() if n not in pretrained and next(child.parameters(), None) is not None]
 
 
 def default_modules_to_save(model: nn.Module) -> list[str]:
-    """Return the head of a classifier: what a Hugging Face model of such a class has beside its pretrained part."""
-    kind = type(model).__name__
-    if not kind.endswith(_WITH_HEAD):
-        return []
-    prefix = getattr(model, "base_model_prefix", None)
-    if prefix is None:  # not of transformers
-        return []
-    children = dict(model.named_children())
-    if prefix not in children:
+    """Return the full names of the modules to train whole when none are named: the head of a classifier."""
+    head = find_head(model)
+    if head is None:
         raise ValueError(
-            f"{kind} has no {prefix!r}, so its head cannot be told from the rest ({', '.join(children)}); "
+            f"{type(model).__name__} has no {model.base_model_prefix!r}, so its head cannot be told from the rest "
+            f"({', '.join(name for name, _ in model.named_children())}); "
             "name it in modules_to_save, or pass modules_to_save=[] to train no head"
         )
-    return [name for name, child in children.items() if name != prefix and next(child.parameters(), None) is not None]
+    return head
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:
@@ -194,8 +323,7 @@ def resized_embeddings(model: nn.Module) -> tuple[list[nn.Module], str]:
 
 
 def fused_layout(owner: nn.Module, name: str, module: Any) -> Layout | None:
-    """Return the rows of q, k, v of a fused projection and in how many turns they lie; None if it is not one, or
-    its layout is not known.
+    """Return how a fused projection lies; None if it is not one, or its layout is not known.
 
     Args:
         owner: the module that has `module` under the last part of `name`.
@@ -206,11 +334,11 @@ def fused_layout(owner: nn.Module, name: str, module: Any) -> Layout | None:
     if is_conv1d(module):
         # q, k, v in GPT-2's self-attention; k, v where it attends to another sequence.
         columns, rows = module.weight.shape
-        return ([columns] * (rows // columns), 1) if attribute == "c_attn" and rows % columns == 0 else None
+        parts = {3: "qkv", 2: "kv"}.get(rows // columns, "") if attribute == "c_attn" and rows % columns == 0 else ""
+        return Layout([columns] * len(parts), 1, parts) if parts else None
     for cls in type(owner).__mro__:
         if (cls.__name__, attribute) in _FUSED:
-            sizes, turns = _FUSED[cls.__name__, attribute](owner, module.out_features)
-            return sizes, turns
+            return _FUSED[cls.__name__, attribute](owner, module.out_features)
     return None
 
 
@@ -218,7 +346,7 @@ def in_proj_layout(owner: nn.Module, name: str) -> Layout | None:
     """Return the rows of q, k, v of `in_proj_weight` of `nn.MultiheadAttention`; None for any other Parameter."""
     if not isinstance(owner, nn.MultiheadAttention) or not name.endswith("in_proj_weight"):
         return None
-    return [owner.embed_dim] * 3, 1
+    return Layout([owner.embed_dim] * 3)
 
 
 def group_spec(enable_lora: list[bool], sizes: list[int], turns: int) -> dict:
@@ -235,17 +363,59 @@ def group_spec(enable_lora: list[bool], sizes: list[int], turns: int) -> dict:
     return spec
 
 
-def _thirds(rows: int, turns: int) -> Layout:
-    return [rows // 3] * 3, turns
+def _thirds(rows: int, turns: int = 1) -> Layout:
+    return Layout([rows // 3] * 3, turns)
 
 
-def _grouped(rows: int, head_dim: int, key_heads: int) -> list[int]:
-    return [rows - 2 * key_heads * head_dim, key_heads * head_dim, key_heads * head_dim]
+def _grouped(rows: int, head_dim: int, key_heads: int, turns: int = 1) -> Layout:
+    return Layout([rows - 2 * key_heads * head_dim, key_heads * head_dim, key_heads * head_dim], turns)
 
 
 def _falcon(owner: Any, rows: int) -> Layout:
     if owner.new_decoder_architecture:
-        return _grouped(rows, owner.head_dim, owner.num_kv_heads), owner.num_kv_heads
+        return _grouped(rows, owner.head_dim, owner.num_kv_heads, owner.num_kv_heads)
     if owner.multi_query:
-        return _grouped(rows, owner.head_dim, 1), 1
+        return _grouped(rows, owner.head_dim, 1)
     return _thirds(rows, owner.num_heads)
+
+
+def _latent(owner: Any, rows: int) -> Layout:
+    heads = rows // (owner.qk_nope_head_dim + owner.v_head_dim)
+    return Layout([heads * owner.qk_nope_head_dim, heads * owner.v_head_dim], heads, "kv")
+
+
+def _delta(owner: Any, turns: int | None = None) -> Layout:
+    sizes = [owner.key_dim, owner.key_dim, owner.value_dim]
+    return Layout(sizes) if turns is None else Layout([*sizes, owner.value_dim], turns, "qkvz")
+
+
+def _query_and_value(owner: nn.Module) -> list[str]:
+    # The names, below `owner`, of the layers of its query and value, if it is an attention.
+    layers = {name: layer for name, child in owner.named_children() if (layer := _layer(name, child))}
+    siblings: dict[tuple[str, str], dict[str, str]] = {}
+    for name in layers:
+        for word in _WORD.finditer(name):
+            rest = name[: word.start()], name[word.end() :]
+            siblings.setdefault(rest, {})[str(word.lastgroup)] = name
+    for roles in _SETS:
+        complete = [named for named in siblings.values() if named.keys() >= set(roles)]
+        if complete:
+            return [layers[named[role]] for named in complete for role in roles if role != "k"]
+    others = [_OTHER_OWNERS[kind]] if (kind := type(owner).__name__) in _OTHER_OWNERS else _OTHER_NAMES
+    return [layers[name] for name in next((names for names in others if layers.keys() >= set(names)), ())]
+
+
+def _layer(name: str, module: nn.Module) -> str | None:
+    # The name of the layer that `module` is, or that it wraps together with, say, its norm.
+    if _is_layer(module):
+        return name
+    inner = [key for key, child in module.named_children() if _is_layer(child)]
+    return f"{name}.{inner[0]}" if len(inner) == 1 else None
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return hasattr(module, "in_features") or isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or is_conv1d(module)
+
+
+def _has_bare_query(module: nn.Module) -> bool:
+    return module._parameters.keys() >= {"q", "v"} or "in_proj_weight" in module._parameters

@@ -300,10 +300,12 @@ def _spec_from_shapes(
     if owner is None or not (isinstance(module, nn.Linear) or is_conv1d(module)):
         return {"r": r}
     layout, adapted = fused_layout(owner, name, module), A.shape[0] // max(r, 1)
-    if layout is None or (adapted == 1 and B.shape[0] == sum(layout[0])):  # one for the whole matrix
+    if layout is None or (adapted == 1 and B.shape[0] == sum(layout.sizes)):  # one for the whole matrix
         return {"r": r}
-    sizes, turns = layout
-    enabled = [True] * len(sizes) if adapted == len(sizes) else list(enable_lora)[-len(sizes) :]
+    sizes, turns = layout.sizes, layout.turns
+    enabled = layout.enabled(enable_lora) if len(enable_lora) == 3 else list(enable_lora)
+    if adapted == len(sizes):
+        enabled = [True] * len(sizes)
     rows = sum(size for size, on in zip(sizes, enabled, strict=False) if on)
     if (len(enabled), sum(enabled), rows) != (len(sizes), adapted, B.shape[0]):
         raise ValueError(

@@ -30,6 +30,7 @@ from loralib.architectures import (
     LINEAR_BY_ANOTHER_NAME,
     default_modules_to_save,
     default_target_modules,
+    find_head,
     fused_layout,
     group_spec,
     in_proj_layout,
@@ -102,13 +103,14 @@ def inject_lora(
             expression that matches full names; or "all-linear", every matrix but the output layer or head and the
             routers of experts: the linear layers, fused experts, and the weights of `nn.MultiheadAttention` and of
             recurrent layers (a `UserWarning` names what is left out, if it is much); or "all-linear-peft", the linear
-            layers that PEFT takes for "all-linear"; or None for query and value of a known Hugging Face architecture.
+            layers that PEFT takes for "all-linear"; or None for query and value of every attention, found
+            by their names, in a Hugging Face model of several towers those of the language model.
         exclude_modules: targets to leave out after all, named in the same way.
         rank_pattern, alpha_pattern: ranks and alphas that differ, by full names, last parts or regular expressions for
             the end of a name ("attn.c_proj", "layer.(0|1).attention.query"); the first that matches counts.
         modules_to_save: modules to train whole, in copies of their own, such as a classifier head; named as targets
-            are. None means the head of a Hugging Face classifier (of sequences, tokens, images, choices or answers);
-            [] means none.
+            are. None means the head of a Hugging Face classifier (of sequences, tokens, images, sounds, choices,
+            answers, or by CTC); [] means none.
         use_rslora: scale by lora_alpha / sqrt(r) instead (Kalajdzievski, arXiv 2312.03732).
         bias: biases to train, in copies of their own: "none", "all", or "lora_only", those of the adapted layers.
         enable_lora: which of q, k, v to adapt, three booleans, in a fused projection whose layout is known, such as
@@ -139,8 +141,9 @@ def inject_lora(
     check_whole(model)
     modules = base_modules(model)
     if modules_to_save is None:
-        modules_to_save = default_modules_to_save(model)
-    saved = match_names(modules, modules_to_save, "modules_to_save") if modules_to_save else []
+        saved = default_modules_to_save(model)
+    else:
+        saved = match_names(modules, modules_to_save, "modules_to_save") if modules_to_save else []
     packed = [
         name for name in modules if is_quantized(modules[name]) and any(f"{name}.".startswith(f"{s}.") for s in saved)
     ]
@@ -520,14 +523,14 @@ def _targets(
     saved: list[str],
 ) -> tuple[list[str], list[str]]:
     """The names of what is to be adapted, and of what is left alone on purpose."""
-    if target_modules is None:
-        target_modules = default_target_modules(model)
     # A module has several names where it is used twice; the first is the one to report.
     first = {name for name, _ in model.named_modules()}
     modules = {name: module for name, module in modules.items() if name in first}
     heads, bare = [*saved], {}
-    if target_modules in (ALL_LINEAR, ALL_LINEAR_PEFT):
-        heads += default_modules_to_save(model)
+    if target_modules is None:
+        names = default_target_modules(model)
+    elif target_modules in (ALL_LINEAR, ALL_LINEAR_PEFT):
+        heads += find_head(model) or []
         last = output_layer(model)
         names = [name for name, m in model.named_modules() if name in modules and m is not last]
         names = [name for name in names if _is_linear(modules[name])]
@@ -562,8 +565,7 @@ def _fused(modules: dict[str, nn.Module], name: str, enable_lora: Sequence[bool]
     layout = fused_layout(owner, name, modules[name]) if name in modules else in_proj_layout(owner, name)
     if layout is None:
         return {}
-    # The last ones, because GPT-2's cross-attention has k and v only.
-    return group_spec(list(enable_lora)[-len(layout[0]) :], *layout)
+    return group_spec(layout.enabled(enable_lora), layout.sizes, layout.turns)
 
 
 def _apply_pattern(specs: dict[str, dict], pattern: Mapping[str, float], argument: str, key: str) -> None:

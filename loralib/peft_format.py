@@ -191,6 +191,14 @@ def to_peft(
         path, _, key = name.rpartition(".")
         if of_base([key]):
             tensors[f"{PREFIX}{path}{'.base_layer' * len(wrapped.get(path, ()))}.{key}"] = tensor
+    # PEFT trains every module whose name ends with one of `modules_to_save`: those that are not meant get their base.
+    for path, module in modules.items():
+        if _ends_with(path, saved) and path not in saved:
+            inside = [name for name in layers if name.startswith(f"{path}.")]
+            if inside:
+                warnings.warn(f"PEFT takes {path} for a head and drops the adapters of {inside[:8]}", stacklevel=5)
+            state = {key: tensor for key, tensor in module.state_dict().items() if "lora_" not in key}
+            tensors = {**{f"{PREFIX}{path}.{key}": whole(tensor) for key, tensor in state.items()}, **tensors}
     return tensors, config
 
 
@@ -381,9 +389,11 @@ def layer_from_peft(
             sizes = known.get("group_sizes", [B.shape[0] // len(enable_lora)] * len(enable_lora))
             layout = sizes, known.get("interleave", 1)
     elif weight is not None:
-        layout = in_proj_layout(modules[path], name)
+        found = in_proj_layout(modules[path], name)
+        layout = found and (found.sizes, found.turns)
     elif isinstance(module, nn.Linear) or (module is not None and is_conv1d(module)):
-        layout = fused_layout(modules[name.rpartition(".")[0]], name, module)
+        found = fused_layout(modules[name.rpartition(".")[0]], name, module)
+        layout = found and (found.sizes, found.turns)
     if layout and B.shape[0] == sum(layout[0]):
         blocks = _blocks(B, *layout, enable_lora)
         if blocks is not None:

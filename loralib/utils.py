@@ -22,7 +22,7 @@ from loralib.adapters import (
     places,
     put,
 )
-from loralib.architectures import DEFAULT_TARGET_MODULES
+from loralib.architectures import find_query_and_value
 from loralib.core import Adapted, LoRALayer, quiet_state, whole
 from loralib.inject import check_bias_mode, inject_lora, match_names
 from loralib.quantized import allow_packing, count, dequantized, is_quantized, make_float, merges, tells
@@ -54,9 +54,9 @@ def mark_only_lora_as_trainable(
     Args:
         model: what belongs to an adapter in it is what the LoRA layers own, with the heads and biases that
             `inject_lora` gave to the active adapter, and every Parameter with a part of its dotted name that begins
-            with `lora_` ("lora_A", "lora_gate", "q_proj.lora_A.default.weight" of PEFT). A Hugging Face model of a
-            known architecture that has none of these is given its default adapters first, with a `UserWarning`; any
-            other has none to train, with a `UserWarning`.
+            with `lora_` ("lora_A", "lora_gate", "q_proj.lora_A.default.weight" of PEFT). A Hugging Face model that
+            has none of these is given its default adapters first, with a `UserWarning`; one without a query and a value
+            has none to train, like any other model, with a `UserWarning`.
         bias: "none"; "all", every bias of the model; or "lora_only", the biases of the LoRA layers, and of whatever
             else holds a `lora_...`, its own or that of the one layer that it wraps.
         modules_to_save: modules to train whole, such as a classifier head, named as `inject_lora` names targets.
@@ -68,7 +68,7 @@ def mark_only_lora_as_trainable(
     """
     trained_names(model, bias, modules_to_save)  # for its errors, before anything changes
     if not has_adapters(model):
-        if getattr(getattr(model, "config", None), "model_type", None) in DEFAULT_TARGET_MODULES:
+        if getattr(getattr(model, "config", None), "model_type", None) and find_query_and_value(model):
             names = inject_lora(model)
             message = f"no LoRA layers yet: injected the default adapters (r=8, lora_alpha=16) into {len(names)} layers"
             warnings.warn(f"{message}; call lora.inject_lora(model, ...) first to choose others", stacklevel=2)
