@@ -249,8 +249,19 @@ def find_query_and_value(model: nn.Module) -> list[str]:
 
 
 def default_target_modules(model: nn.Module) -> list[str]:
-    """Return the full names of the layers to adapt when none are named."""
+    """Return the full names of what to adapt when nothing is named.
+
+    >>> default_target_modules(nn.TransformerEncoderLayer(8, 2))
+    ['self_attn.in_proj_weight']
+    """
     names = find_query_and_value(model)
+    names = names or [
+        f"{path}.{key}".removeprefix(".")
+        for path, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for key in ("in_proj_weight", "q_proj_weight", "v_proj_weight")
+        if module._parameters.get(key) is not None
+    ]
     if names:
         return names
     kind, owners = type(model).__name__, sorted({type(m).__name__ for m in model.modules() if _has_bare_query(m)})

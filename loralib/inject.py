@@ -187,7 +187,10 @@ def inject_lora(
     left_out: dict[str, str] | None = {} if target_modules == ALL_LINEAR else None
     plans = plan_layers(modules, specs, merge_weights, left_out)
     if left_out is not None:
+        if not plans and not tokens:
+            raise TypeError("; ".join(list(left_out.values())[:8]))
         _tell_left_out(model, modules, plans, [*left_out], aside)
+        names = [name for name in names if name in plans]
     widest = max((plan.widest for plan in plans.values()), default=0)
     largest = max((spec["r"] for spec in specs.values()), default=0)
     if largest > widest:

@@ -384,3 +384,64 @@ def test_checkpointing_and_compile(case, compiled):
     assert len(grads) == 2 * len(names)
     for name, tensor in grads.items():
         torch.testing.assert_close(model.get_parameter(name).grad, tensor, msg=name)
+
+
+def test_the_default_of_torchs_attention_is_query_and_value():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2).eval()
+    names = lora.inject_lora(model, r=2)
+    assert names == [f"layers.{i}.self_attn.in_proj_weight" for i in (0, 1)]
+    assert model.layers[0].self_attn.lora_parameters["in_proj_weight"].enable_lora == [True, False, True]
+    for layer in model.layers:
+        nn.init.normal_(layer.self_attn.lora_B_in_proj_weight)
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        wanted = model.train()(x)
+        for act in (lambda: model.eval(), lambda: lora.merge_lora_weights(model), lambda: lora.merge_and_unload(model)):
+            act()
+            torch.testing.assert_close(model(x), wanted)
+    parted = nn.MultiheadAttention(8, 2, kdim=4, vdim=4)
+    assert lora.inject_lora(parted, r=2) == ["q_proj_weight", "v_proj_weight"]
+    lora.merge_and_unload(parted)
+
+
+def test_all_linear_is_every_matrix_and_names_what_it_leaves_out():
+    model, _ = _experts("Mixtral", num_local_experts=4)
+    names = lora.inject_lora(model, r=2, target_modules="all-linear")
+    layer = "model.layers.0."
+    attention = [f"{layer}self_attn.{name}_proj" for name in "qkvo"]
+    assert names == attention + [f"{layer}mlp.experts.{name}_proj" for name in ("gate_up", "down")]
+    again, _ = _experts("Mixtral", num_local_experts=4)
+    assert lora.inject_lora(again, r=2, target_modules="all-linear-peft") == attention
+    third, _ = _experts("Mixtral", num_local_experts=4)
+    assert (
+        lora.inject_lora(third, r=2, target_modules="all-linear", exclude_modules=["experts.down_proj"]) == names[:-1]
+    )
+    other, _ = CASES["XLNet"][0]()
+    with pytest.warns(
+        UserWarning, match=r"all-linear leaves out transformer.layer.0.rel_attn.q, .*: \d\d% of the para"
+    ):
+        lora.inject_lora(other, r=2, target_modules="all-linear")
+    encoder = nn.TransformerEncoderLayer(16, 2, 32)
+    found = lora.inject_lora(encoder, r=2, target_modules="all-linear")
+    assert found == ["self_attn.out_proj", "linear1", "linear2", "self_attn.in_proj_weight"]
+    recurrent = Recurrent(nn.LSTM)
+    wanted = ["last", *(f"layer.weight_{kind}_l{i}" for i in (0, 1) for kind in ("ih", "hh"))]
+    assert lora.inject_lora(recurrent, r=2, target_modules="all-linear") == wanted
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).softmax(-1)
+
+
+def test_all_linear_does_not_stop_at_a_layer_that_it_cannot_adapt():
+    class Clashing(nn.Linear):
+        scaling = 2
+
+        def forward(self, x):
+            return super().forward(x) * self.scaling
+
+    model = nn.Sequential(nn.Linear(4, 4), Clashing(4, 4), Router(4, 4))
+    with pytest.warns(UserWarning, match="all-linear leaves out 1.weight, 1.bias: 33% of the parameters"):
+        assert lora.inject_lora(model, r=2, target_modules="all-linear") == ["0"]
