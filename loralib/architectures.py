@@ -324,7 +324,8 @@ def resized_embeddings(model: nn.Module) -> tuple[list[nn.Module], str]:
         return ends, "the embeddings were resized after the adapter was put in"
     name = getattr(config, "_name_or_path", None)
     try:
-        base = type(config).from_pretrained(name, local_files_only=True) if name else config
+        found = type(config).get_config_dict(name, local_files_only=True)[0] if name else {}
+        base = type(config).from_dict(found) if found else config
         sizes = [each.get_text_config().vocab_size for each in (config, base)]
     except Exception:  # of whatever kind: not here, no configuration of that class, no words
         return [], ""

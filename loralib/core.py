@@ -221,9 +221,10 @@ class Adapted(InPlace):
         parameters = self._parameters
         return parameters[name] if name in parameters else getattr(self, name)
 
-    def _bias(self, like: Tensor) -> Any:
+    def _bias(self) -> Any:
         bias = self._tensor("bias")
-        return bias if bias is None or bias.dtype == like.dtype else bias.to(like.dtype)
+        base = None if self._place is None else self._place.replaced.get("bias")
+        return bias if base is None or base.itemsize >= bias.itemsize else bias.to(base.dtype)
 
     def updates(self) -> dict[str, Any]:
         """What has a rank, an alpha and a scaling here, by the ending of its name: the layer itself."""
@@ -552,6 +553,15 @@ def _repr_with_settings(self: Any) -> str:
     return f"{self._base_class.__repr__(self)[:-1]}, {Adapted.extra_repr(self).removeprefix(', ')})"
 
 
+def _constructor(cls: Any) -> Callable:
+    """What `type(module)(...)` calls, by which others make another module of the kind: it has no adapter."""
+
+    def new(made: Any, *args: Any, **kwargs: Any) -> Any:
+        return cls(*args, **kwargs) if "_recipe" in vars(made) else object.__new__(made)
+
+    return new
+
+
 def _members_in_place(cls: Any) -> dict:
     """What a class has whose modules hold tensors of adapters: for `adapted`."""
 
@@ -564,7 +574,9 @@ def _members_in_place(cls: Any) -> dict:
         args, kwargs = _cast((args, kwargs), narrow, torch.float32)
         return _cast(cls.forward(self, *args, **kwargs), torch.float32, narrow)
 
-    members = {} if cls.forward is nn.Module.forward else {"forward": forward}
+    members: dict = {"__new__": _constructor(cls)}
+    if cls.forward is not nn.Module.forward:
+        members["forward"] = forward
     if hasattr(cls, "tie_weights"):
 
         @functools.wraps(cls.tie_weights)
@@ -637,7 +649,7 @@ def with_convolution(cls: Any, convolution: Any) -> Any:
 
 def _restore(make: Callable, arguments: tuple) -> nn.Module:
     cls = make(*arguments)
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
 def check_hyperparameters(r: int, lora_alpha: float, lora_dropout: float) -> None:

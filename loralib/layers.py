@@ -98,13 +98,13 @@ class Matrix(Adapted):
 
     def _plain_forward(self, x: Tensor) -> Tensor:
         if self.fan_in_fan_out and self._base_class is nn.Linear:
-            return F.linear(x, self._tensor("weight").T, self._bias(x))
+            return F.linear(x, self._tensor("weight").T, self._bias())
         return super()._plain_forward(x)
 
     def _base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         if self._product is None and (weight is None or weight is self._tensor("weight")):
             return self._base_class.forward(self, x)
-        return F.linear(x, weight.T if self.fan_in_fan_out else weight, self._bias(x))
+        return F.linear(x, weight.T if self.fan_in_fan_out else weight, self._bias())
 
     def _adapted_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         A, B = self._tensor("lora_A"), self._tensor("lora_B")
@@ -151,11 +151,11 @@ _READERS = {nn.MultiheadAttention.forward.__code__, nn.TransformerEncoderLayer.f
 
 
 def _linear_product(layer: Any, rows: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(rows, weight.T if layer.fan_in_fan_out else weight, layer._bias(rows))
+    return F.linear(rows, weight.T if layer.fan_in_fan_out else weight, layer._bias())
 
 
 def _conv1d_product(layer: Any, rows: Tensor, weight: Tensor) -> Tensor:
-    return torch.addmm(layer._bias(rows), rows, weight)
+    return torch.addmm(layer._bias(), rows, weight)
 
 
 def is_conv1d(module: Any) -> bool:
@@ -546,7 +546,7 @@ class Kernel(Adapted):
         return self._inner(x) if "_inner" in vars(self) else super()._plain_forward(x)
 
     def _base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._convolve(x, weight, self._bias(x))
+        return self._convolve(x, weight, self._bias())
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not isinstance(self, nn.modules.conv._ConvTransposeNd):

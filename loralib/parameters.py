@@ -31,6 +31,7 @@ from loralib.core import (
     InPlace,
     LoRALayer,
     _cached,
+    _constructor,
     _is_traced_by_fx,
     _same,
     _train,
@@ -411,7 +412,7 @@ def with_parameters(cls: Any, names: tuple[str, ...]) -> Any:
             self._lazy = None
 
     members: dict = {"__module__": __name__, "__doc__": cls.__doc__, "_base_class": cls, "forward": forward}
-    members.update(_recipe=(with_parameters, (cls, names)), train=_train, computes_weight=False)
+    members.update(_recipe=(with_parameters, (cls, names)), train=_train, __new__=_constructor(cls))
     for name in names:
         members[name] = property(functools.partial(_get, name), functools.partial(_set, name))
     if issubclass(cls, nn.RNNBase):  # which keeps its weights in a list besides

@@ -359,13 +359,15 @@ def test_damaged_configuration_of_peft(tmp_path, damages, model):
 
 
 def test_a_configuration_of_another_editor(tmp_path):
-    """A BOM and Windows line ends change nothing; another encoding is refused."""
+    """A BOM, Windows line ends and another encoding of Unicode change nothing; other bytes are refused."""
     path, file = write("peft", tmp_path)
     config = path / "adapter_config.json"
     text = config.read_text()
     config.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     assert_loaded_as_written(attempt(path), "peft", path, file)
     config.write_bytes(text.encode("utf-16"))
+    assert_loaded_as_written(attempt(path), "peft", path, file)
+    config.write_bytes(text.encode("cp037"))
     assert "adapter_config.json is no configuration this library reads" in str(attempt(path))
 
 

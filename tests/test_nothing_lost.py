@@ -409,3 +409,20 @@ def test_layers_made_by_hand_within_torchs_attention(which):
     for mode in (True, False):
         torch.testing.assert_close(layer.train(mode)(x), wanted.train(False)(x))
     assert isinstance(new.weight, nn.Parameter)
+
+
+@pytest.mark.parametrize("change", [{"modules_to_save": ["embed_tokens"]}, {"target_parameters": ["lm_head.weight"]}])
+def test_the_class_of_an_adapted_model_makes_plain_ones(change, tmp_path):
+    model = _model("Llama")
+    lora.inject_lora(model, r=2, target_modules=["q_proj"], **change)
+    assert isinstance(model, transformers.LlamaForCausalLM) and type(model).__name__ == "LlamaForCausalLM"
+    for other in (type(model)(model.config), type(model).from_pretrained(None, config=model.config, state_dict={})):
+        assert type(other) is transformers.LlamaForCausalLM
+        assert not lora.list_adapters(other)
+        assert lora.inject_lora(other, r=2)
+    assert type(type(model.model.embed_tokens)(4, 2)) is nn.Embedding
+
+    class Derived(type(model)):
+        pass
+
+    assert type(Derived(model.config)) is Derived

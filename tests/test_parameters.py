@@ -418,9 +418,7 @@ def test_all_linear_is_every_matrix_and_names_what_it_leaves_out():
         lora.inject_lora(third, r=2, target_modules="all-linear", exclude_modules=["experts.down_proj"]) == names[:-1]
     )
     other, _ = CASES["XLNet"][0]()
-    with pytest.warns(
-        UserWarning, match=r"all-linear leaves out transformer.layer.0.rel_attn.q, .*: \d\d% of"
-    ):
+    with pytest.warns(UserWarning, match=r"all-linear leaves out transformer.layer.0.rel_attn.q, .*: \d\d% of"):
         lora.inject_lora(other, r=2, target_modules="all-linear")
     encoder = nn.TransformerEncoderLayer(16, 2, 32)
     found = lora.inject_lora(encoder, r=2, target_modules="all-linear")
