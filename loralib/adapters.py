@@ -137,7 +137,7 @@ class Place:
 
     def prepare_resizing(self, model: Any) -> None:
         """Raise ValueError if the embeddings of `model` hold something of an adapter; note that they change."""
-        ends = [get() for get in (model.get_input_embeddings, model.get_output_embeddings)]
+        ends = [input_embeddings(model), model.get_output_embeddings()]
         weights = [own_tensors(end).get("weight") for end in ends if end is not None]
         for path, module in model.named_modules():
             place = vars(module).get("_place")
@@ -427,6 +427,14 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
     for part in path.split(".") if path else ():
         module = None if module is None else module._modules.get(part)
     return module
+
+
+def input_embeddings(model: Any) -> nn.Module | None:
+    """Return the table of tokens of a Hugging Face model; None if it has none, or is another kind of model."""
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # models of sounds and images have the method, and raise
+        return None
 
 
 def make_plain(layer: Adapted) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from loralib.adapters import RESIZED
+from loralib.adapters import RESIZED, input_embeddings
 from loralib.core import _cached
 from loralib.layers import is_conv1d
 
@@ -316,10 +316,9 @@ def output_layer(model: nn.Module) -> nn.Module | None:
 def resized_embeddings(model: nn.Module) -> tuple[list[nn.Module], str]:
     """Return the embeddings of a Hugging Face model with another number of tokens than its base, and what says so."""
     config: Any = getattr(model, "config", None)
-    get_input = getattr(model, "get_input_embeddings", None)
-    if config is None or not callable(get_input):
+    ends = [end for end in (input_embeddings(model), output_layer(model)) if end is not None]
+    if config is None:
         return [], ""
-    ends = [end for end in (get_input(), output_layer(model)) if end is not None]
     if vars(model).get(RESIZED):
         return ends, "the embeddings were resized after the adapter was put in"
     name = getattr(config, "_name_or_path", None)

@@ -20,6 +20,7 @@ from loralib.adapters import (
     check_adapter_name,
     check_not_offloaded,
     check_whole,
+    input_embeddings,
     is_bias,
     list_adapters,
     note_parts,
@@ -492,8 +493,7 @@ def token_rows(
     if isinstance(indices, Mapping):
         named = {path: rows for key, rows in indices.items() for path in match_names(modules, [key], _TOKENS)}
     else:
-        get = getattr(model, "get_input_embeddings", None)
-        table = get() if callable(get) else None
+        table = input_embeddings(model)
         named = {path: indices for path, module in modules.items() if module is table}
         if not named:
             raise ValueError(

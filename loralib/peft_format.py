@@ -37,6 +37,7 @@ from loralib.wrappers import under_names_of
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 OLD_WEIGHTS = "adapter_model.bin"  # of PEFT before 0.6
+_EXPERTS_OF_OLD = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 _TOKENS = "token_adapter.trainable_tokens_delta"
 PREFIX = "base_model.model."
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -135,8 +136,14 @@ def to_peft(
         alphas[name] = _whole(scaling * (math.sqrt(ranks[name]) if use_rslora else ranks[name]))
     r, rank_pattern = _pattern(ranks)
     lora_alpha, alpha_pattern = _pattern(alphas)
+    whole_layers = [name for name in layers if name not in parameters]
+    # With fused experts in the model, PEFT takes layers of these names for those of transformers 4, which are the
+    # experts now; as Parameters it finds them.
+    fused = any("gate_up_proj" in module._parameters for module in modules.values())
+    misread = [name for name in whole_layers if fused and name.rpartition(".")[2] in _EXPERTS_OF_OLD]
+    by_weight = {f"{name}.weight" for name in misread}
     dropouts = {spec["lora_dropout"] for spec in adapter.layers.values()} - {0.0}
-    if dropouts and parameters:
+    if dropouts and (parameters or misread):
         message = "PEFT has no dropout where it adapts Parameters: lora_dropout=0.0 was written"
         warnings.warn(f"{message}, which matters to further training only", stacklevel=3)
         dropouts = set()
@@ -150,7 +157,6 @@ def to_peft(
             "the weight, too, which other code reads or a forward of the layer's own uses",
             stacklevel=5,
         )
-    whole_layers = [name for name in layers if name not in parameters]
     transposed = any(
         is_conv1d(modules[name]) or getattr(modules[name], "fan_in_fan_out", False) for name in whole_layers
     )
@@ -168,8 +174,8 @@ def to_peft(
         "use_rslora": use_rslora,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "target_modules": _target_modules(whole_layers, modules, saved) if whole_layers else [],
-        "target_parameters": _target_parameters(list(parameters), modules) or None,
+        "target_modules": _target_modules([n for n in whole_layers if n not in misread], modules, saved),
+        "target_parameters": _target_parameters([*parameters, *by_weight], modules) or None,
         "trainable_token_indices": tokens or None,
         "fan_in_fan_out": transposed,
         "bias": adapter.bias,
@@ -281,6 +287,8 @@ def _place_of(name: str, modules: dict[str, nn.Module], config: dict) -> tuple[s
     if depth >= len(keys):
         return name, [f"{name}.lora_A", f"{name}.lora_B"]
     key = keys[-1 - depth]
+    if isinstance(module, nn.Linear):  # the same as the layer
+        return path, [f"{path}.lora_A", f"{path}.lora_B"]
     return f"{path}.{key}", [f"{path}.{each}" for each in LowRank.names(key)]
 
 
@@ -538,6 +546,8 @@ def _pattern(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
 
 
 def _target_modules(names: list[str], modules: dict[str, nn.Module], saved: list[str]) -> list[str] | str:
+    if not names:
+        return []
     candidates = [name for name in modules if not any(f"{name}.".startswith(f"{head}.") for head in saved)]
     for targets in (sorted({name.rpartition(".")[2] for name in names}), sorted(names)):
         if set(match_names(candidates, targets, "target_modules")) == set(names):
