@@ -17,6 +17,7 @@ from torch import nn
 
 BENCHMARKS = ROOT / "examples" / "benchmarks"
 sys.path.append(str(BENCHMARKS))
+import against_peft  # noqa: E402
 import base_dtypes  # noqa: E402
 import measure  # noqa: E402
 import run_benchmarks  # noqa: E402
@@ -310,3 +311,17 @@ def test_the_dtypes_of_a_base_are_measured_beside_float32(llama, tmp_path):
 def test_a_dtype_that_is_none_is_refused(tmp_path):
     with pytest.raises(cli.UserError, match="--base_dtypes int4: must be one of float32, bfloat16, int8, nf4"):
         base_dtypes.measure_all(base_dtypes.Knobs(base_dtypes="nf4,int4", output_dir=str(tmp_path)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process anew")
+def test_steps_are_measured_beside_peft(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install '.[test]'")
+    small = {"hidden_size": 64, "num_layers": 1, "batch_size": 2, "length": 5, "lora_dim": 4, "rounds": 2, "threads": 1}
+    record = against_peft.measure_all(against_peft.Knobs(**small, output_dir=str(tmp_path)))
+    assert json.loads((tmp_path / "against_peft.json").read_text()) == record
+    assert list(record["cases"]) == ["nf4", "experts"]
+    for case in record["cases"].values():
+        assert case["trained"]["loralib"] == case["trained"]["peft"] > 0 and case["ratio"]["median"] > 0
+    assert len(tables.against_peft_rows(record)) == 4
+    with pytest.raises(cli.UserError, match="--cases int8: must be one of nf4, experts"):
+        against_peft.measure_all(against_peft.Knobs(cases="int8", output_dir=str(tmp_path)))

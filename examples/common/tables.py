@@ -37,6 +37,7 @@ MULTI_TASK = "nlu_multi_task"
 OFFICIAL_GLUE = ["nlu_sst2_minilm", "nlu_mrpc_minilm", "nlu_stsb_minilm", "nlu_cola_smollm2", "nlu_rte_smollm2"]
 
 BENCHMARK, BENCHMARK_CUDA, BENCHMARK_BASE = "benchmark", "benchmark_cuda", "benchmark_base"
+BENCHMARK_PEFT = "benchmark_against_peft"
 # The same training on bases stored in different dtypes.
 BASES = ["nlg_smollm2_all_2e-3", "nlg_smollm2_all_2e-3_nf4"]
 SYSTEMS = {"floor": "no adapter", "ours": "loralib", "upstream": "loralib 0.1.2", "peft": "PEFT", "full": "full"}
@@ -260,7 +261,34 @@ def base_rows(record):
     return rows
 
 
+def against_peft(folder):
+    """A row for each case that is measured beside PEFT."""
+    if not (folder / f"{BENCHMARK_PEFT}.json").is_file():
+        command = f"python examples/benchmarks/against_peft.py --record {BENCHMARK_PEFT}"
+        return {"": ["time and peak memory"], "---": ["---"], "all cases": [f"not measured: `{command}`"]}
+    return against_peft_rows(read(BENCHMARK_PEFT, folder))
+
+
+def against_peft_rows(record):
+    """The rows of what benchmarks/against_peft.py measures."""
+    titles = {"nf4": "NF4 base, all linear layers", "experts": "8 fused experts, and query and value"}
+    rows = {
+        "": ["trained", "time, ours / PEFT", "peak memory of a step, MiB: ours, PEFT", "ratio"],
+        "---": ["---:"] * 4,
+    }
+    for case, found in record["cases"].items():
+        ratio, (ours, theirs) = found["ratio"], found["peak_bytes"].values()
+        rows[titles[case]] = [
+            f"{found['trained']['loralib']:,}",
+            f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]",
+            f"{ours / 2**20:,.0f}, {theirs / 2**20:,.0f}",
+            f"{ours / theirs:.2f}",
+        ]
+    return rows
+
+
 TABLES = {
+    "against_peft": against_peft,
     "bases": bases,
     "base_dtypes": base_dtypes,
     "bars": bars,
