@@ -114,7 +114,8 @@ class Place:
 
     def narrow(self, module: nn.Module) -> torch.dtype | None:
         """The half-precision dtype of the base, if the module is all an adapter's just now, in a wider one."""
-        if any(value is not None and key not in self.replaced for key, value in module._parameters.items()):
+        names = [key for key, value in module._parameters.items() if value is not None]
+        if not self.replaced.keys() >= set(names) or all(map(is_bias, names)):  # of a bias alone see InPlace
             return None
         for key, base in self.replaced.items():
             tensor = module._parameters.get(key)
@@ -361,9 +362,11 @@ def add_part(
     adapter: dict,
     copies: dict,
     apart: frozenset[str] = frozenset(),
+    widen: bool = True,
 ) -> None:
     """Give adapter `name`, which is not active, its part in `module`: `adapter`'s A and B, and copies of what else is
-    to be its `own`. Copies of half-precision heads and biases are float32, so that small steps are not rounded away.
+    to be its `own`. To `widen` copies in half precision means that heads and biases are float32, so that small steps
+    are not rounded away.
 
     `copies` is one dict for all parts of an adapter: tensors that are tied in the base have one copy, but for those
     named in `apart`.
@@ -378,7 +381,7 @@ def add_part(
         is_parameter = isinstance(tensor, nn.Parameter)
         same = (id(tensor), id(module)) if key in apart else id(tensor)
         if same not in copies:
-            widened = is_parameter and tensor.is_floating_point() and tensor.itemsize == 2
+            widened = widen and is_parameter and tensor.is_floating_point() and tensor.itemsize == 2
             widened = widened and (whole or (is_bias(key) and not isinstance(module, nn.RNNBase)))
             clone = tensor.detach().to(torch.float32 if widened else tensor.dtype, copy=True)
             copies[same] = nn.Parameter(clone, clone.is_floating_point()) if is_parameter else clone

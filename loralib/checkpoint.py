@@ -233,15 +233,11 @@ def load_lora(
     with quiet_state():
         there = model.state_dict()
     model.load_state_dict({key: _as_held(there.get(key), t) for key, t in adapter.tensors.items()}, strict=False)
-    if not trainable:
-        _freeze(model, modules)
-    return LayerNames(layers)
-
-
-def _freeze(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     for part in (*active_parts(modules).values(), *_adapter_tensors(model).values()):
         for tensor in part.values():
-            tensor.requires_grad_(False)
+            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+                tensor.requires_grad_(trainable)
+    return LayerNames(layers)
 
 
 def _refuse(path: Path, model: nn.Module, problems: list[str]) -> None:
@@ -381,9 +377,17 @@ def _read(
 
 def _named_as_here(adapter: Adapter, modules: dict[str, nn.Module]) -> Adapter:
     """Give the adapter the names of the model, which may be wrapped otherwise than the one that was saved."""
-    adapter.tensors, there = under_names_of(adapter.tensors, LORA_ENDINGS, modules, adapter.modules_to_save)
+    bare = {f".{name.rpartition('.')[2]}" for name in adapter.tensors if not of_base([name.rpartition(".")[2]])}
+    endings = [*LORA_ENDINGS, *sorted(bare - set(LORA_ENDINGS))]
+    adapter.tensors, there = under_names_of(adapter.tensors, endings, modules, adapter.modules_to_save)
     here = {theirs: ours for ours, theirs in there.items()}
-    adapter.layers = {here.get(name, name): spec for name, spec in adapter.layers.items()}
+
+    def renamed(name: str) -> str:
+        path, dot, key = name.rpartition(".")
+        return here.get(name) or here.get(path, path) + dot + key
+
+    adapter.layers = {renamed(name): spec for name, spec in adapter.layers.items()}
+    adapter.token_indices = {here.get(name, name): rows for name, rows in adapter.token_indices.items()}
     adapter.modules_to_save = [here.get(name, name) for name in adapter.modules_to_save]
     return adapter
 

@@ -84,7 +84,7 @@ class InPlace(nn.Module):
         if "bias" in name and vars(self).get("_place") is not None:
             base = self._place.replaced.get(name)
             wider = base is not None and base.itemsize < value.itemsize and self._place.narrow(self) is None
-            if wider and (torch.compiler.is_compiling() or _called_by_forward(sys._getframe(1))):
+            if wider and (torch.compiler.is_compiling() or _called_by_own_method(sys._getframe(1), self)):
                 return value.to(base.dtype)
         return value
 
@@ -127,10 +127,10 @@ class InPlace(nn.Module):
         super()._load_from_state_dict(state, prefix, metadata, *args)
 
 
-def _called_by_forward(frame: Any) -> bool:
+def _called_by_own_method(frame: Any, module: nn.Module) -> bool:
     while frame.f_code.co_name == "__getattr__":  # of a kind
         frame = frame.f_back
-    return bool(frame.f_code.co_name.endswith("forward"))
+    return frame.f_locals.get("self") is module
 
 
 class _Merged(NamedTuple):
@@ -557,7 +557,9 @@ def _constructor(cls: Any) -> Callable:
     """What `type(module)(...)` calls, by which others make another module of the kind: it has no adapter."""
 
     def new(made: Any, *args: Any, **kwargs: Any) -> Any:
-        return cls(*args, **kwargs) if "_recipe" in vars(made) else object.__new__(made)
+        # Without arguments also replicas of nn.DataParallel are made, which get the module's state afterwards.
+        plain = "_recipe" in vars(made) and (args or kwargs)
+        return cls(*args, **kwargs) if plain else object.__new__(made)
 
     return new
 

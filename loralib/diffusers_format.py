@@ -59,6 +59,12 @@ def write_diffusers(
         modules: the modules of the model without adapters, by name.
         layers: its LoRA layers.
     """
+    bare = [name for name in layers if name not in modules]
+    if bare:
+        raise ValueError(
+            f"diffusers reads A and B of linear layers and convolutions alone, and {', '.join(bare[:8])} is a "
+            "Parameter of a larger module. Save with format='peft' or 'loralib'"
+        )
     tensors, config = to_peft(adapter, model, modules, layers, single_rank=False)
     rest = [name.removeprefix(PREFIX) for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
     if rest:

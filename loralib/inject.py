@@ -161,7 +161,12 @@ def inject_lora(
         if enable_lora is None and target_modules is None:
             enable_lora = (True, False, True)
     if target_parameters is not None:
-        names += _target_parameters(model, modules, target_parameters, saved)
+        found = _target_parameters(model, modules, target_parameters, saved)
+        excluded = []
+        if exclude_modules:
+            excluded = match_names([*modules, *_parameters(model, modules)], exclude_modules, "exclude_modules")
+        names += [name for name in found if name not in excluded]
+    _warn_of_ties(modules, [*names, *saved])
     tokens = token_rows(model, modules, trainable_token_indices, saved) if trainable_token_indices is not None else {}
     specs = {
         name: {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, **_fused(modules, name, enable_lora)}
@@ -353,6 +358,11 @@ def plan_tokens(
     modules: dict[str, nn.Module], tokens: Mapping[str, Sequence[int]], merge_weights: bool = False
 ) -> dict[str, Plan]:
     """Return plans for the rows of the tables, by the name of the table's module; nothing is changed."""
+    for path, indices in tokens.items():
+        weight = own_tensors(modules[path]).get("weight") if path in modules else None
+        if weight is None or not all(0 <= index < len(weight) for index in indices):
+            has = "no such module" if weight is None else f"{len(weight)} rows"
+            raise ValueError(f"rows {min(indices)} to {max(indices)} of {path}: the model has {has}")
     return {
         f"{path}.weight": _compute(modules, path, "weight", Rows(indices), merge_weights)
         for path, indices in tokens.items()
@@ -409,8 +419,31 @@ def put_adapter(
                 copies[shared] = list(map(nn.Parameter, made))
             adapter.update(zip(plan.shapes, copies[shared], strict=True))
         own_copies = frozenset(key for key in keys if f"{name}.{key}" in apart)
-        add_part(module, adapter_name, keys, _form_of(module, here.get(name, [])), adapter, copies, own_copies)
+        # What other code reads of a module has to keep the dtype that it computes with.
+        read = is_read_from_outside(modules, name) and "weight" in keys
+        form = _form_of(module, here.get(name, []))
+        add_part(module, adapter_name, keys, form, adapter, copies, own_copies, widen=not read)
+        if read and own_tensors(module)["weight"].itemsize == 2:
+            warnings.warn(
+                f"{name} is trained in {own_tensors(module)['weight'].dtype}, in which small steps are rounded away: "
+                "code outside of it reads its weight, and computes in that dtype",
+                stacklevel=3,
+            )
     put(model, adapter_name)
+
+
+def _warn_of_ties(modules: dict[str, nn.Module], names: list[str]) -> None:
+    # Encoder and decoder have tables of their own beside a shared one, which nothing calls.
+    tables = {name: module for name, module in modules.items() if isinstance(module, nn.Embedding)}
+    for name in names:
+        weight = own_tensors(tables[name]).get("weight") if name in tables else None
+        others = [other for other, module in tables.items() if own_tensors(module).get("weight") is weight]
+        left = [other for other in others if other not in names and modules[other] is not modules[name]]
+        if weight is not None and left:
+            warnings.warn(
+                f"{name} is tied to {_some(left)}, which compute with the base: name them, too, if they are meant",
+                stacklevel=3,
+            )
 
 
 def _tell_left_out(
@@ -543,7 +576,9 @@ def _targets(
             names += [name for name in bare if is_matrix(modules[name.rpartition(".")[0]], name, bare[name])]
     else:
         names = match_names(modules, target_modules, "target_modules")
-    excluded = match_names([*modules, *bare], exclude_modules, "exclude_modules") if exclude_modules else []
+    excluded = []
+    if exclude_modules:
+        excluded = match_names([*modules, *_parameters(model, modules)], exclude_modules, "exclude_modules")
     inside = [name for name in names if any(f"{name}.".startswith(f"{head}.") for head in heads)]
     left = [name for name in names if name not in excluded and name not in inside]
     if not left:

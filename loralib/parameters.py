@@ -255,13 +255,14 @@ class Table(_Lazy):
         return self.weight.index_copy(0, self.index, self.rows.to(self.weight.dtype))
 
     @staticmethod
-    def _embedding(x: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+    def _embedding(x: Any, weight: Any, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(x, Tensor) or not isinstance(weight, Table):
             return NotImplemented
-        base = F.embedding(x, weight.weight, *args, **kwargs)
+        base = F.embedding(x, weight.weight, padding_idx, *args, **kwargs)
         ordered, order = weight.index.sort()
         place = torch.searchsorted(ordered, x).clamp(max=len(ordered) - 1)
-        rows = F.embedding(order[place], weight.rows.to(base.dtype))
+        padding = [] if padding_idx is None else (weight.index == padding_idx).nonzero().flatten().tolist()
+        rows = F.embedding(order[place], weight.rows.to(base.dtype), *padding)
         return torch.where((ordered[place] == x)[..., None], rows, base)
 
     @staticmethod
@@ -274,6 +275,25 @@ class Table(_Lazy):
 
 
 Table._products = {"embedding": Table._embedding, "linear": Table._linear}
+
+
+class Computed(Tensor):
+    """What is read of a computed Parameter from outside: a result, into which nothing can be written."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = func.__name__
+        written = args[0] if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) else None
+        if isinstance(written, Computed) and name != "requires_grad_":
+            raise RuntimeError(
+                f"{name} would write into a Parameter that is computed from the base and an adapter, and be lost; "
+                "write into the adapter's tensors (lora_A_..., lora_B_..., lora_rows_...), or before injecting"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        is_view = name == "__get__" or name in ("__getitem__", "view", "detach", "select", "narrow", "t", "transpose")
+        plain = not is_view or type(result) not in (Tensor, cls)
+        return (result.as_subclass(Tensor) if type(result) is cls else result) if plain else result.as_subclass(cls)
 
 
 class Parameters(Adapted):
@@ -354,7 +374,7 @@ class Parameters(Adapted):
         return value
 
     def _read(self, name: str) -> Any:
-        weight = self._parameters.get(name, vars(self).get(name))
+        weight: Any = self._parameters.get(name, vars(self).get(name))
         if weight is None or self._disabled or name not in vars(self).get("lora_parameters", {}):
             return weight
         if _is_traced_by_fx():
@@ -363,16 +383,32 @@ class Parameters(Adapted):
                 "lora.merge_and_unload(model) returns"
             )
         grad, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
+        if weight is not self._parameters.get(name):
+            return weight
         if self._aside is not None and not compiling and not (weight.requires_grad and grad):
-            return self._merged_value(name)
+            value = self._merged_value(name)
+            return value.as_subclass(Computed) if self._lazy is None else value
         if self._lazy is None or compiling:
-            return self._value(name) if weight is self._parameters.get(name) else weight
+            return self._value(name) if compiling else self._value(name).as_subclass(Computed)
         if (name, grad) not in self._lazy:
             self._lazy[name, grad] = self.lora_parameters[name].lazy(weight, *self._of(name))
         return self._lazy[name, grad]
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         InPlace._save_to_state_dict(self, destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["tokens"] = self._tokens()
+
+    def _tokens(self) -> dict[str, list[int]]:
+        return {name: each.indices for name, each in self._computed() if isinstance(each, Rows)}
+
+    def _load_from_state_dict(self, state: dict, prefix: str, metadata: dict, *args: Any) -> None:
+        if metadata.get("tokens", self._tokens()) != self._tokens():
+            args[-1].append(
+                f"{prefix[:-1]}: the checkpoint has the rows {metadata['tokens']}, the model trains {self._tokens()}"
+            )
+            return
+        super()._load_from_state_dict(state, prefix, metadata, *args)
 
     def __getstate__(self) -> dict:
         merged, self._aside = self._aside, None
@@ -403,7 +439,7 @@ def with_parameters(cls: Any, names: tuple[str, ...]) -> Any:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._lazy is not None or self.merged or self._disabled or torch.compiler.is_compiling():
+        if self._lazy is not None or self._disabled or torch.compiler.is_compiling():
             return cls.forward(self, *args, **kwargs)
         self._lazy = {}
         try:

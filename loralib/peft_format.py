@@ -25,7 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from loralib.adapters import of_base, own_tensors
-from loralib.architectures import default_modules_to_save, fused_layout, group_spec, in_proj_layout
+from loralib.architectures import (
+    default_modules_to_save,
+    fused_layout,
+    group_spec,
+    in_proj_layout,
+    is_read_from_outside,
+)
 from loralib.core import check_hyperparameters, whole
 from loralib.formats import Adapter, read_safetensors, read_torch, sort_out, to_bytes, write_atomically
 from loralib.inject import compile_pattern, match_names, match_pattern
@@ -122,6 +128,13 @@ def to_peft(
     """
     # The adapter's tensors rather than the layers', which may be sharded.
     parameters = {name: layer for name, layer in layers.items() if isinstance(layer, LowRank)}
+    owners = {name.rpartition(".")[0] for name in parameters}
+    inside = [n for n in adapter.modules_to_save if any(n.startswith(f"{path}.") for path in owners)]
+    if "" in owners or inside:
+        what = f"save {', '.join(inside)} within it" if inside else "wrap the model itself"
+        raise ValueError(
+            f"PEFT wraps the module whose Parameters it adapts, and cannot {what}; save with format='loralib'"
+        )
     converted = {}
     for name, layer in layers.items():
         A, B = (adapter.tensors[key].detach() for key in _keys_of(name, layer))
@@ -134,8 +147,8 @@ def to_peft(
     alphas = {}
     for name, (_, _, scaling) in converted.items():
         alphas[name] = _whole(scaling * (math.sqrt(ranks[name]) if use_rslora else ranks[name]))
-    r, rank_pattern = _pattern(ranks)
-    lora_alpha, alpha_pattern = _pattern(alphas)
+    r, rank_pattern = _pattern(ranks) if ranks else (8, {})
+    lora_alpha, alpha_pattern = _pattern(alphas) if alphas else (8, {})
     whole_layers = [name for name in layers if name not in parameters]
     # With fused experts in the model, PEFT takes layers of these names for those of transformers 4, which are the
     # experts now; as Parameters it finds them.
@@ -151,6 +164,12 @@ def to_peft(
         message = f"PEFT has one lora_dropout for all layers: of {sorted(dropouts)} the largest was written"
         warnings.warn(f"{message}, which matters to further training only", stacklevel=5)
     differs = [name for name, layer in layers.items() if getattr(layer, "computes_weight", False)]
+    differs += [
+        name
+        for name in parameters
+        if name.endswith(".weight") and is_read_from_outside(modules, name.removesuffix(".weight"))
+    ]
+    differs += [path for path in adapter.token_indices if _is_biased_head(modules[path])]
     if differs:
         warnings.warn(
             f"PEFT may compute {', '.join(differs[:8])} differently: it adds the update to the output; here it is in "
@@ -189,14 +208,15 @@ def to_peft(
     for path, names in wrapped.items():
         for depth, name in enumerate(reversed(names)):  # the last one is outermost
             is_table = name in whole_layers and isinstance(modules[name], nn.Embedding)
-            first, second = _adapter_keys(path + ".base_layer" * depth, is_table)
+            first, second = _adapter_keys(_wrapped(path, owners, wrapped) + ".base_layer" * depth, is_table)
             tensors[first], tensors[second], _ = converted[name]
     for path in tokens:
         tensors[f"{PREFIX}{path}.{_TOKENS}"] = adapter.tensors[f"{path}.lora_rows_weight"]
     for name, tensor in adapter.tensors.items():
         path, _, key = name.rpartition(".")
         if of_base([key]):
-            tensors[f"{PREFIX}{path}{'.base_layer' * len(wrapped.get(path, ()))}.{key}"] = tensor
+            there = _wrapped(path, owners, wrapped) + ".base_layer" * len(wrapped.get(path, ()))
+            tensors[f"{PREFIX}{there}.{key}"] = tensor
     # PEFT trains every module whose name ends with one of `modules_to_save`: those that are not meant get their base.
     for path, module in modules.items():
         if _ends_with(path, saved) and path not in saved:
@@ -241,7 +261,11 @@ def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[st
     tokens = {}
     for path, tensor in rows.items():
         given = config["trainable_token_indices"]
-        found = [rows for key, rows in given.items() if path.endswith(key)] if isinstance(given, dict) else [given]
+        found = (
+            [rows for key, rows in given.items() if names_there.get(path, path).endswith(key)]
+            if isinstance(given, dict)
+            else [given]
+        )
         weight = own_tensors(modules[path]).get("weight") if path in modules else None
         if not found or weight is None:
             raise ValueError(
@@ -250,6 +274,11 @@ def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[st
         for name, module in modules.items():
             if own_tensors(module).get("weight") is weight:
                 tokens[name], result[f"{name}.lora_rows_weight"] = list(found[0]), tensor
+                if _is_biased_head(module):
+                    warnings.warn(
+                        f"{name} has a bias, which PEFT leaves out where it trains rows of tokens; here it is added",
+                        stacklevel=5,
+                    )
     if not layers and not tokens:
         raise ValueError(f"{folder} holds no LoRA tensors")
     saved = [name for name in modules if name and _ends_with(name, config["modules_to_save"])]
@@ -292,6 +321,18 @@ def _place_of(name: str, modules: dict[str, nn.Module], config: dict) -> tuple[s
     return f"{path}.{key}", [f"{path}.{each}" for each in LowRank.names(key)]
 
 
+def _wrapped(path: str, owners: set[str], wrapped: dict[str, list[str]]) -> str:
+    """What PEFT calls a module that is inside of one whose Parameters are adapted."""
+    for owner in owners:
+        if path.startswith(f"{owner}."):
+            return f"{owner}{'.base_layer' * len(wrapped[owner])}{path[len(owner) :]}"
+    return path
+
+
+def _is_biased_head(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and module.bias is not None
+
+
 def _experts(layer: Any, A: Tensor) -> int:
     stacked = isinstance(layer, LowRank) and not hasattr(layer, "enable_lora")
     return A.shape[0] // layer.r if stacked else 1
@@ -314,22 +355,30 @@ def _named_as_here(
     folder: Path, tensors: dict[str, Tensor], modules: dict[str, nn.Module]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file under the names of the model, and the names in the file of modules that are renamed so."""
-    plain, adapters = {}, set()
+    plain: dict[str, Tensor] = {}
+    adapters, clashes = set(), False
     for key, tensor in tensors.items():
         key = key.partition(PREFIX)[2] or key
+        if ".original_module." in key:  # the base's, which bias="all" takes along
+            continue
+        key = re.sub(r"\.modules_to_save\.(?=[^.]+$)", ".", key)
         named = _ADAPTER_NAME.search(key)
         if named:
             adapters.add(named[2])
             key = key[: named.start()] + ("" if named[1] == "modules_to_save" else "." + named[1]) + key[named.end() :]
         # Before A and B it counts the Parameters that are adapted in one module.
-        plain[key if key.endswith(_HALVES) else re.sub(r"(\.base_layer)+\.", ".", key)] = tensor
-    if len(adapters) > 1 or len(plain) < len(tensors):
+        key = re.sub(r"(\.base_layer)+\.(?!lora_)", ".", key)
+        if key in plain:
+            clashes = clashes or key.endswith(_HALVES) or not torch.equal(plain[key], tensor)
+        plain[key] = tensor
+    if len(adapters) > 1 or clashes:
         raise ValueError(
             f"{folder} holds several adapters ({', '.join(sorted(adapters))} in the names of their tensors); save each "
             "to a folder of its own"
         )
     deepest = max((key.count(".base_layer") for key in plain), default=0)
     endings = [".base_layer" * depth + half for depth in range(deepest, -1, -1) for half in _HALVES]
+    endings.append(f".{_TOKENS}")
     return under_names_of(plain, endings, modules)
 
 

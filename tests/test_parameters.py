@@ -3,6 +3,7 @@
 import copy
 import io
 
+import peft
 import pytest
 import torch
 import transformers
@@ -33,9 +34,10 @@ class Attention(nn.Module):
     def __init__(self, **settings):
         super().__init__()
         self.attention, self.last = nn.MultiheadAttention(8, 2, batch_first=True, **settings), nn.Linear(8, 3)
+        self.width = settings.get("kdim", 8)
 
     def forward(self, x):
-        other = x if self.attention._qkv_same_embed_dim else x[..., : self.attention.kdim]
+        other = x if self.width == 8 else x[..., : self.width]
         return self.last(self.attention(x, other, other, need_weights=False)[0])
 
 
@@ -443,3 +445,124 @@ def test_all_linear_does_not_stop_at_a_layer_that_it_cannot_adapt():
     model = nn.Sequential(nn.Linear(4, 4), Clashing(4, 4), Router(4, 4))
     with pytest.warns(UserWarning, match="all-linear leaves out 1.weight, 1.bias: 33% of the parameters"):
         assert lora.inject_lora(model, r=2, target_modules="all-linear") == ["0"]
+
+
+def test_what_is_written_into_a_computed_parameter_is_not_lost_in_silence():
+    model, _ = _experts("Mixtral", num_local_experts=4)
+    lora.inject_lora(model, r=2, target_parameters=GATE_UP, trainable_token_indices=[62, 63])
+    table, experts = model.get_input_embeddings(), model.model.layers[0].mlp.experts
+    for merged in (False, True):
+        if merged:
+            lora.merge_lora_weights(model)
+        with torch.no_grad():
+            for write in (
+                lambda: table.weight.__setitem__(slice(62, None), 5.0),
+                lambda: table.weight[62:].fill_(5.0),
+                lambda: table.weight.data[62].zero_(),
+                lambda: nn.init.zeros_(experts.gate_up_proj),
+                lambda: experts.gate_up_proj.data.mul_(2),
+            ):
+                with pytest.raises(RuntimeError, match="would write into a Parameter that is computed from the base"):
+                    write()
+            assert type(table.weight * 2) is torch.Tensor and table.weight[62:].shape == (2, 16)
+            assert table.weight.dtype == torch.float32 and table.weight.shape[0] == 64
+
+
+def test_replicas_are_as_nn_DataParallel_makes_them():
+    model, run = _experts("Mixtral", num_local_experts=4)
+    lora.inject_lora(model, r=2, target_parameters=GATE_UP, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    for module in model.modules():
+        replica = module._replicate_for_data_parallel()
+        assert type(replica) is type(module)
+
+
+def test_peft_has_no_equal_of_these(tmp_path):
+    recurrent = nn.GRU(8, 6)
+    lora.inject_lora(recurrent, r=2, target_parameters=["weight_ih_l0"])
+    with pytest.raises(ValueError, match="PEFT wraps the module .* cannot wrap the model itself; save with format='lo"):
+        lora.save_lora(recurrent, tmp_path / "a", format="peft")
+    lora.save_lora(recurrent, tmp_path / "a.safetensors")
+    lora.load_lora(nn.GRU(8, 6), tmp_path / "a.safetensors")
+    model, _ = _own(Attention())
+    lora.inject_lora(model, r=2, target_parameters=["in_proj_weight"], modules_to_save=["out_proj"])
+    with pytest.raises(ValueError, match="cannot save attention.out_proj within it"):
+        lora.save_lora(model, tmp_path / "b", format="peft")
+    with pytest.raises(ValueError, match="attention.in_proj_weight is a Parameter of a larger module"):
+        lora.save_lora(model, tmp_path / "c", format="diffusers")
+
+
+def test_the_rest_of_a_wrapped_module_reaches_peft(tmp_path):
+    torch.manual_seed(0)
+    model, run = _own(Attention().double())
+    base = copy.deepcopy(model)
+    lora.inject_lora(model, r=2, target_parameters=["in_proj_weight"], target_modules=["last"], bias="all")
+    for tensor in model.parameters():
+        if tensor.requires_grad:
+            nn.init.normal_(tensor, std=0.3)
+    with torch.no_grad():
+        lora.save_lora(model, tmp_path, format="peft", single_rank=True)
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+        torch.testing.assert_close(run(theirs), run(model))
+        lora.load_lora(base, tmp_path)
+        torch.testing.assert_close(run(base), run(model))
+
+
+@pytest.mark.parametrize("kind", ["native", "peft"])
+def test_names_of_wrappers_match_for_experts_and_rows(kind, tmp_path):
+    torch.manual_seed(0)
+    model, _ = _experts("Mixtral", num_local_experts=4)
+    base = copy.deepcopy(model)
+    outer = nn.Sequential()
+    outer.module = model
+    lora.inject_lora(outer, r=2, target_parameters=GATE_UP, trainable_token_indices={"embed_tokens": [5]})
+    for tensor in model.parameters():
+        if tensor.requires_grad:
+            nn.init.normal_(tensor, std=0.3)
+    path = tmp_path / ("folder" if kind == "peft" else "a.safetensors")
+    lora.save_lora(outer, path, format="peft" if kind == "peft" else "loralib")
+    lora.load_lora(base, path)
+    with torch.no_grad():
+        torch.testing.assert_close(base(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_rows_outside_of_the_table_change_nothing(tmp_path):
+    model, _ = _transformer("Llama", **SMALL, intermediate_size=24)
+    lora.inject_lora(model, trainable_token_indices=[63])
+    lora.save_lora(model, tmp_path / "a.safetensors")
+    small, _ = _transformer("Llama", **{**SMALL, "vocab_size": 32}, intermediate_size=24)
+    with pytest.raises(ValueError, match="rows 63 to 63 of model.embed_tokens: the model has 32 rows"):
+        lora.load_lora(small, tmp_path / "a.safetensors")
+    assert not lora.list_adapters(small) and all(p.requires_grad for p in small.parameters())
+    other, _ = _transformer("Llama", **SMALL, intermediate_size=24)
+    lora.inject_lora(other, trainable_token_indices=[7])
+    with pytest.raises(RuntimeError, match=r"the checkpoint has the rows {'weight': \[63\]}, the model trains"):
+        other.load_state_dict(model.state_dict())
+
+
+def test_peft_leaves_out_the_bias_of_a_tied_head_where_rows_are_trained(tmp_path):
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**size, vocab_size=64)).eval()
+    base = copy.deepcopy(model)
+    lora.inject_lora(model, r=2, target_modules=["query"], trainable_token_indices=[5])
+    with pytest.warns(UserWarning, match="PEFT may compute cls.predictions.decoder differently"):
+        lora.save_lora(model, tmp_path, format="peft")
+    with pytest.warns(UserWarning, match="cls.predictions.decoder has a bias, which PEFT leaves out"):
+        lora.load_lora(base, tmp_path)
+
+
+def test_a_table_beside_a_shared_one_is_named():
+    model = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    )
+    with pytest.warns(UserWarning, match="shared is tied to encoder.embed_tokens, decoder.embed_tokens, which compute"):
+        lora.inject_lora(model, r=2, target_modules=["shared", "q"])
+
+
+def test_only_rows_through_peft(tmp_path):
+    model, run = _transformer("Llama", **SMALL, intermediate_size=24)
+    base = copy.deepcopy(model)
+    lora.inject_lora(model, trainable_token_indices=[5])
+    nn.init.normal_(model.model.embed_tokens.lora_rows_weight)
+    lora.save_lora(model, tmp_path, format="peft")
+    lora.load_lora(base, tmp_path)
+    assert torch.equal(run(base), run(model))
