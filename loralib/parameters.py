@@ -383,7 +383,7 @@ class Parameters(Adapted):
                 "lora.merge_and_unload(model) returns"
             )
         grad, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
-        if weight is not self._parameters.get(name):
+        if self._parameters.get(name) is None:  # a replica of nn.DataParallel
             return weight
         if self._aside is not None and not compiling and not (weight.requires_grad and grad):
             value = self._merged_value(name)
