@@ -408,12 +408,13 @@ def check_intact(model: nn.Module) -> None:
             if module is None or place is None or name not in place.parts:
                 lost.append(path)
                 continue
-            there = own_tensors(module) if shapes else {}
             for key, shape in shapes.items():
-                if key in there and there[key].shape != shape:
+                there = place.base_tensors().get(key)
+                tensor = module._parameters.get(key, module._buffers.get(key)) if there is None else there
+                if tensor is not None and tensor.shape != shape:
                     raise ValueError(
                         f"{path}.{key} was {tuple(shape)} when adapter {name!r} was put there and is "
-                        f"{tuple(there[key].shape)} now; resize a model before it gets adapters"
+                        f"{tuple(tensor.shape)} now; resize a model before it gets adapters"
                     )
         if lost:
             warnings.warn(
@@ -593,6 +594,8 @@ def is_bias(name: str) -> bool:
 
 def check_not_fsdp1(modules: Iterable[nn.Module]) -> None:
     """Raise ValueError if `FullyShardedDataParallel` has flattened the Parameters and keeps a piece of them here."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
     for module in modules:
         if type(module).__name__ == "FullyShardedDataParallel" or any(
             getattr(tensor, "_fsdp_flattened", False) for tensor in module._parameters.values()

@@ -402,7 +402,8 @@ def _delta(owner: Any, turns: int | None = None) -> Layout:
 
 def _query_and_value(owner: nn.Module) -> list[str]:
     # The names, below `owner`, of the layers of its query and value, if it is an attention.
-    layers = {name: layer for name, child in owner.named_children() if (layer := _layer(name, child))}
+    names = [name for name in owner._modules if _WORD.search(name) or name in _OTHER_LAYERS]
+    layers = {name: layer for name in names if (layer := _layer(name, owner._modules[name]))}
     siblings: dict[tuple[str, str], dict[str, str]] = {}
     for name in layers:
         for word in _WORD.finditer(name):
@@ -416,8 +417,13 @@ def _query_and_value(owner: nn.Module) -> list[str]:
     return [layers[name] for name in next((names for names in others if layers.keys() >= set(names)), ())]
 
 
-def _layer(name: str, module: nn.Module) -> str | None:
+_OTHER_LAYERS = {name for names in (*_OTHER_NAMES, *_OTHER_OWNERS.values()) for name in names}
+
+
+def _layer(name: str, module: nn.Module | None) -> str | None:
     # The name of the layer that `module` is, or that it wraps together with, say, its norm.
+    if module is None:
+        return None
     if _is_layer(module):
         return name
     inner = [key for key, child in module.named_children() if _is_layer(child)]

@@ -120,11 +120,12 @@ def save_lora(
     model = unwrapped(model)
     check_not_fsdp1(model.modules())
     check_intact(model)
-    layers = _lora_layers(model)
-    if not layers and not _token_indices(model):
+    found = _adapted(model)
+    layers = _lora_layers(model, found)
+    if not layers and not _token_indices(model, found):
         raise ValueError(f"{type(model).__name__} has no adapters to save; call lora.inject_lora(model, ...) first")
-    check_not_offloaded({name: module for name, module in model.named_modules() if isinstance(module, Adapted)})
-    _warn_of_untrained(model)
+    check_not_offloaded(dict(found))
+    _warn_of_untrained(found)
     adapter = _without_compiled(_collect(model, layers, bias, modules_to_save))
     adapter.metadata = metadata or {}
     adapter.base_model = _base_model(model, format) if base_model is None else os.fspath(base_model)
@@ -527,10 +528,14 @@ def _add_own(
     put(model, adapter_name)
 
 
-def _lora_layers(model: nn.Module) -> dict[str, Any]:
+def _adapted(model: nn.Module) -> dict[str, Adapted]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+
+
+def _lora_layers(model: nn.Module, found: dict[str, Adapted] | None = None) -> dict[str, Any]:
     """What has a rank in the active adapter, by name: the LoRA layers, and updates of Parameters."""
     check_not_reloaded(model.modules())
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+    found = _adapted(model) if found is None else found
     return {
         (name + ending).removeprefix("."): update
         for name, module in found.items()
@@ -538,16 +543,16 @@ def _lora_layers(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _adapter_tensors(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+def _adapter_tensors(model: nn.Module, found: dict[str, Adapted] | None = None) -> dict[str, dict[str, Tensor]]:
+    found = _adapted(model) if found is None else found
     return {name: tensors for name, module in found.items() if (tensors := module.adapter_tensors())}
 
 
-def _warn_of_untrained(model: nn.Module) -> None:
+def _warn_of_untrained(found: dict[str, Adapted]) -> None:
     # The factor that is drawn as zero: B, or A of an embedding.
     still, moved = [], False
-    for path, tensors in _adapter_tensors(model).items():
-        layer = model.get_submodule(path)
+    for path, layer in found.items():
+        tensors = layer.adapter_tensors()
         for key in tensors:
             if key.startswith("lora_A" if isinstance(layer, Table) else "lora_B"):
                 zero = not whole(tensors[key]).any()
@@ -562,10 +567,10 @@ def _warn_of_untrained(model: nn.Module) -> None:
         )
 
 
-def _token_indices(model: nn.Module) -> dict[str, list[int]]:
+def _token_indices(model: nn.Module, found: dict[str, Adapted] | None = None) -> dict[str, list[int]]:
     return {
         name: each.indices
-        for name, module in model.named_modules()
+        for name, module in (_adapted(model) if found is None else found).items()
         if isinstance(module, Parameters)
         for each in vars(module).get("lora_parameters", {}).values()
         if isinstance(each, Rows)

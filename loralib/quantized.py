@@ -104,6 +104,8 @@ _PACKS = "support_avx512bf16_for_cpu"
 
 
 def _four_bit(model: nn.Module) -> list[Any]:
+    if "bitsandbytes" not in sys.modules:
+        return []
     return [layer for layer in model.modules() if _class_of(layer) == "Linear4bit"]
 
 
