@@ -1,7 +1,9 @@
 """Save the adapter of a model to a file, and load one: what is in the file against what is in the model."""
 
+import contextlib
 import functools
 import itertools
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,6 +18,7 @@ from loralib.adapters import (
     active_adapter,
     active_parts,
     add_part,
+    all_modules,
     any_sharded,
     base_modules,
     check_adapter_name,
@@ -24,6 +27,7 @@ from loralib.adapters import (
     check_not_offloaded,
     check_whole,
     list_adapters,
+    named_modules,
     note_parts,
     of_base,
     own_tensors,
@@ -50,7 +54,7 @@ from loralib.layers import Table
 from loralib.parameters import Parameters, Rows
 from loralib.peft_format import CONFIG, read_peft, write_peft
 from loralib.reloaded import check_not_reloaded
-from loralib.utils import _join, match_modules_to_save, trained_state
+from loralib.utils import _join, match_modules_to_save
 from loralib.wrappers import under_names_of, without_compiled
 
 __all__ = ["load_lora", "read_metadata", "save_lora"]
@@ -118,7 +122,9 @@ def save_lora(
     if folder and path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; give the name of a folder for format={format!r}")
     model = unwrapped(model)
-    check_not_fsdp1(model.modules())
+    every = all_modules(model)
+    check_not_reloaded(every)
+    check_not_fsdp1(every)
     check_intact(model)
     found = _adapted(model)
     layers = _lora_layers(model, found)
@@ -142,7 +148,7 @@ def save_lora(
         else:
             write_native(path, adapter)
 
-    if any_sharded(model):
+    if any_sharded(model, every):
         _in_first_process(write)
     else:
         write()
@@ -207,7 +213,9 @@ def load_lora(
         put_adapter(model, name, plans, own, _untied(modules, own, adapter))
         layers = _lora_layers(model)
     else:
-        check_not_fsdp1(model.modules())
+        every = all_modules(model)
+        check_not_reloaded(every)
+        check_not_fsdp1(every)
         check_intact(model)
         before = active_adapter(model)
         set_adapter(model, name)
@@ -231,14 +239,34 @@ def load_lora(
     for layer_name, layer in layers.items():
         layer.lora_alpha = adapter.layers[layer_name]["lora_alpha"]
         layer.scaling = adapter.layers[layer_name]["scaling"]
-    with quiet_state():
-        there = model.state_dict()
-    model.load_state_dict({key: _as_held(there.get(key), t) for key, t in adapter.tensors.items()}, strict=False)
-    for part in (*active_parts(modules).values(), *_adapter_tensors(model).values()):
+    if any_sharded(model):  # fully_shard shards again then, what a forward has left whole
+        with quiet_state():
+            model.state_dict()
+    targets = _adapter_tensors(model)
+    _write(modules, own, targets, adapter.tensors)
+    for part in (*active_parts(modules).values(), *targets.values()):
         for tensor in part.values():
             if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
                 tensor.requires_grad_(trainable)
     return LayerNames(layers)
+
+
+@torch.no_grad()
+def _write(
+    modules: dict[str, nn.Module],
+    own: dict[str, frozenset[str]],
+    targets: dict[str, dict[str, Tensor]],
+    values: dict[str, Tensor],
+) -> None:
+    """Write the values of a file into the tensors that are the adapter's own."""
+    for name, keys in own.items():
+        module = modules[name]
+        with module._unmerged() if isinstance(module, Adapted) else contextlib.nullcontext():
+            there = _held(modules, {name: keys}, targets)[name]
+            for key in keys:
+                value = values.get(_join(name, key))
+                if value is not None:  # statistics that other libraries do not save
+                    there[key].copy_(_as_held(there[key], value))
 
 
 def _refuse(path: Path, model: nn.Module, problems: list[str]) -> None:
@@ -313,15 +341,22 @@ def _collect(
     if paths:
         warnings.warn(f"{why}: {', '.join(paths)} go with the adapter, whole", stacklevel=3)
     saved = list(dict.fromkeys(saved + paths))
-    everything = trained_state(model, bias, saved)
     own = own_names(modules, targets, bias, saved)
-    names = [_join(name, key) for name, keys in own.items() for key in sorted(keys)]
-    if not everything.keys() >= set(names):  # the statistics of a model that was built with its layers
+    if any_sharded(model):  # fully_shard shards again then, what a forward has left whole
         with quiet_state():
-            everything = {**model.state_dict(), **everything}
-    tensors = {name: everything[name] for name in names}
+            model.state_dict()
+    there = _held(modules, own, targets)
+    tensors = {_join(name, key): there[name][key].detach() for name, keys in own.items() for key in sorted(keys)}
     specs = {name: _spec(layer) for name, layer in layers.items()}
     return Adapter(tensors, specs, bias, saved, token_indices=_token_indices(model))
+
+
+def _held(
+    modules: dict[str, nn.Module], own: dict[str, frozenset[str]], targets: dict[str, dict[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors that an adapter has of its `own`, or that stand in their place, by module; `targets` has A and B."""
+    parts = active_parts({name: modules[name] for name in own})
+    return {name: {**own_tensors(modules[name]), **targets.get(name, {}), **parts.get(name, {})} for name in own}
 
 
 def _owned_whole(modules: dict[str, nn.Module], own: dict[str, frozenset[str]]) -> list[str]:
@@ -507,8 +542,9 @@ def _untied(modules: dict[str, nn.Module], own: dict[str, frozenset[str]], adapt
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # torch does not ask this of the narrowest dtypes.
-    return bool(tensor.to(torch.promote_types(tensor.dtype, torch.float32)).isfinite().all())
+    # NaN and infinity show in the sum, which is quicker to have, and which numbers that are too large spoil as well.
+    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))  # torch asks nothing of the narrowest dtypes
+    return math.isfinite(wide.sum().item()) or bool(wide.isfinite().all())
 
 
 def _add_own(
@@ -529,12 +565,11 @@ def _add_own(
 
 
 def _adapted(model: nn.Module) -> dict[str, Adapted]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+    return {name: module for name, module in named_modules(model).items() if isinstance(module, Adapted)}
 
 
 def _lora_layers(model: nn.Module, found: dict[str, Adapted] | None = None) -> dict[str, Any]:
     """What has a rank in the active adapter, by name: the LoRA layers, and updates of Parameters."""
-    check_not_reloaded(model.modules())
     found = _adapted(model) if found is None else found
     return {
         (name + ending).removeprefix("."): update

@@ -23,6 +23,7 @@ from loralib.adapters import (
     input_embeddings,
     is_bias,
     list_adapters,
+    named_modules,
     note_parts,
     own_tensors,
     put,
@@ -184,8 +185,8 @@ def inject_lora(
         _check_arguments(spec["r"], spec["lora_alpha"], lora_dropout)
         if use_rslora:
             spec["scaling"] = spec["lora_alpha"] / math.sqrt(spec["r"])
-    present = [name for name, module in model.named_modules() if isinstance(module, Adapted)]
     if adapter_name in list_adapters(model):
+        present = [name for name, module in named_modules(model).items() if isinstance(module, Adapted)]
         raise ValueError(
             f"the model already has LoRA layers of an adapter {adapter_name!r} ({_some(present)}); "
             "call lora.unload(model) first, or give another adapter_name"
@@ -509,7 +510,7 @@ def _target_parameters(
 
 
 def _parameters(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
-    first = {name for name, _ in model.named_modules()}
+    first = named_modules(model)
     return {
         f"{path}.{key}" if path else key: tensor
         for path, module in modules.items()
@@ -560,7 +561,7 @@ def _targets(
 ) -> tuple[list[str], list[str]]:
     """The names of what is to be adapted, and of what is left alone on purpose."""
     # A module has several names where it is used twice; the first is the one to report.
-    first = {name for name, _ in model.named_modules()}
+    first = named_modules(model)
     modules = {name: module for name, module in modules.items() if name in first}
     heads, bare = [*saved], {}
     if target_modules is None:
@@ -568,7 +569,7 @@ def _targets(
     elif target_modules in (ALL_LINEAR, ALL_LINEAR_PEFT):
         heads += find_head(model) or []
         last = output_layer(model)
-        names = [name for name, m in model.named_modules() if name in modules and m is not last]
+        names = [name for name, m in first.items() if name in modules and m is not last]
         names = [name for name in names if _is_linear(modules[name])]
         if target_modules == ALL_LINEAR:
             names = [name for name in names if not is_router(modules[name.rpartition(".")[0]], name, modules[name])]
