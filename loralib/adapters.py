@@ -161,13 +161,13 @@ class Place:
         vars(module).pop("_disabled", None)  # what comes within disable_adapters does compute
         if self.active is not None:
             part = self.parts[self.active]
-            if isinstance(module, Adapted):
+            if isinstance(module, Adapted) and (module.merged or module._aside is not None):
                 module.unmerge()
             part.tensors = self.tensors(module, self.active)
             if isinstance(module, Adapted):
                 part.form = Form(self.now.cls, _take_settings(module))
             for key in part.tensors.keys() - self.replaced.keys():
-                delattr(module, key)
+                del module._parameters[key]
             _set_tensors(module, self.replaced)
             self.replaced = {}
         self.active = name
@@ -178,7 +178,7 @@ class Place:
             self.replaced = {key: there[key] for key in part.tensors if key in there}
             _set_tensors(module, part.tensors)
             part.tensors, form, part.form = {}, part.form or self.base, None
-        if isinstance(module, Adapted):
+        if isinstance(module, Adapted):  # made by hand, it has some as the base, too
             _take_settings(module)
         change_class(module, self.now.cls, form.cls)
         for key, value in form.settings.items():
@@ -255,12 +255,14 @@ def _set_tensors(module: nn.Module, tensors: dict[str, Any]) -> None:
 _UNWATCHED = (nn.Module.__setattr__, Adapted.__setattr__, Kernel.__setattr__)
 
 
+_SETTINGS = frozenset(Adapted.settings)
+
+
 def _take_settings(module: nn.Module) -> dict[str, Any]:
     taken = {}
-    for key in Adapted.settings:
-        for store in (vars(module), module._modules):
-            if key in store:
-                taken[key] = store.pop(key)
+    for store in (vars(module), module._modules):
+        for key in _SETTINGS & store.keys():
+            taken[key] = store.pop(key)
     return taken
 
 
@@ -429,8 +431,11 @@ def check_intact(model: nn.Module) -> None:
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:
     module: Any = model
-    for part in path.split(".") if path else ():
-        module = None if module is None else module._modules.get(part)
+    try:
+        for part in path.split(".") if path else ():
+            module = module._modules[part]
+    except (AttributeError, KeyError):
+        return None
     return module
 
 

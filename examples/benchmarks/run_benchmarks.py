@@ -367,7 +367,7 @@ def operations(knobs, device, names, work):
                 "merge for good": (adapted_by_peft, lambda model: model.merge_and_unload()),
                 "save": (adapted_by_peft, lambda model: model.save_pretrained(folder)),
                 "load": (copied, lambda model: peft.PeftModel.from_pretrained(model, folder)),
-                "switch": (two_by_peft, lambda model: model.set_adapter("default")),
+                "switch": (two_by_peft, lambda model: model.set_adapter("second")),
             },
         }
         cases = {}
