@@ -127,12 +127,12 @@ def save_lora(
     check_not_fsdp1(every)
     check_intact(model)
     found = _adapted(model)
-    layers = _lora_layers(model, found)
-    if not layers and not _token_indices(model, found):
+    layers = _lora_layers(found)
+    if not layers and not _token_indices(found):
         raise ValueError(f"{type(model).__name__} has no adapters to save; call lora.inject_lora(model, ...) first")
     check_not_offloaded(dict(found))
     _warn_of_untrained(found)
-    adapter = _without_compiled(_collect(model, layers, bias, modules_to_save))
+    adapter = _without_compiled(_collect(model, found, layers, bias, modules_to_save))
     adapter.metadata = metadata or {}
     adapter.base_model = _base_model(model, format) if base_model is None else os.fspath(base_model)
     adapter.tensors = {key: whole(tensor) for key, tensor in adapter.tensors.items()}
@@ -211,7 +211,7 @@ def load_lora(
         _refuse(path, model, problems + misfits)
         check_not_offloaded({path: modules[path] for path in own})
         put_adapter(model, name, plans, own, _untied(modules, own, adapter))
-        layers = _lora_layers(model)
+        layers = _lora_layers(_adapted(model))
     else:
         every = all_modules(model)
         check_not_reloaded(every)
@@ -220,17 +220,18 @@ def load_lora(
         before = active_adapter(model)
         set_adapter(model, name)
         try:
-            layers = _lora_layers(model)
+            found = _adapted(model)
+            layers = _lora_layers(found)
             adapter = _read_for(path, modules, layers, lora_alpha, enable_lora, heads)
-            there = _adapter_tensors(model)
+            there = _adapter_tensors(found)
             shapes = {path: {key: t.shape for key, t in tensors.items()} for path, tensors in there.items()}
             own, misfits = _fit(modules, shapes, adapter, heads)
             misfits += [
                 f"{key}: the model ties it to another tensor of the file, which has other values; load into a new one"
                 for key in _untied(modules, own, adapter)
             ]
-            if adapter.token_indices != _token_indices(model):
-                misfits.append(f"tokens: {adapter.token_indices} in the file, {_token_indices(model)} in the model")
+            if adapter.token_indices != _token_indices(found):
+                misfits.append(f"tokens: {adapter.token_indices} in the file, {_token_indices(found)} in the model")
             _refuse(path, model, _differences(layers, adapter.layers) + misfits)
         except BaseException:
             put(model, before)
@@ -242,7 +243,7 @@ def load_lora(
     if any_sharded(model):  # fully_shard shards again then, what a forward has left whole
         with quiet_state():
             model.state_dict()
-    targets = _adapter_tensors(model)
+    targets = _adapter_tensors(_adapted(model))
     _write(modules, own, targets, adapter.tensors)
     for part in (*active_parts(modules).values(), *targets.values()):
         for tensor in part.values():
@@ -325,12 +326,16 @@ def _as_held(held: Any, tensor: Tensor) -> Tensor:
 
 
 def _collect(
-    model: nn.Module, layers: dict[str, Adapted], bias: str, modules_to_save: Sequence[str] | str | None
+    model: nn.Module,
+    found: dict[str, Adapted],
+    layers: dict[str, Adapted],
+    bias: str,
+    modules_to_save: Sequence[str] | str | None,
 ) -> Adapter:
     check_bias_mode(bias)
     modules = base_modules(model)
     own = {name: frozenset(tensors) for name, tensors in active_parts(modules).items()}
-    targets = _adapter_tensors(model)
+    targets = _adapter_tensors(found)
     saved = match_modules_to_save(model, modules_to_save) + _owned_whole(modules, own)
     for name, keys in own.items():
         if of_base(keys).keys() - STATISTICS and not any(f"{name}.".startswith(f"{whole}.") for whole in saved):
@@ -348,7 +353,7 @@ def _collect(
     there = _held(modules, own, targets)
     tensors = {_join(name, key): there[name][key].detach() for name, keys in own.items() for key in sorted(keys)}
     specs = {name: _spec(layer) for name, layer in layers.items()}
-    return Adapter(tensors, specs, bias, saved, token_indices=_token_indices(model))
+    return Adapter(tensors, specs, bias, saved, token_indices=_token_indices(found))
 
 
 def _held(
@@ -568,9 +573,8 @@ def _adapted(model: nn.Module) -> dict[str, Adapted]:
     return {name: module for name, module in named_modules(model).items() if isinstance(module, Adapted)}
 
 
-def _lora_layers(model: nn.Module, found: dict[str, Adapted] | None = None) -> dict[str, Any]:
+def _lora_layers(found: dict[str, Adapted]) -> dict[str, Any]:
     """What has a rank in the active adapter, by name: the LoRA layers, and updates of Parameters."""
-    found = _adapted(model) if found is None else found
     return {
         (name + ending).removeprefix("."): update
         for name, module in found.items()
@@ -578,8 +582,7 @@ def _lora_layers(model: nn.Module, found: dict[str, Adapted] | None = None) -> d
     }
 
 
-def _adapter_tensors(model: nn.Module, found: dict[str, Adapted] | None = None) -> dict[str, dict[str, Tensor]]:
-    found = _adapted(model) if found is None else found
+def _adapter_tensors(found: dict[str, Adapted]) -> dict[str, dict[str, Tensor]]:
     return {name: tensors for name, module in found.items() if (tensors := module.adapter_tensors())}
 
 
@@ -602,10 +605,10 @@ def _warn_of_untrained(found: dict[str, Adapted]) -> None:
         )
 
 
-def _token_indices(model: nn.Module, found: dict[str, Adapted] | None = None) -> dict[str, list[int]]:
+def _token_indices(found: dict[str, Adapted]) -> dict[str, list[int]]:
     return {
         name: each.indices
-        for name, module in (_adapted(model) if found is None else found).items()
+        for name, module in found.items()
         if isinstance(module, Parameters)
         for each in vars(module).get("lora_parameters", {}).values()
         if isinstance(each, Rows)

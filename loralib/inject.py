@@ -292,7 +292,7 @@ def own_names(
             biases = {key for key, value in parameters.items() if value is not None and is_bias(key)}
             if biases:
                 own[name] = own.get(name, frozenset()) | biases
-        statistics = {key for key in STATISTICS if modules[name]._buffers.get(key) is not None}
+        statistics = {key for key, value in modules[name]._buffers.items() if key in STATISTICS and value is not None}
         if statistics:
             own[name] = own.get(name, frozenset()) | statistics
     for name in saved:
