@@ -306,10 +306,11 @@ def list_adapters(model: nn.Module) -> list[str]:
     ['sst2']
     """
     check_intact(model)
-    return _names(model)
+    return adapter_names(model)
 
 
-def _names(model: nn.Module) -> list[str]:
+def adapter_names(model: nn.Module) -> list[str]:
+    """Return what `list_adapters` does, without asking whether they are intact."""
     names = {name for _, place in places(model) for name in place.parts}
     return sorted(names | ({DEFAULT_NAME} if _made_by_hand(model) else set()))
 
@@ -330,9 +331,10 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
     Raises:
         ValueError: `model` has no such adapter, or is sharded by `fully_shard`. Nothing has been changed then.
     """
-    check_intact(model)
     modules = all_modules(model)
-    if not any(adapter_name in place.parts for _, place in _places(modules)):
+    found = _places(modules)
+    check_intact(model, [found[0][1].current, adapter_name] if found else None)
+    if not any(adapter_name in place.parts for _, place in found):
         check_present(model, adapter_name)
     put(model, adapter_name, modules)
 
@@ -401,9 +403,12 @@ def note_parts(model: nn.Module, name: str, own: dict[str, frozenset[str]], modu
         noted[path] = {key: tensor.shape for key, tensor in tensors.items() if key in wanted}
 
 
-def check_intact(model: nn.Module) -> None:
-    """Warn of modules whose adapter is gone because somebody replaced them; raise ValueError if one was resized."""
-    for name, noted in vars(model).get(PARTS, {}).items():
+def check_intact(model: nn.Module, names: Iterable[str | None] | None = None) -> None:
+    """Warn of modules whose adapter, of those called `names` or of all, is gone because somebody replaced them; raise
+    ValueError if one was resized."""
+    all_noted = vars(model).get(PARTS, {})
+    for name in all_noted if names is None else dict.fromkeys(names):
+        noted = all_noted.get(name, {})
         lost = []
         for path, shapes in noted.items():
             module = _submodule(model, path)
@@ -567,7 +572,11 @@ def put(model: nn.Module, adapter_name: str | None, modules: list[nn.Module] | N
     """Put adapter `adapter_name`, or the base for None, into every place of `model`, whose `modules` may be given."""
     modules = all_modules(model) if modules is None else modules
     found = _places(modules)
-    adapters = frozenset(name for _, place in found for name in place.parts)
+    known = {place.adapters for _, place in found}
+    if len(known) == 1 and adapter_name in {None, *next(iter(known))}:
+        adapters = known.pop()
+    else:
+        adapters = frozenset(name for _, place in found for name in place.parts)
     changing = [(module, place) for module, place in found if place.active != adapter_name or place.suspended]
     if any(adapter_name in place.parts or place.active for _, place in changing):
         check_whole(model, modules)
@@ -651,6 +660,6 @@ def check_adapter_name(adapter_name: str) -> None:
 
 def check_present(model: nn.Module, adapter_name: str) -> None:
     """Raise ValueError if `model` has no adapter of that name."""
-    names = _names(model)
+    names = adapter_names(model)
     if adapter_name not in names:
         raise ValueError(f"no adapter {adapter_name!r}; the model has {', '.join(map(repr, names)) or 'none'}")

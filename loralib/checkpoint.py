@@ -17,6 +17,7 @@ from loralib.adapters import (
     DEFAULT_NAME,
     active_adapter,
     active_parts,
+    adapter_names,
     add_part,
     all_modules,
     any_sharded,
@@ -26,7 +27,6 @@ from loralib.adapters import (
     check_not_fsdp1,
     check_not_offloaded,
     check_whole,
-    list_adapters,
     named_modules,
     note_parts,
     of_base,
@@ -125,7 +125,7 @@ def save_lora(
     every = all_modules(model)
     check_not_reloaded(every)
     check_not_fsdp1(every)
-    check_intact(model)
+    check_intact(model, [active_adapter(model)])
     found = _adapted(model)
     layers = _lora_layers(found)
     if not layers and not _token_indices(found):
@@ -200,7 +200,8 @@ def load_lora(
     modules = base_modules(model)
     name = (active_adapter(model) or DEFAULT_NAME) if adapter_name is None else adapter_name
     check_adapter_name(name)
-    if name not in list_adapters(model):
+    check_intact(model, [name, active_adapter(model)])
+    if name not in adapter_names(model):
         check_whole(model)
         adapter = _read_for(path, modules, {}, lora_alpha, enable_lora, heads)
         plans, problems = _plan(modules, adapter, merge_weights)
@@ -216,7 +217,6 @@ def load_lora(
         every = all_modules(model)
         check_not_reloaded(every)
         check_not_fsdp1(every)
-        check_intact(model)
         before = active_adapter(model)
         set_adapter(model, name)
         try:

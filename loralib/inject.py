@@ -14,15 +14,17 @@ from torch import nn
 from loralib.adapters import (
     DEFAULT_NAME,
     Form,
+    active_adapter,
+    adapter_names,
     add_part,
     adopt,
     base_modules,
     check_adapter_name,
+    check_intact,
     check_not_offloaded,
     check_whole,
     input_embeddings,
     is_bias,
-    list_adapters,
     named_modules,
     note_parts,
     own_tensors,
@@ -185,7 +187,8 @@ def inject_lora(
         _check_arguments(spec["r"], spec["lora_alpha"], lora_dropout)
         if use_rslora:
             spec["scaling"] = spec["lora_alpha"] / math.sqrt(spec["r"])
-    if adapter_name in list_adapters(model):
+    check_intact(model, [active_adapter(model)])
+    if adapter_name in adapter_names(model):
         present = [name for name, module in named_modules(model).items() if isinstance(module, Adapted)]
         raise ValueError(
             f"the model already has LoRA layers of an adapter {adapter_name!r} ({_some(present)}); "
