@@ -226,7 +226,7 @@ SMALL = systems.Work(layers=1, batch=1, length=4)
 @pytest.fixture
 def small(monkeypatch):
     """The same benchmark on one layer."""
-    suite = run_benchmarks.Suite({"gpt2_qv": SMALL}, {"generation_all": SMALL}, SMALL)
+    suite = run_benchmarks.Suite({"gpt2_qv": SMALL}, {"generation_all": SMALL}, {"compiled_all": SMALL}, SMALL)
     monkeypatch.setattr(run_benchmarks, "SMALL", suite)
     monkeypatch.setattr(run_benchmarks, "NEW", 2)
     monkeypatch.setattr(run_benchmarks, "SHAPES", {"q, k, v": (24, 72, True)})
