@@ -24,7 +24,9 @@ import torch.nn.functional as F
 from loralib import layers, utils
 from loralib.adapters import active_adapter, delete_adapter, list_adapters, set_adapter
 from loralib.checkpoint import load_lora, read_metadata, save_lora
+from loralib.combine import combine_adapters
 from loralib.core import LoRALayer
+from loralib.extract import extract_lora
 from loralib.inject import inject_lora
 from loralib.layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Embedding, Linear, MergedLinear
 from loralib.loraplus import create_loraplus_optimizer
@@ -53,10 +55,12 @@ __all__ = [
     "LoRALayer",
     "MergedLinear",
     "active_adapter",
+    "combine_adapters",
     "count_parameters",
     "create_loraplus_optimizer",
     "delete_adapter",
     "disable_adapters",
+    "extract_lora",
     "inject_lora",
     "list_adapters",
     "load_lora",

@@ -108,6 +108,14 @@ class Place:
             )
         return {key: tensor for key, tensor in there.items() if key in part.own}  # in the order of the module
 
+    def settings(self, module: nn.Module, name: str) -> dict[str, Any]:
+        """The attributes that adapter `name` puts on the module: ranks, scalings, groups."""
+        if name != self.active:
+            form = self.parts[name].form
+            return {} if form is None else form.settings
+        there = {**vars(module), **module._modules}
+        return {key: there[key] for key in Adapted.settings if key in there}
+
     def base_tensors(self) -> dict[str, Tensor]:
         """The tensors of the base that are not in the module at present."""
         return {} if self.suspended else self.replaced

@@ -263,9 +263,8 @@ class Groups(Matrix):
 
     def _rows(self) -> Tensor:
         # For each row of lora_B the row of the output that it belongs to.
-        turns = torch.arange(sum(self.group_sizes), device=self.lora_B.device).view(self.interleave, -1)
-        groups = turns.split([size // self.interleave for size in self.group_sizes], dim=1)
-        return torch.cat([rows.flatten() for rows, on in zip(groups, self.enable_lora, strict=True) if on])
+        groups = rows_of_groups(self.group_sizes, self.interleave)
+        return torch.cat([rows for rows, on in zip(groups, self.enable_lora, strict=True) if on]).to(self.lora_B.device)
 
     @property
     def lora_ind(self) -> Tensor:
@@ -386,6 +385,16 @@ def check_groups(
     if any(size % interleave for size in group_sizes):
         raise ValueError(f"interleave={interleave}: must divide every size of a group, {list(group_sizes)}")
     return {"enable_lora": enable_lora, "group_sizes": list(group_sizes), "interleave": interleave}
+
+
+def rows_of_groups(group_sizes: Sequence[int], interleave: int = 1) -> list[Tensor]:
+    """Return for each group of a fused projection its rows of the output.
+
+    >>> rows_of_groups([4, 2], 2)
+    [tensor([0, 1, 3, 4]), tensor([2, 5])]
+    """
+    turns = torch.arange(sum(group_sizes)).view(interleave, -1)
+    return [rows.flatten() for rows in turns.split([size // interleave for size in group_sizes], dim=1)]
 
 
 def as_booleans(enable_lora: Sequence[bool]) -> list[bool]:
