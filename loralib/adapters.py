@@ -99,7 +99,10 @@ class Place:
         part = self.parts[name]
         if name != self.active:
             return part.tensors
-        there = {**_tensors(module), **(self.replaced if self.suspended else {})}
+        there = _tensors(module)
+        if isinstance(module, Adapted) and module._aside is not None and "weight" in part.own:
+            there["weight"] = module.base_weight()  # the adapter's own, rather than the sum
+        there.update(self.replaced if self.suspended else {})
         missing = sorted(part.own - there.keys())
         if missing:
             raise ValueError(

@@ -8,7 +8,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -389,8 +389,7 @@ def _cut_off(
     squares = [nn.functional.pad(values.double().square(), (0, most - len(values))) for *_, values in found.values()]
     held = torch.stack(squares).sum(0).cumsum(0)
     if r is None:
-        assert energy is not None
-        enough = energy * held[-1] * (1 - torch.finfo(change.dtype).eps)
+        enough = (energy or 1.0) * held[-1] * (1 - torch.finfo(change.dtype).eps)
         r = int((held < enough).sum()) // rows + 1
     pairs = {number: (A[: r * rows], B[:, : r * rows]) for number, (A, B, _) in found.items()}
     rank, joined = join(pairs, stacked, rows)
