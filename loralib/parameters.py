@@ -445,7 +445,7 @@ def with_parameters(cls: Any, names: tuple[str, ...]) -> Any:
         try:
             return cls.forward(self, *args, **kwargs)
         finally:
-            self._lazy = None
+            del self._lazy  # or it would be there after unloading
 
     members: dict = {"__module__": __name__, "__doc__": cls.__doc__, "_base_class": cls, "forward": forward}
     members.update(_recipe=(with_parameters, (cls, names)), train=_train, __new__=_constructor(cls))

@@ -38,6 +38,7 @@ OFFICIAL_GLUE = ["nlu_sst2_minilm", "nlu_mrpc_minilm", "nlu_stsb_minilm", "nlu_c
 
 BENCHMARK, BENCHMARK_CUDA, BENCHMARK_BASE = "benchmark", "benchmark_cuda", "benchmark_base"
 BENCHMARK_PEFT, BENCHMARK_GROWTH = "benchmark_against_peft", "benchmark_growth"
+EXTRACTION = "extraction"
 # The same training on bases stored in different dtypes.
 BASES = ["nlg_smollm2_all_2e-3", "nlg_smollm2_all_2e-3_nf4"]
 SYSTEMS = {"floor": "no adapter", "ours": "loralib", "upstream": "loralib 0.1.2", "peft": "PEFT", "full": "full"}
@@ -309,7 +310,36 @@ def growth_rows(record):
     return rows
 
 
+def extraction(folder):
+    """A row for the base, for each rank of an extracted adapter, and for the full fine-tune."""
+    if not (folder / f"{EXTRACTION}.json").is_file():
+        command = f"python examples/benchmarks/extraction.py --record {EXTRACTION}"
+        return {"": ["score"], "---": ["---:"], "all ranks": [f"not measured: `{command}`"]}
+    return extraction_rows(read(EXTRACTION, folder))
+
+
+def extraction_rows(record):
+    """The rows of what benchmarks/extraction.py measures."""
+    rows = {"": [], "---": []}
+    for task, found in record["extracted"].items():
+        metric = "bleu" if task == "e2e" else glue.TASKS[task].metrics[0]
+        title, name, factor = (
+            ("E2E", "BLEU", 1) if task == "e2e" else (glue.TASKS[task].folder, glue.METRICS[metric], 100)
+        )
+        rows[""] += [f"{title}: {name}", "of the change, %", "KiB"]
+        rows["---"] += ["---:"] * 3
+        systems = {"base": found["base"], **{f"rank {r}": each for r, each in found["ranks"].items()}}
+        for system, each in {**systems, "all parameters": found["full"]}.items():
+            share = {"base": 0.0, "all parameters": 1.0}.get(system, each.get("energy"))
+            size = f"{each['bytes'] / 1024:,.0f}" if "bytes" in each else ""
+            rows.setdefault(system, []).extend(
+                [_number(each["scores"][metric], factor, 1), _number(share, 100, 1), size]
+            )
+    return rows
+
+
 TABLES = {
+    "extraction": extraction,
     "against_peft": against_peft,
     "growth": growth,
     "bases": bases,
