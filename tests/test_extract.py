@@ -16,7 +16,6 @@ from torch import nn
 
 import loralib as lora
 
-
 MIXTRAL = {**BERT, "num_local_experts": 3, "num_key_value_heads": 2, "experts_implementation": "eager"}
 
 

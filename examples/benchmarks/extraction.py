@@ -21,14 +21,10 @@ from pathlib import Path
 # Read when torch loads: how long its threads spin while they wait. By default so long that beside another busy process
 # a small model's steps take many times longer; with no spinning at all (OMP_WAIT_POLICY=PASSIVE) they are slow alone.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
-EXAMPLES = Path(__file__).resolve().parents[1]
-for folder in (
-    EXAMPLES.parent,
-    EXAMPLES / "NLU",
-    EXAMPLES / "NLG",
-    EXAMPLES,
-):  # this checkout's loralib, and the scripts
-    sys.path.insert(0, str(folder))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "NLG"))  # for run_training
+sys.path.insert(2, str(Path(__file__).resolve().parents[1] / "NLU"))  # for run_training_nlu
+sys.path.insert(3, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
 
 import run_training
 import run_training_nlu
