@@ -431,7 +431,7 @@ def _check_adapters(
     check_intact(model)
     for name in adapters:
         check_present(model, name)
-    given = weights.tolist() if isinstance(weights, Tensor) else weights
+    given = getattr(weights, "tolist", lambda: weights)()
     if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != len(adapters):
         raise ValueError(f"weights={weights!r}: must be a list of numbers, one for each of {list(adapters)}")
     for weight in given:

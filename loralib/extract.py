@@ -34,13 +34,14 @@ from loralib.inject import (
     Plan,
     _fused,
     _parameters,
+    _target_parameters,
     _targets,
     match_names,
     own_names,
     own_of_plans,
     plan_layers,
 )
-from loralib.layers import Kernel, Table, rows_of_groups
+from loralib.layers import Kernel, Table, as_booleans, rows_of_groups
 from loralib.parameters import LowRank
 from loralib.quantized import dequantized, is_quantized, tells
 from loralib.wrappers import without_compiled
@@ -109,6 +110,7 @@ def extract_lora(
     enable_lora: Sequence[bool] | None = None,
     adapter_name: str = DEFAULT_NAME,
     merge_weights: bool = False,
+    target_parameters: Sequence[str] | None = None,
 ) -> Extraction:
     """Inject into `model` the adapter that comes nearest to a full fine-tune of it, and say how near.
 
@@ -132,9 +134,8 @@ def extract_lora(
         tuned: the fine-tuned model, or its state dict. A model whose LoRA layers were trained has to be merged first.
         r: the rank of every layer; or
         energy: the share of each layer's squared change that is to be held, over 0 and at most 1, by the smallest rank.
-        target_modules: the layers or Parameters to adapt, named as `inject_lora` names them, or "all-linear"; None
-            means every matrix that differs, embeddings, convolutions and experts included. Those that do not differ
-            get nothing.
+        target_modules, target_parameters: what to adapt, named as `inject_lora` names it. None for both means every
+            matrix that differs, embeddings, convolutions and experts included. What does not differ gets nothing.
         exclude_modules: targets to leave out after all, named in the same way.
         modules_to_save: modules to keep whole; None means the head of a Hugging Face classifier. Norms, and biases,
             are kept whole in any case, where they differ.
@@ -152,6 +153,8 @@ def extract_lora(
     """
     check_adapter_name(adapter_name)
     _check_size(r, energy)
+    if enable_lora is not None and len(as_booleans(enable_lora)) != 3:
+        raise ValueError(f"enable_lora={list(enable_lora)}: must be three booleans, for q, k and v")
     model = unwrapped(model)
     check_whole(model)
     if adapter_name in list_adapters(model):
@@ -164,12 +167,16 @@ def extract_lora(
     if modules_to_save:
         saved = match_names(modules, modules_to_save, "modules_to_save")
     saved = [head for head in saved if any(_is_within(place, head) for place in changes)]
-    names = _targets_of(model, modules, changes, target_modules, exclude_modules, saved)
+    names = _targets_of(model, modules, changes, saved, target_modules, target_parameters)
+    if exclude_modules:
+        excluded = match_names([*modules, *_parameters(model, modules)], exclude_modules, "exclude_modules")
+        names = [name for name in names if name not in excluded and f"{name}.weight" not in excluded]
     specs = {name: {**layer_spec(1), **_fused(modules, name, enable_lora)} for name in names}
     if enable_lora is not None and not any("enable_lora" in spec for spec in specs.values()):
         raise ValueError(f"enable_lora={enable_lora}: none of the targets is a fused projection whose layout is known")
+    everything = target_modules in (ALL_LINEAR, ALL_LINEAR_PEFT) or (target_modules is None is target_parameters)
     layers, tensors = {}, {}
-    for name, plan in _plan(modules, specs, everything=target_modules in (None, ALL_LINEAR, ALL_LINEAR_PEFT)).items():
+    for name, plan in _plan(modules, specs, everything=everything).items():
         change = _change(modules, values, plan.path, plan.parameter)
         layers[name], tensors[name] = _cut_off(change, plan, r, energy)
         specs[name] = {**specs[name], **layer_spec(layers[name].r)}
@@ -217,6 +224,7 @@ def _tuned_values(
     """What each tensor of the base is in the fine-tuned model; raise if the two do not fit."""
     if isinstance(tuned, nn.Module):
         tuned = unwrapped(tuned)
+        check_whole(tuned)
         adapted = [name for name, module in tuned.named_modules() if isinstance(module, Adapted) and module.has_adapter]
         if adapted:
             raise ValueError(
@@ -320,22 +328,21 @@ def _targets_of(
     model: nn.Module,
     modules: dict[str, nn.Module],
     changes: dict[_Place, float],
-    target_modules: Sequence[str] | str | None,
-    exclude_modules: Sequence[str] | str | None,
     saved: list[str],
+    target_modules: Sequence[str] | str | None,
+    target_parameters: Sequence[str] | None,
 ) -> list[str]:
     """The names of the layers and Parameters that differ and are to be adapted."""
     places = {place: _target(modules, *place) for place in changes if not any(_is_within(place, h) for h in saved)}
-    everything = [*modules, *_parameters(model, modules)]
-    if target_modules is None:
+    names = []
+    if target_modules is None and target_parameters is None:
         names = [name for (path, key), name in places.items() if _is_matrix(modules[path], key)]
-    elif target_modules in (ALL_LINEAR, ALL_LINEAR_PEFT):
+    elif target_modules is not None:
         names = _targets(model, modules, target_modules, None, saved)[0]
-    else:
-        names = match_names(everything, target_modules, "target_modules")
-    excluded = set(match_names(everything, exclude_modules, "exclude_modules")) if exclude_modules else set()
-    excluded |= {name.removesuffix(".weight") for name in excluded}
-    return [name for name in dict.fromkeys(places.values()) if name in names and name not in excluded]
+    if target_parameters is not None:
+        names = names + _target_parameters(model, modules, target_parameters, saved)
+    full = {name: ".".join(filter(None, place)) for place, name in places.items()}
+    return [name if name in names else full[name] for name in full if name in names or full[name] in names]
 
 
 def _target(modules: dict[str, nn.Module], path: str, key: str) -> str:

@@ -170,6 +170,30 @@ def test_only_what_differs_gets_something():
     ]  # fmt: skip
 
 
+def test_targets_are_named_as_for_inject_lora():
+    model = small_model(torch.float64)
+    tuned = tuned_of(model)
+    for options, layers in [
+        ({"target_modules": "all-linear", "modules_to_save": ["head"]}, {"c_attn", "first"}),
+        ({"target_modules": r"c_.*|first", "exclude_modules": ["first"], "modules_to_save": ["head"]}, {"c_attn"}),
+        ({"target_parameters": ["head.weight"]}, {"head.weight"}),
+        ({"exclude_modules": ["embed"]}, {"conv", "image", "c_attn", "first", "head"}),
+    ]:
+        with pytest.warns(UserWarning, match="not in the adapter"):
+            extraction = lora.extract_lora(copy.deepcopy(model), tuned, r=1, **options)
+        assert extraction.layers.keys() == layers
+
+
+def test_a_parametrized_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.Linear(5, 2))
+    tuned = tuned_of(model)
+    extraction = lora.extract_lora(model, tuned, r=5)
+    assert not extraction.left_out
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(model(x), tuned(x), atol=1e-5, rtol=0)
+
+
 def test_beside_another_adapter_merged():
     model = small_model(torch.float64)
     tuned = tuned_of(model)
@@ -214,6 +238,7 @@ REFUSED = {
     "both": ({"r": 1, "energy": 0.5}, "give one of the two"),
     "rank": ({"r": 0}, "at least 1"),
     "energy": ({"energy": 1.5}, "at most 1"),
+    "three": ({"r": 1, "enable_lora": [True]}, "must be three booleans"),
     "name": ({"r": 1, "adapter_name": ""}, "a string that is not empty"),
     "target": ({"r": 1, "target_modules": ["query"]}, "nothing in the model is called 'query'"),
     "norm": ({"r": 1, "target_modules": ["norm"]}, "which LoRA cannot adapt"),
