@@ -20,6 +20,7 @@ sys.path.append(str(BENCHMARKS))
 import against_peft  # noqa: E402
 import base_dtypes  # noqa: E402
 import growth  # noqa: E402
+import extraction  # noqa: E402
 import measure  # noqa: E402
 import run_benchmarks  # noqa: E402
 import systems  # noqa: E402
@@ -362,3 +363,28 @@ def test_a_busy_machine_is_waited_for_and_refused(monkeypatch, capsys):
     with pytest.raises(cli.UserError, match="the load of this machine is 1.50, above 0.3.*--allow_busy"):
         measure.require_quiet(growth.Knobs())
     measure.require_quiet(growth.Knobs(allow_busy=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["cola", "e2e"])
+def test_what_ranks_keep_of_a_full_fine_tune_is_measured(task, tmp_path):
+    knobs = extraction.Knobs(task, ranks="1,256", max_steps=3, max_eval_samples=8, output_dir=str(tmp_path))
+    record = extraction.measure_all(knobs)
+    assert json.loads((tmp_path / "extraction.json").read_text()) == record
+    found = record["extracted"][task]
+    assert 0 < found["ranks"]["1"]["energy"] < 1 == pytest.approx(found["ranks"]["256"]["energy"])
+    assert found["ranks"]["256"]["scores"].keys() == found["full"]["scores"].keys() == found["base"]["scores"].keys()
+    metric = "matthews" if task == "cola" else "perplexity"
+    assert found["ranks"]["256"]["scores"][metric] == pytest.approx(found["full"]["scores"][metric], rel=1e-3)
+    rows = tables.extraction_rows(record)
+    assert list(rows) == ["", "---", "base", "rank 1", "rank 256", "all parameters"]
+    assert len({len(row) for row in rows.values()}) == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [({"tasks": "e2e,x"}, "--tasks x: must be one of e2e, sst2"), ({"ranks": "1,0"}, "--ranks 1,0: must be positive")],
+)
+def test_what_cannot_be_extracted_is_refused(options, message, tmp_path):
+    with pytest.raises(cli.UserError, match=message):
+        extraction.measure_all(extraction.Knobs(**options, output_dir=str(tmp_path)))
