@@ -19,8 +19,8 @@ BENCHMARKS = ROOT / "examples" / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 import against_peft  # noqa: E402
 import base_dtypes  # noqa: E402
-import growth  # noqa: E402
 import extraction  # noqa: E402
+import growth  # noqa: E402
 import measure  # noqa: E402
 import run_benchmarks  # noqa: E402
 import systems  # noqa: E402
