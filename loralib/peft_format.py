@@ -39,7 +39,7 @@ from loralib.layers import Groups, is_conv1d
 from loralib.model_card import model_card
 from loralib.parameters import LowRank
 from loralib.quantized import is_quantized
-from loralib.wrappers import under_names_of
+from loralib.wrappers import names_for_peft, under_names_of
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 OLD_WEIGHTS = "adapter_model.bin"  # of PEFT before 0.6
@@ -225,7 +225,16 @@ def to_peft(
                 warnings.warn(f"PEFT takes {path} for a head and drops the adapters of {inside[:8]}", stacklevel=5)
             state = {key: tensor for key, tensor in module.state_dict().items() if "lora_" not in key}
             tensors = {**{f"{PREFIX}{path}.{key}": whole(tensor) for key, tensor in state.items()}, **tensors}
-    return tensors, config
+    halves = [key.removeprefix(PREFIX) for key in tensors if ".lora_" in key]
+    renamed, lost = names_for_peft(model, halves)
+    if lost:
+        layers_lost = list(dict.fromkeys(key.partition(".lora_")[0] for key in lost))
+        raise ValueError(
+            f"PEFT would lose the adapters of {', '.join(layers_lost[:8])}: it takes these names for old ones of "
+            f"{type(model).__name__}'s, and renames them; save with format='loralib', or adapt the model without them "
+            "(exclude_modules)"
+        )
+    return {PREFIX + renamed.get(bare := key.removeprefix(PREFIX), bare): t for key, t in tensors.items()}, config
 
 
 def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[str, dict]) -> Adapter:
@@ -426,7 +435,11 @@ def layer_from_peft(
     path, _, key = name.rpartition(".")
     weight = own_tensors(modules[path]).get(key) if module is None and path in modules else None
     r = A.shape[0] // (weight.shape[0] if weight is not None and weight.dim() == 3 else 1)
-    rank_key, alpha_key = match_pattern(config["rank_pattern"], there), match_pattern(config["alpha_pattern"], there)
+    # Of a layer that transformers has renamed the patterns may say the new name, too.
+    rank_key, alpha_key = (
+        match_pattern(config[patterns], there) or match_pattern(config[patterns], name)
+        for patterns in ("rank_pattern", "alpha_pattern")
+    )
     named = config["r"] if rank_key is None else config["rank_pattern"][rank_key]
     if named != r:
         raise ValueError(f"{name}: the configuration says rank {named}, the tensors have {r}")
