@@ -9,7 +9,7 @@ import inspect
 import itertools
 import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -51,10 +51,23 @@ _OTHER_OWNERS = {
 }
 
 # Classes inside of which nothing gets a gradient: they choose by ranks, or run under `torch.no_grad`.
-_WITHOUT_GRADIENT = re.compile("Indexer$|^BltPatcher$")
+_WITHOUT_GRADIENT = re.compile("Indexer$|^BltPatcher$|^Apertus1p5VisionTokenizerVectorQuantizer$")
+
+# What vision towers pool their features with, which contrastive models read, and language models do not.
+_POOLING_HEAD = re.compile("^(Siglip2?|Aimv2|Phi4MultimodalVision)\\w*PoolingHead$")
+
+# By the class of a model, names of what it computes and does not read; with a group, a number, in the last one only.
+_UNREAD = {
+    "CanineFor(SequenceClassification|MultipleChoice)": r"canine\.(?:final_char_encoder|projection)\..*",
+    "Lilt": r".*layer\.(\d+)\.(?:.*\.layout_(?:value|output\.dense)|layout_(?:intermediate|output)\.dense)",
+    "PI0": r".*vlm\.language_model\.layers\.(\d+)\.(?:self_attn\.[qo]_proj|mlp\..*)",  # it reads keys and values
+}
 
 # The classes whose head pretraining has not seen.
 _WITH_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|CTC|XVector)")
+
+# The classes that have any head: they return what it computes, not what the pretrained part returns.
+_HAS_A_HEAD = re.compile(r"For[A-Z]|LMHead|EncoderDecoderModel$")
 
 # Heads that are not what a model has beside its pretrained part, by full names.
 _HEADS = {
@@ -232,21 +245,73 @@ def find_query_and_value(model: nn.Module) -> list[str]:
     """
     found: dict[str, Any] = {}
     towers: dict[str, Any] = {}
-    closed: tuple[str, ...] = ()
     modules = named_modules(model)
     for name, module in modules.items():
         config = vars(module).get("config")
         inherited = towers.get(name.rpartition(".")[0]) if name else None
         towers[name] = type(config) if hasattr(config, "get_text_config") else inherited
-        if _WITHOUT_GRADIENT.search(type(module).__name__):
-            closed += (f"{name}.",)
-        elif module._modules and not f"{name}.".startswith(closed):
+        if module._modules:
             found.update((f"{name}.{layer}".removeprefix("."), towers[name]) for layer in _query_and_value(module))
+    deaf = tuple(f"{name}." for name in without_gradient(model)) if found else ()
+    found = {name: tower for name, tower in found.items() if not f"{name}.".startswith(deaf)}
     get = getattr(getattr(model, "config", None), "get_text_config", None)
     language = type(get(decoder=True)) if callable(get) else None
     if language in found.values():
         found = {name: tower for name, tower in found.items() if tower is language}
     return [name for name in modules if name in found]
+
+
+def without_gradient(model: nn.Module) -> list[str]:
+    """Return the names of the modules that no loss of the model depends on differentiably, as far as the code tells.
+
+    Those are the indexers of sparse attention, poolers that the model around them does not read, and a few by class.
+    """
+    modules = named_modules(model)
+    found = []
+    for name, module in modules.items():
+        kind = type(module).__name__
+        pools, is_pooler = _POOLING_HEAD.search(kind), name.endswith(".pooler")
+        if _WITHOUT_GRADIENT.search(kind):
+            found.append(name)
+        elif pools or is_pooler:
+            owners = name.split(".")[:-1]
+            around = [modules[".".join(owners[:depth])] for depth in range(len(owners))]  # the owner itself aside
+            reader: Any = _class_in_transformers(around[-1]) if around else None
+            if reader is None:
+                read = True
+            elif pools:
+                read = any("logit_scale" in each._parameters for each in around)
+            else:
+                read = _reads_pooled(reader) or not _HAS_A_HEAD.search(reader.__name__)
+            found += [] if read else [name]
+    return found + _unread(type(model).__name__, modules)
+
+
+def _class_in_transformers(module: nn.Module) -> type | None:
+    # A class of ours may be around it; one of a user's may read what it likes.
+    cls = next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("loralib."))
+    return cls if cls.__module__.startswith("transformers.models.") else None
+
+
+def _unread(kind: str, names: Iterable[str]) -> list[str]:
+    pattern = next((pattern for start, pattern in _UNREAD.items() if re.match(start, kind)), None)
+    matches = [match for name in names if pattern and (match := re.fullmatch(pattern, name))]
+    numbers = [int(match[1]) if match.re.groups else 0 for match in matches]
+    return [match[0] for match, number in zip(matches, numbers, strict=True) if number == max(numbers)]
+
+
+@_cached  # type: ignore[untyped-decorator]
+def _reads_pooled(cls: type) -> bool:
+    # The second output of an encoder, by its name or by its place.
+    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+    steps = [step for step in dis.get_instructions(code) if step.opname != "CACHE"] if code else []
+    return code is None or any(
+        step.argval == "pooler_output"
+        or (step.argval == 1 and (after.opname == "BINARY_SUBSCR" or after.argrepr == "[]"))
+        or (step.argval == 2 and before.argval is None and "SLICE" in after.opname)
+        or step.argrepr == "slice(None, 2, None)"
+        for before, step, after in zip(steps, steps[1:], steps[2:], strict=False)
+    )
 
 
 def default_target_modules(model: nn.Module) -> list[str]:

@@ -43,6 +43,7 @@ from loralib.architectures import (
     is_router,
     output_layer,
     unwrapped,
+    without_gradient,
 )
 from loralib.core import Adapted, InPlace, adapted, check_hyperparameters, identity
 from loralib.layers import Groups, Kernel, Matrix, Table, as_booleans, check_groups, is_conv1d, matrix_shape
@@ -578,6 +579,9 @@ def _targets(
             names = [name for name in names if not is_router(modules[name.rpartition(".")[0]], name, modules[name])]
             bare = _parameters(model, modules)
             names += [name for name in bare if is_matrix(modules[name.rpartition(".")[0]], name, bare[name])]
+            deaf = without_gradient(model)
+            names = [name for name in names if not any(f"{name}.".startswith(f"{each}.") for each in deaf)]
+            heads += deaf
     else:
         names = match_names(modules, target_modules, "target_modules")
     excluded = []

@@ -49,8 +49,8 @@ def matched_names(layers: Iterable[str], others: Iterable[str], modules: dict[st
     for name, module in inner.items():
         counterparts.setdefault(_core(name), {}).setdefault(id(module), name)
     table = _old_names(modules.get(""))
-    for renamings in ([], table) if table else ([],):
-        new = {name: name if name in inner else _renamed(f"{name}.", renamings)[:-1] for name in (*layers, *others)}
+    for renamings, wrappers in [([], 0), (table, 0), (table, 1)][: 3 if table else 1]:
+        new = {name: name if name in inner else _of_old(name, renamings, wrappers) for name in (*layers, *others)}
         found = {name: list(counterparts.get(_core(new[name]), {}).values()) for name in new}
         if all(len(found[name]) == 1 for name in layers) and len({found[name][0] for name in layers}) == len(layers):
             return {name: candidates[0] for name, candidates in found.items() if len(candidates) == 1}
@@ -118,6 +118,11 @@ def names_for_peft(model: Any, keys: Iterable[str]) -> tuple[dict[str, str], lis
 def _read_by_peft(key: str, table: list[Any]) -> str:
     new = _renamed(key, table)
     return key if key.endswith(new) else new  # a prefix that is taken off is put back
+
+
+def _of_old(name: str, table: list[Any], wrappers: int) -> str:
+    bare = _WRAPPERS.sub("", name, count=1) if wrappers else name
+    return _renamed(f"{bare}.", table).removesuffix(".")
 
 
 def _renamed(key: str, table: list[Any]) -> str:
