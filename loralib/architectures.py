@@ -9,6 +9,7 @@ import inspect
 import itertools
 import re
 import types
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -90,6 +91,9 @@ _WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "Opt
 # Subclasses of nn.Linear that compute what nn.Linear computes, in a forward of their own.
 LINEAR_BY_ANOTHER_NAME = ("FalconLinear",)
 
+# Classes like nn.Linear that derive from nothing and return more than the product: their weight is computed as the sum.
+LINEAR_IN_PART = ("QuantLinear",)  # I-BERT's, which rounds its weight once it is told to
+
 # What code asks of a weight without computing with it, and names of methods that do not compute a forward.
 _HARMLESS = {"dtype", "device", "shape", "size", "requires_grad", "requires_grad_", "ndim", "dim", "numel", "is_meta"}
 _NO_FORWARD = ("init", "tie", "resize", "load", "save", "reset", "prune", "get_", "set_")
@@ -154,7 +158,7 @@ def is_matrix(owner: nn.Module, name: str, parameter: Tensor) -> bool:
         return False
     if isinstance(owner, (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)):
         return "weight" in key
-    return any("Expert" in cls.__name__ for cls in type(owner).__mro__)
+    return any("Expert" in cls.__name__ or cls.__name__ in LINEAR_IN_PART for cls in type(owner).__mro__)
 
 
 class Layout(NamedTuple):
@@ -320,25 +324,41 @@ def default_target_modules(model: nn.Module) -> list[str]:
     >>> default_target_modules(nn.TransformerEncoderLayer(8, 2))
     ['self_attn.in_proj_weight']
     """
-    names = find_query_and_value(model)
+    modules = named_modules(model)
+    in_part = {name for name, module in modules.items() if type(module).__name__ in LINEAR_IN_PART}
+    names = [f"{name}.weight" if name in in_part else name for name in find_query_and_value(model)]
     names = names or [
         f"{path}.{key}".removeprefix(".")
-        for path, module in named_modules(model).items()
+        for path, module in modules.items()
         if isinstance(module, nn.MultiheadAttention)
         for key in ("in_proj_weight", "q_proj_weight", "v_proj_weight")
         if module._parameters.get(key) is not None
     ]
     if names:
         return names
-    kind, owners = type(model).__name__, sorted({type(m).__name__ for m in all_modules(model) if _has_bare_query(m)})
+    owners = sorted({type(m).__name__ for m in modules.values() if _has_bare_query(m)})
     why = (
         f"its query and value are Parameters of {', '.join(owners)}, not layers"
         if owners
         else "it has no query and value"
     )
-    raise ValueError(
-        f"no default target_modules for {kind}: {why}; name the layers to adapt, or pass target_modules='all-linear'"
-    )
+    slices = ", or target_parameters=['q', 'v'], each slice of which is a matrix then" if owners else ""
+    raise ValueError(f"no default target_modules for {type(model).__name__}: {why}; {what_to_name(model)}{slices}")
+
+
+def what_to_name(model: nn.Module) -> str:
+    """Return what to tell somebody whose model has nothing to adapt by default: what to name instead."""
+    heads = tuple(f"{name}." for name in find_head(model) or ())
+    layers = {name: m for name, m in named_modules(model).items() if not f"{name}.".startswith(heads)}
+    if any(hasattr(module, "in_features") or is_conv1d(module) for module in layers.values()):
+        return "name the layers to adapt, or pass target_modules='all-linear'"
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    others = {name.rpartition(".")[2] for name, module in layers.items() if not isinstance(module, kinds)}
+    paths = [name.split(".") for name, module in layers.items() if isinstance(module, kinds)]
+    kernels = Counter(".".join(path[-2 if path[-1] in others else -1 :]) for path in paths)
+    named = [name for name, _ in kernels.most_common() if not name.isdigit()][:4]
+    head = f", and the head, modules_to_save={[name.rstrip('.') for name in heads]}" if heads else ""
+    return f"name its convolutions, target_modules={named}{head}" if named else "name the layers to adapt"
 
 
 def find_head(model: nn.Module) -> list[str] | None:
@@ -358,7 +378,8 @@ def find_head(model: nn.Module) -> list[str] | None:
         pretrained = {n for n, child in children.items() if hasattr(child, "base_model_prefix")}
     if not pretrained:
         return None
-    return [n for n, child in children.items() if n not in pretrained and next(child.parameters(), None) is not None]
+    known = {id(parameter) for name in pretrained for parameter in children[name].parameters()}  # T5 shares its table
+    return [n for n, child in children.items() if n not in pretrained and {*map(id, child.parameters())} - known]
 
 
 def default_modules_to_save(model: nn.Module) -> list[str]:
@@ -369,6 +390,11 @@ def default_modules_to_save(model: nn.Module) -> list[str]:
             f"{type(model).__name__} has no {model.base_model_prefix!r}, so its head cannot be told from the rest "
             f"({', '.join(name for name, _ in model.named_children())}); "
             "name it in modules_to_save, or pass modules_to_save=[] to train no head"
+        )
+    if not head and model._parameters and _WITH_HEAD.search(type(model).__name__):
+        raise ValueError(
+            f"the head of {type(model).__name__} is {', '.join(model._parameters)}, Parameters of the model itself, "
+            "which modules_to_save cannot name; pass modules_to_save=[] to leave them as they are"
         )
     return head
 

@@ -43,6 +43,7 @@ from loralib.architectures import (
     is_router,
     output_layer,
     unwrapped,
+    what_to_name,
     without_gradient,
 )
 from loralib.core import Adapted, InPlace, adapted, check_hyperparameters, identity
@@ -567,7 +568,7 @@ def _targets(
     # A module has several names where it is used twice; the first is the one to report.
     first = named_modules(model)
     modules = {name: module for name, module in modules.items() if name in first}
-    heads, bare = [*saved], {}
+    heads, aside, bare = [*saved], [], {}
     if target_modules is None:
         names = default_target_modules(model)
     elif target_modules in (ALL_LINEAR, ALL_LINEAR_PEFT):
@@ -579,9 +580,8 @@ def _targets(
             names = [name for name in names if not is_router(modules[name.rpartition(".")[0]], name, modules[name])]
             bare = _parameters(model, modules)
             names += [name for name in bare if is_matrix(modules[name.rpartition(".")[0]], name, bare[name])]
-            deaf = without_gradient(model)
-            names = [name for name in names if not any(f"{name}.".startswith(f"{each}.") for each in deaf)]
-            heads += deaf
+            aside = without_gradient(model)
+            names = [name for name in names if not any(f"{name}.".startswith(f"{each}.") for each in aside)]
     else:
         names = match_names(modules, target_modules, "target_modules")
     excluded = []
@@ -590,11 +590,12 @@ def _targets(
     inside = [name for name in names if any(f"{name}.".startswith(f"{head}.") for head in heads)]
     left = [name for name in names if name not in excluded and name not in inside]
     if not left:
+        hint = f"; {what_to_name(model)}" if target_modules in (ALL_LINEAR, ALL_LINEAR_PEFT) else ""
         raise ValueError(
             f"target_modules={target_modules!r}: nothing is left of {_some(names) or 'it'} after exclude_modules="
-            f"{exclude_modules!r} and the modules trained whole, {_some(heads) or 'none'}"
+            f"{exclude_modules!r} and the modules trained whole, {_some(dict.fromkeys(heads)) or 'none'}{hint}"
         )
-    return left, heads + excluded
+    return left, heads + excluded + aside
 
 
 def _is_linear(module: nn.Module) -> bool:

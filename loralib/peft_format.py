@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from loralib.adapters import of_base, own_tensors
 from loralib.architectures import (
-    default_modules_to_save,
+    find_head,
     fused_layout,
     group_spec,
     in_proj_layout,
@@ -622,7 +622,8 @@ def _task(model: nn.Module, saved: list[str]) -> str | None:
     task = next((task for suffix, task in _TASKS.items() if kind.endswith(suffix)), None)
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         return None  # PEFT's classes for the tasks take texts
-    if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and not set(default_modules_to_save(model)) <= set(saved):
+    head = find_head(model)
+    if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and (head is None or not set(head) <= set(saved)):
         return None  # PEFT would miss the head in the file
     return task
 
