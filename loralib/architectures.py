@@ -99,8 +99,8 @@ _HARMLESS = {"dtype", "device", "shape", "size", "requires_grad", "requires_grad
 _NO_FORWARD = ("init", "tie", "resize", "load", "save", "reset", "prune", "get_", "set_")
 
 
-def is_read_from_outside(modules: dict[str, nn.Module], name: str) -> bool:
-    """Whether a module around the layer `name` reads its weight, rather than to call the layer only.
+def is_read_from_outside(modules: dict[str, nn.Module], name: str, key: str = "weight") -> bool:
+    """Whether a module around the layer `name` reads its weight, or its Parameter `key`, rather than to call it only.
 
     The code tells: what is looked for is `.name.weight` in the methods of all modules that the layer is in.
 
@@ -110,33 +110,33 @@ def is_read_from_outside(modules: dict[str, nn.Module], name: str) -> bool:
     owners = itertools.accumulate(name.split(".")[:-1], lambda above, part: f"{above}.{part}", initial="")
     paths = [owner.removeprefix(".") for owner in owners]
     attribute = name.rpartition(".")[2]
-    return any(attribute in _weights_read_by(type(modules[path])) for path in paths if path in modules)
+    return any(attribute in _weights_read_by(type(modules[path]), key) for path in paths if path in modules)
 
 
 @_cached  # type: ignore[untyped-decorator]
-def _weights_read_by(cls: type) -> frozenset[str]:
+def _weights_read_by(cls: type, key: str) -> frozenset[str]:
     read: set[str] = set()
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for name, member in vars(base).items():
             member = getattr(member, "fget", None) or getattr(member, "__func__", member)
             code = getattr(inspect.unwrap(member) if inspect.isfunction(member) else member, "__code__", None)
             if code is not None and not any(part in name for part in _NO_FORWARD):
-                read |= _weights_read_in(code)
+                read |= _weights_read_in(code, key)
     return frozenset(read)
 
 
-def _weights_read_in(code: types.CodeType) -> set[str]:
+def _weights_read_in(code: types.CodeType, weight: str) -> set[str]:
     read: set[str] = set()
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):  # a function within
-            read |= _weights_read_in(constant)
-    if "weight" not in code.co_names:
+            read |= _weights_read_in(constant, weight)
+    if weight not in code.co_names:
         return read
     skipped = ("CACHE", "RESUME", "PUSH_NULL", "PRECALL", "NOP", "EXTENDED_ARG")
     steps = [(step.opname, step.argval) for step in dis.get_instructions(code) if step.opname not in skipped]
     for i, (operation, key) in enumerate(steps[1:-1], 1):
         before, after = steps[i - 1], steps[i + 1]
-        if (operation, key) != ("LOAD_ATTR", "weight") or before[0] != "LOAD_ATTR":
+        if (operation, key) != ("LOAD_ATTR", weight) or before[0] != "LOAD_ATTR":
             continue
         start = next(k for k in range(i, -1, -1) if steps[k][0] != "LOAD_ATTR")
         asked = after[0] in ("LOAD_ATTR", "LOAD_METHOD") and (after[1] in _HARMLESS or after[1].endswith("_"))

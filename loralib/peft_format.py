@@ -135,6 +135,13 @@ def to_peft(
         raise ValueError(
             f"PEFT wraps the module whose Parameters it adapts, and cannot {what}; save with format='loralib'"
         )
+    for name in parameters:
+        path, _, key = name.rpartition(".")
+        if key != "weight" and is_read_from_outside(modules, path, key):
+            raise ValueError(
+                f"PEFT wraps {path}, whose {key} the {type(modules[path.rpartition('.')[0]]).__name__} around it reads: "
+                "the model would not run; save with format='loralib'"
+            )
     converted = {}
     for name, layer in layers.items():
         A, B = (adapter.tensors[key].detach() for key in _keys_of(name, layer))
@@ -221,6 +228,11 @@ def to_peft(
     for path, module in modules.items():
         if _ends_with(path, saved) and path not in saved:
             inside = [name for name in layers if name.startswith(f"{path}.")]
+            if parameters.keys() & set(inside):
+                raise ValueError(
+                    f"PEFT takes {path} for a head, as its name ends with one of {saved}, and cannot adapt Parameters "
+                    f"in it ({', '.join(inside[:8])}); save with format='loralib', or adapt the model without them"
+                )
             if inside:
                 warnings.warn(f"PEFT takes {path} for a head and drops the adapters of {inside[:8]}", stacklevel=5)
             state = {key: tensor for key, tensor in module.state_dict().items() if "lora_" not in key}

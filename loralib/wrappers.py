@@ -2,8 +2,8 @@
 
 A file is written under the names of one model and loaded into another that may be wrapped otherwise: by
 `DistributedDataParallel` ("module."), `torch.compile` ("_orig_mod."), a LightningModule ("model."), the class with a
-head ("model."), sentence-transformers ("0.auto_model."). Or the model's own names have changed since: transformers keeps
-tables of the old ones, which it applies to checkpoints that it loads, and PEFT to adapters, new names or not.
+head ("model."), sentence-transformers ("0.auto_model."). Or the model's own names have changed since: transformers
+keeps tables of the old ones, which it applies to checkpoints that it loads, and PEFT to adapters, new names or not.
 """
 
 import re
@@ -117,7 +117,8 @@ def names_for_peft(model: Any, keys: Iterable[str]) -> tuple[dict[str, str], lis
 
 def _read_by_peft(key: str, table: list[Any]) -> str:
     new = _renamed(key, table)
-    return key if key.endswith(new) else new  # a prefix that is taken off is put back
+    # The end of its own name in the file it keeps: that is taken for a lack of a prefix.
+    return key if f"base_model.model.{key}".endswith(new) else new
 
 
 def _of_old(name: str, table: list[Any], wrappers: int) -> str:
