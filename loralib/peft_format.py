@@ -139,8 +139,8 @@ def to_peft(
         path, _, key = name.rpartition(".")
         if key != "weight" and is_read_from_outside(modules, path, key):
             raise ValueError(
-                f"PEFT wraps {path}, whose {key} the {type(modules[path.rpartition('.')[0]]).__name__} around it reads: "
-                "the model would not run; save with format='loralib'"
+                f"PEFT wraps {path}, whose {key} the module around it reads: the model would not run; save with "
+                "format='loralib'"
             )
     converted = {}
     for name, layer in layers.items():
