@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from loralib.adapters import RESIZED, all_modules, input_embeddings, named_modules
+from loralib.adapters import RESIZED, input_embeddings, named_modules
 from loralib.core import _cached
 from loralib.layers import is_conv1d
 
@@ -305,7 +305,7 @@ def _unread(kind: str, names: Iterable[str]) -> list[str]:
 
 
 @_cached  # type: ignore[untyped-decorator]
-def _reads_pooled(cls: type) -> bool:
+def _reads_pooled(cls: Any) -> bool:
     # The second output of an encoder, by its name or by its place.
     code = getattr(inspect.unwrap(cls.forward), "__code__", None)
     steps = [step for step in dis.get_instructions(code) if step.opname != "CACHE"] if code else []

@@ -106,11 +106,12 @@ def inject_lora(
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: see `LoRALayer`; embeddings have none.
         target_modules: a list of full names or last parts of names ("q_proj", "attn.c_attn"); or one string, a regular
-            expression that matches full names; or "all-linear", every matrix but the output layer or head and the
-            routers of experts: the linear layers, fused experts, and the weights of `nn.MultiheadAttention` and of
-            recurrent layers (a `UserWarning` names what is left out, if it is much); or "all-linear-peft", the linear
-            layers that PEFT takes for "all-linear"; or None for query and value of every attention, found
-            by their names, in a Hugging Face model of several towers those of the language model.
+            expression that matches full names; or "all-linear", every matrix but the output layer or head, the
+            routers of experts, and what gets no gradient, such as the indexers of sparse attention and poolers that the
+            model around them does not read: the linear layers, fused experts, and the weights of
+            `nn.MultiheadAttention` and of recurrent layers (a `UserWarning` names what is left out, if it is much); or
+            "all-linear-peft", the linear layers that PEFT takes for "all-linear"; or None for query and value of every
+            attention, found by their names, in a Hugging Face model of several towers those of the language model.
         exclude_modules: targets to leave out after all, named in the same way.
         rank_pattern, alpha_pattern: ranks and alphas that differ, by full names, last parts or regular expressions for
             the end of a name ("attn.c_proj", "layer.(0|1).attention.query"); the first that matches counts.
