@@ -9,12 +9,13 @@ import inspect
 import itertools
 import re
 import types
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from loralib.adapters import RESIZED, all_modules, input_embeddings, named_modules
+from loralib.adapters import RESIZED, input_embeddings, named_modules
 from loralib.core import _cached
 from loralib.layers import is_conv1d
 
@@ -51,10 +52,23 @@ _OTHER_OWNERS = {
 }
 
 # Classes inside of which nothing gets a gradient: they choose by ranks, or run under `torch.no_grad`.
-_WITHOUT_GRADIENT = re.compile("Indexer$|^BltPatcher$")
+_WITHOUT_GRADIENT = re.compile("Indexer$|^BltPatcher$|^Apertus1p5VisionTokenizerVectorQuantizer$")
+
+# What vision towers pool their features with, which contrastive models read, and language models do not.
+_POOLING_HEAD = re.compile("^(Siglip2?|Aimv2|Phi4MultimodalVision)\\w*PoolingHead$")
+
+# By the class of a model, names of what it computes and does not read; with a group, a number, in the last one only.
+_UNREAD = {
+    "CanineFor(SequenceClassification|MultipleChoice)": r"canine\.(?:final_char_encoder|projection)\..*",
+    "Lilt": r".*layer\.(\d+)\.(?:.*\.layout_(?:value|output\.dense)|layout_(?:intermediate|output)\.dense)",
+    "PI0": r".*vlm\.language_model\.layers\.(\d+)\.(?:self_attn\.[qo]_proj|mlp\..*)",  # it reads keys and values
+}
 
 # The classes whose head pretraining has not seen.
 _WITH_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|CTC|XVector)")
+
+# The classes that have any head: they return what it computes, not what the pretrained part returns.
+_HAS_A_HEAD = re.compile(r"For[A-Z]|LMHead|EncoderDecoderModel$")
 
 # Heads that are not what a model has beside its pretrained part, by full names.
 _HEADS = {
@@ -77,13 +91,16 @@ _WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "Opt
 # Subclasses of nn.Linear that compute what nn.Linear computes, in a forward of their own.
 LINEAR_BY_ANOTHER_NAME = ("FalconLinear",)
 
+# Classes like nn.Linear that derive from nothing and return more than the product: their weight is computed as the sum.
+LINEAR_IN_PART = ("QuantLinear",)  # I-BERT's, which rounds its weight once it is told to
+
 # What code asks of a weight without computing with it, and names of methods that do not compute a forward.
 _HARMLESS = {"dtype", "device", "shape", "size", "requires_grad", "requires_grad_", "ndim", "dim", "numel", "is_meta"}
 _NO_FORWARD = ("init", "tie", "resize", "load", "save", "reset", "prune", "get_", "set_")
 
 
-def is_read_from_outside(modules: dict[str, nn.Module], name: str) -> bool:
-    """Whether a module around the layer `name` reads its weight, rather than to call the layer only.
+def is_read_from_outside(modules: dict[str, nn.Module], name: str, key: str = "weight") -> bool:
+    """Whether a module around the layer `name` reads its weight, or its Parameter `key`, rather than to call it only.
 
     The code tells: what is looked for is `.name.weight` in the methods of all modules that the layer is in.
 
@@ -93,33 +110,33 @@ def is_read_from_outside(modules: dict[str, nn.Module], name: str) -> bool:
     owners = itertools.accumulate(name.split(".")[:-1], lambda above, part: f"{above}.{part}", initial="")
     paths = [owner.removeprefix(".") for owner in owners]
     attribute = name.rpartition(".")[2]
-    return any(attribute in _weights_read_by(type(modules[path])) for path in paths if path in modules)
+    return any(attribute in _weights_read_by(type(modules[path]), key) for path in paths if path in modules)
 
 
 @_cached  # type: ignore[untyped-decorator]
-def _weights_read_by(cls: type) -> frozenset[str]:
+def _weights_read_by(cls: type, key: str) -> frozenset[str]:
     read: set[str] = set()
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for name, member in vars(base).items():
             member = getattr(member, "fget", None) or getattr(member, "__func__", member)
             code = getattr(inspect.unwrap(member) if inspect.isfunction(member) else member, "__code__", None)
             if code is not None and not any(part in name for part in _NO_FORWARD):
-                read |= _weights_read_in(code)
+                read |= _weights_read_in(code, key)
     return frozenset(read)
 
 
-def _weights_read_in(code: types.CodeType) -> set[str]:
+def _weights_read_in(code: types.CodeType, weight: str) -> set[str]:
     read: set[str] = set()
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):  # a function within
-            read |= _weights_read_in(constant)
-    if "weight" not in code.co_names:
+            read |= _weights_read_in(constant, weight)
+    if weight not in code.co_names:
         return read
     skipped = ("CACHE", "RESUME", "PUSH_NULL", "PRECALL", "NOP", "EXTENDED_ARG")
     steps = [(step.opname, step.argval) for step in dis.get_instructions(code) if step.opname not in skipped]
     for i, (operation, key) in enumerate(steps[1:-1], 1):
         before, after = steps[i - 1], steps[i + 1]
-        if (operation, key) != ("LOAD_ATTR", "weight") or before[0] != "LOAD_ATTR":
+        if (operation, key) != ("LOAD_ATTR", weight) or before[0] != "LOAD_ATTR":
             continue
         start = next(k for k in range(i, -1, -1) if steps[k][0] != "LOAD_ATTR")
         asked = after[0] in ("LOAD_ATTR", "LOAD_METHOD") and (after[1] in _HARMLESS or after[1].endswith("_"))
@@ -141,7 +158,7 @@ def is_matrix(owner: nn.Module, name: str, parameter: Tensor) -> bool:
         return False
     if isinstance(owner, (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)):
         return "weight" in key
-    return any("Expert" in cls.__name__ for cls in type(owner).__mro__)
+    return any("Expert" in cls.__name__ or cls.__name__ in LINEAR_IN_PART for cls in type(owner).__mro__)
 
 
 class Layout(NamedTuple):
@@ -232,21 +249,73 @@ def find_query_and_value(model: nn.Module) -> list[str]:
     """
     found: dict[str, Any] = {}
     towers: dict[str, Any] = {}
-    closed: tuple[str, ...] = ()
     modules = named_modules(model)
     for name, module in modules.items():
         config = vars(module).get("config")
         inherited = towers.get(name.rpartition(".")[0]) if name else None
         towers[name] = type(config) if hasattr(config, "get_text_config") else inherited
-        if _WITHOUT_GRADIENT.search(type(module).__name__):
-            closed += (f"{name}.",)
-        elif module._modules and not f"{name}.".startswith(closed):
+        if module._modules:
             found.update((f"{name}.{layer}".removeprefix("."), towers[name]) for layer in _query_and_value(module))
+    deaf = tuple(f"{name}." for name in without_gradient(model)) if found else ()
+    found = {name: tower for name, tower in found.items() if not f"{name}.".startswith(deaf)}
     get = getattr(getattr(model, "config", None), "get_text_config", None)
     language = type(get(decoder=True)) if callable(get) else None
     if language in found.values():
         found = {name: tower for name, tower in found.items() if tower is language}
     return [name for name in modules if name in found]
+
+
+def without_gradient(model: nn.Module) -> list[str]:
+    """Return the names of the modules that no loss of the model depends on differentiably, as far as the code tells.
+
+    Those are the indexers of sparse attention, poolers that the model around them does not read, and a few by class.
+    """
+    modules = named_modules(model)
+    found = []
+    for name, module in modules.items():
+        kind = type(module).__name__
+        pools, is_pooler = _POOLING_HEAD.search(kind), name.endswith(".pooler")
+        if _WITHOUT_GRADIENT.search(kind):
+            found.append(name)
+        elif pools or is_pooler:
+            owners = name.split(".")[:-1]
+            around = [modules[".".join(owners[:depth])] for depth in range(len(owners))]  # the owner itself aside
+            reader: Any = _class_in_transformers(around[-1]) if around else None
+            if reader is None:
+                read = True
+            elif pools:
+                read = any("logit_scale" in each._parameters for each in around)
+            else:
+                read = _reads_pooled(reader) or not _HAS_A_HEAD.search(reader.__name__)
+            found += [] if read else [name]
+    return found + _unread(type(model).__name__, modules)
+
+
+def _class_in_transformers(module: nn.Module) -> type | None:
+    # A class of ours may be around it; one of a user's may read what it likes.
+    cls = next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("loralib."))
+    return cls if cls.__module__.startswith("transformers.models.") else None
+
+
+def _unread(kind: str, names: Iterable[str]) -> list[str]:
+    pattern = next((pattern for start, pattern in _UNREAD.items() if re.match(start, kind)), None)
+    matches = [match for name in names if pattern and (match := re.fullmatch(pattern, name))]
+    numbers = [int(match[1]) if match.re.groups else 0 for match in matches]
+    return [match[0] for match, number in zip(matches, numbers, strict=True) if number == max(numbers)]
+
+
+@_cached  # type: ignore[untyped-decorator]
+def _reads_pooled(cls: Any) -> bool:
+    # The second output of an encoder, by its name or by its place.
+    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+    steps = [step for step in dis.get_instructions(code) if step.opname != "CACHE"] if code else []
+    return code is None or any(
+        step.argval == "pooler_output"
+        or (step.argval == 1 and (after.opname == "BINARY_SUBSCR" or after.argrepr == "[]"))
+        or (step.argval == 2 and before.argval is None and "SLICE" in after.opname)
+        or step.argrepr == "slice(None, 2, None)"
+        for before, step, after in zip(steps, steps[1:], steps[2:], strict=False)
+    )
 
 
 def default_target_modules(model: nn.Module) -> list[str]:
@@ -255,25 +324,41 @@ def default_target_modules(model: nn.Module) -> list[str]:
     >>> default_target_modules(nn.TransformerEncoderLayer(8, 2))
     ['self_attn.in_proj_weight']
     """
-    names = find_query_and_value(model)
+    modules = named_modules(model)
+    in_part = {name for name, module in modules.items() if type(module).__name__ in LINEAR_IN_PART}
+    names = [f"{name}.weight" if name in in_part else name for name in find_query_and_value(model)]
     names = names or [
         f"{path}.{key}".removeprefix(".")
-        for path, module in named_modules(model).items()
+        for path, module in modules.items()
         if isinstance(module, nn.MultiheadAttention)
         for key in ("in_proj_weight", "q_proj_weight", "v_proj_weight")
         if module._parameters.get(key) is not None
     ]
     if names:
         return names
-    kind, owners = type(model).__name__, sorted({type(m).__name__ for m in all_modules(model) if _has_bare_query(m)})
+    owners = sorted({type(m).__name__ for m in modules.values() if _has_bare_query(m)})
     why = (
         f"its query and value are Parameters of {', '.join(owners)}, not layers"
         if owners
         else "it has no query and value"
     )
-    raise ValueError(
-        f"no default target_modules for {kind}: {why}; name the layers to adapt, or pass target_modules='all-linear'"
-    )
+    slices = ", or target_parameters=['q', 'v'], each slice of which is a matrix then" if owners else ""
+    raise ValueError(f"no default target_modules for {type(model).__name__}: {why}; {what_to_name(model)}{slices}")
+
+
+def what_to_name(model: nn.Module) -> str:
+    """Return what to tell somebody whose model has nothing to adapt by default: what to name instead."""
+    heads = tuple(f"{name}." for name in find_head(model) or ())
+    layers = {name: m for name, m in named_modules(model).items() if not f"{name}.".startswith(heads)}
+    if any(hasattr(module, "in_features") or is_conv1d(module) for module in layers.values()):
+        return "name the layers to adapt, or pass target_modules='all-linear'"
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    others = {name.rpartition(".")[2] for name, module in layers.items() if not isinstance(module, kinds)}
+    paths = [name.split(".") for name, module in layers.items() if isinstance(module, kinds)]
+    kernels = Counter(".".join(path[-2 if path[-1] in others else -1 :]) for path in paths)
+    named = [name for name, _ in kernels.most_common() if not name.isdigit()][:4]
+    head = f", and the head, modules_to_save={[name.rstrip('.') for name in heads]}" if heads else ""
+    return f"name its convolutions, target_modules={named}{head}" if named else "name the layers to adapt"
 
 
 def find_head(model: nn.Module) -> list[str] | None:
@@ -293,7 +378,8 @@ def find_head(model: nn.Module) -> list[str] | None:
         pretrained = {n for n, child in children.items() if hasattr(child, "base_model_prefix")}
     if not pretrained:
         return None
-    return [n for n, child in children.items() if n not in pretrained and next(child.parameters(), None) is not None]
+    known = {id(parameter) for name in pretrained for parameter in children[name].parameters()}  # T5 shares its table
+    return [n for n, child in children.items() if n not in pretrained and {*map(id, child.parameters())} - known]
 
 
 def default_modules_to_save(model: nn.Module) -> list[str]:
@@ -304,6 +390,11 @@ def default_modules_to_save(model: nn.Module) -> list[str]:
             f"{type(model).__name__} has no {model.base_model_prefix!r}, so its head cannot be told from the rest "
             f"({', '.join(name for name, _ in model.named_children())}); "
             "name it in modules_to_save, or pass modules_to_save=[] to train no head"
+        )
+    if not head and model._parameters and _WITH_HEAD.search(type(model).__name__):
+        raise ValueError(
+            f"the head of {type(model).__name__} is {', '.join(model._parameters)}, Parameters of the model itself, "
+            "which modules_to_save cannot name; pass modules_to_save=[] to leave them as they are"
         )
     return head
 

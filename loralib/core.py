@@ -625,7 +625,8 @@ def adapted(cls: Any, kind: Any, branch: bool = True, computed: bool = False) ->
     members: dict = {"__module__": __name__, "__doc__": cls.__doc__}
     members["_recipe"] = adapted, (cls, kind, branch, computed)
     if kind is None:
-        members.update(_members_in_place(cls))
+        # Transformers takes a model of a class from elsewhere for code of a user's, whose weights it does not rename.
+        members.update(_members_in_place(cls), __module__=cls.__module__)
         return types.new_class(cls.__name__, (InPlace, cls), exec_body=lambda body: body.update(members))
     members.update(_base_class=cls, train=_train, reset_parameters=_reset_parameters)
     members.update(branches=branch, computes_weight=computed)

@@ -43,6 +43,8 @@ from loralib.architectures import (
     is_router,
     output_layer,
     unwrapped,
+    what_to_name,
+    without_gradient,
 )
 from loralib.core import Adapted, InPlace, adapted, check_hyperparameters, identity
 from loralib.layers import Groups, Kernel, Matrix, Table, as_booleans, check_groups, is_conv1d, matrix_shape
@@ -104,11 +106,12 @@ def inject_lora(
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: see `LoRALayer`; embeddings have none.
         target_modules: a list of full names or last parts of names ("q_proj", "attn.c_attn"); or one string, a regular
-            expression that matches full names; or "all-linear", every matrix but the output layer or head and the
-            routers of experts: the linear layers, fused experts, and the weights of `nn.MultiheadAttention` and of
-            recurrent layers (a `UserWarning` names what is left out, if it is much); or "all-linear-peft", the linear
-            layers that PEFT takes for "all-linear"; or None for query and value of every attention, found
-            by their names, in a Hugging Face model of several towers those of the language model.
+            expression that matches full names; or "all-linear", every matrix but the output layer or head, the
+            routers of experts, and what gets no gradient, such as the indexers of sparse attention and poolers that the
+            model around them does not read: the linear layers, fused experts, and the weights of
+            `nn.MultiheadAttention` and of recurrent layers (a `UserWarning` names what is left out, if it is much); or
+            "all-linear-peft", the linear layers that PEFT takes for "all-linear"; or None for query and value of every
+            attention, found by their names, in a Hugging Face model of several towers those of the language model.
         exclude_modules: targets to leave out after all, named in the same way.
         rank_pattern, alpha_pattern: ranks and alphas that differ, by full names, last parts or regular expressions for
             the end of a name ("attn.c_proj", "layer.(0|1).attention.query"); the first that matches counts.
@@ -566,7 +569,7 @@ def _targets(
     # A module has several names where it is used twice; the first is the one to report.
     first = named_modules(model)
     modules = {name: module for name, module in modules.items() if name in first}
-    heads, bare = [*saved], {}
+    heads, aside, bare = [*saved], [], {}
     if target_modules is None:
         names = default_target_modules(model)
     elif target_modules in (ALL_LINEAR, ALL_LINEAR_PEFT):
@@ -578,6 +581,8 @@ def _targets(
             names = [name for name in names if not is_router(modules[name.rpartition(".")[0]], name, modules[name])]
             bare = _parameters(model, modules)
             names += [name for name in bare if is_matrix(modules[name.rpartition(".")[0]], name, bare[name])]
+            aside = without_gradient(model)
+            names = [name for name in names if not any(f"{name}.".startswith(f"{each}.") for each in aside)]
     else:
         names = match_names(modules, target_modules, "target_modules")
     excluded = []
@@ -586,11 +591,12 @@ def _targets(
     inside = [name for name in names if any(f"{name}.".startswith(f"{head}.") for head in heads)]
     left = [name for name in names if name not in excluded and name not in inside]
     if not left:
+        hint = f"; {what_to_name(model)}" if target_modules in (ALL_LINEAR, ALL_LINEAR_PEFT) else ""
         raise ValueError(
             f"target_modules={target_modules!r}: nothing is left of {_some(names) or 'it'} after exclude_modules="
-            f"{exclude_modules!r} and the modules trained whole, {_some(heads) or 'none'}"
+            f"{exclude_modules!r} and the modules trained whole, {_some(dict.fromkeys(heads)) or 'none'}{hint}"
         )
-    return left, heads + excluded
+    return left, heads + excluded + aside
 
 
 def _is_linear(module: nn.Module) -> bool:

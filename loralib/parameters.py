@@ -447,7 +447,7 @@ def with_parameters(cls: Any, names: tuple[str, ...]) -> Any:
         finally:
             del self._lazy  # or it would be there after unloading
 
-    members: dict = {"__module__": __name__, "__doc__": cls.__doc__, "_base_class": cls, "forward": forward}
+    members: dict = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_base_class": cls, "forward": forward}
     members.update(_recipe=(with_parameters, (cls, names)), train=_train, __new__=_constructor(cls))
     for name in names:
         members[name] = property(functools.partial(_get, name), functools.partial(_set, name))

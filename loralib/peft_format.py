@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from loralib.adapters import of_base, own_tensors
 from loralib.architectures import (
-    default_modules_to_save,
+    find_head,
     fused_layout,
     group_spec,
     in_proj_layout,
@@ -39,7 +39,7 @@ from loralib.layers import Groups, is_conv1d
 from loralib.model_card import model_card
 from loralib.parameters import LowRank
 from loralib.quantized import is_quantized
-from loralib.wrappers import under_names_of
+from loralib.wrappers import names_for_peft, under_names_of
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 OLD_WEIGHTS = "adapter_model.bin"  # of PEFT before 0.6
@@ -135,6 +135,13 @@ def to_peft(
         raise ValueError(
             f"PEFT wraps the module whose Parameters it adapts, and cannot {what}; save with format='loralib'"
         )
+    for name in parameters:
+        path, _, key = name.rpartition(".")
+        if key != "weight" and is_read_from_outside(modules, path, key):
+            raise ValueError(
+                f"PEFT wraps {path}, whose {key} the module around it reads: the model would not run; save with "
+                "format='loralib'"
+            )
     converted = {}
     for name, layer in layers.items():
         A, B = (adapter.tensors[key].detach() for key in _keys_of(name, layer))
@@ -221,11 +228,25 @@ def to_peft(
     for path, module in modules.items():
         if _ends_with(path, saved) and path not in saved:
             inside = [name for name in layers if name.startswith(f"{path}.")]
+            if parameters.keys() & set(inside):
+                raise ValueError(
+                    f"PEFT takes {path} for a head, as its name ends with one of {saved}, and cannot adapt Parameters "
+                    f"in it ({', '.join(inside[:8])}); save with format='loralib', or adapt the model without them"
+                )
             if inside:
                 warnings.warn(f"PEFT takes {path} for a head and drops the adapters of {inside[:8]}", stacklevel=5)
             state = {key: tensor for key, tensor in module.state_dict().items() if "lora_" not in key}
             tensors = {**{f"{PREFIX}{path}.{key}": whole(tensor) for key, tensor in state.items()}, **tensors}
-    return tensors, config
+    halves = [key.removeprefix(PREFIX) for key in tensors if ".lora_" in key]
+    renamed, lost = names_for_peft(model, halves)
+    if lost:
+        layers_lost = list(dict.fromkeys(key.partition(".lora_")[0] for key in lost))
+        raise ValueError(
+            f"PEFT would lose the adapters of {', '.join(layers_lost[:8])}: it takes these names for old ones of "
+            f"{type(model).__name__}'s, and renames them; save with format='loralib', or adapt the model without them "
+            "(exclude_modules)"
+        )
+    return {PREFIX + renamed.get(bare := key.removeprefix(PREFIX), bare): t for key, t in tensors.items()}, config
 
 
 def read_peft(folder: Path, modules: dict[str, nn.Module], known_groups: dict[str, dict]) -> Adapter:
@@ -426,7 +447,11 @@ def layer_from_peft(
     path, _, key = name.rpartition(".")
     weight = own_tensors(modules[path]).get(key) if module is None and path in modules else None
     r = A.shape[0] // (weight.shape[0] if weight is not None and weight.dim() == 3 else 1)
-    rank_key, alpha_key = match_pattern(config["rank_pattern"], there), match_pattern(config["alpha_pattern"], there)
+    # Of a layer that transformers has renamed the patterns may say the new name, too.
+    rank_key, alpha_key = (
+        match_pattern(config[patterns], there) or match_pattern(config[patterns], name)
+        for patterns in ("rank_pattern", "alpha_pattern")
+    )
     named = config["r"] if rank_key is None else config["rank_pattern"][rank_key]
     if named != r:
         raise ValueError(f"{name}: the configuration says rank {named}, the tensors have {r}")
@@ -609,7 +634,8 @@ def _task(model: nn.Module, saved: list[str]) -> str | None:
     task = next((task for suffix, task in _TASKS.items() if kind.endswith(suffix)), None)
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         return None  # PEFT's classes for the tasks take texts
-    if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and not set(default_modules_to_save(model)) <= set(saved):
+    head = find_head(model)
+    if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and (head is None or not set(head) <= set(saved)):
         return None  # PEFT would miss the head in the file
     return task
 

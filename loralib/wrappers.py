@@ -2,10 +2,12 @@
 
 A file is written under the names of one model and loaded into another that may be wrapped otherwise: by
 `DistributedDataParallel` ("module."), `torch.compile` ("_orig_mod."), a LightningModule ("model."), the class with a
-head ("model."), sentence-transformers ("0.auto_model.").
+head ("model."), sentence-transformers ("0.auto_model."). Or the model's own names have changed since: transformers
+keeps tables of the old ones, which it applies to checkpoints that it loads, and PEFT to adapters, new names or not.
 """
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -39,17 +41,20 @@ def matched_names(layers: Iterable[str], others: Iterable[str], modules: dict[st
         others: names of the other modules that have tensors in the file.
         modules: the modules of the model, by all their names.
     """
-    layers = list(layers)
+    layers, others = list(layers), list(others)
     inner = {name: m for name, m in modules.items() if not any(f"{name}.{part}" in modules for part in _AROUND_PARTS)}
     if inner.keys() >= set(layers):
         return {}
     counterparts: dict[str, dict[int, str]] = {}  # by the module, which may have several names
     for name, module in inner.items():
         counterparts.setdefault(_core(name), {}).setdefault(id(module), name)
-    found = {name: list(counterparts.get(_core(name), {}).values()) for name in (*layers, *others)}
-    if any(len(found[name]) != 1 for name in layers) or len({found[name][0] for name in layers}) < len(layers):
-        return {}
-    return {name: candidates[0] for name, candidates in found.items() if len(candidates) == 1}
+    table = _old_names(modules.get(""))
+    for renamings, wrappers in [([], 0), (table, 0), (table, 1)][: 3 if table else 1]:
+        new = {name: name if name in inner else _of_old(name, renamings, wrappers) for name in (*layers, *others)}
+        found = {name: list(counterparts.get(_core(new[name]), {}).values()) for name in new}
+        if all(len(found[name]) == 1 for name in layers) and len({found[name][0] for name in layers}) == len(layers):
+            return {name: candidates[0] for name, candidates in found.items() if len(candidates) == 1}
+    return {}
 
 
 def under_names_of(
@@ -75,6 +80,64 @@ def under_names_of(
     ours = matched_names(sorted(layers), {*owners.values(), *others} - layers, modules)
     renamed = {ours.get(owner, owner) + key[len(owner) :]: tensors[key] for key, owner in owners.items()}
     return renamed, {here: there for there, here in ours.items()}
+
+
+def names_for_peft(model: Any, keys: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Return by what names PEFT finds the tensors of a model that it would look for elsewhere, and what it cannot find.
+
+    Its way of reading applies transformers' table of old names to new names, too: of `mlp.shared_experts` in Laguna it
+    makes `mlp.shared_experts.`, and drops the adapter in silence; `mlp.shared_expert` it reads rightly.
+
+    >>> names_for_peft(None, ["q.lora_A.weight"])
+    ({}, [])
+
+    Args:
+        model: a Hugging Face model, or any other, to whose names nothing happens.
+        keys: the names of tensors, as in PEFT's file without "base_model.model.".
+    """
+    known = getattr(sys.modules.get("transformers.conversion_mapping"), "get_checkpoint_conversion_mapping", None)
+    if known is None or known(getattr(getattr(model, "config", None), "model_type", None)) is None:
+        return {}, []
+    table = _old_names(model)
+    back = [renaming.reverse_transform() for renaming in reversed(table)]
+    named, lost = {}, []
+    for key in keys:
+        if _read_by_peft(key, table) == key:
+            continue
+        candidates = [key]
+        for renaming in back:
+            candidates += [old for new in candidates if (old := renaming.rename_source_key(new)[0]) not in candidates]
+        found = next((old for old in candidates if _read_by_peft(old, table) == key), None)
+        if found is None:
+            lost.append(key)
+        else:
+            named[key] = found
+    return named, lost
+
+
+def _read_by_peft(key: str, table: list[Any]) -> str:
+    new = _renamed(key, table)
+    # The end of its own name in the file it keeps: that is taken for a lack of a prefix.
+    return key if f"base_model.model.{key}".endswith(new) else new
+
+
+def _of_old(name: str, table: list[Any], wrappers: int) -> str:
+    bare = _WRAPPERS.sub("", name, count=1) if wrappers else name
+    return _renamed(f"{bare}.", table).removesuffix(".")
+
+
+def _renamed(key: str, table: list[Any]) -> str:
+    for renaming in table:
+        key, _ = renaming.rename_source_key(key)
+    return key
+
+
+def _old_names(model: Any) -> list[Any]:
+    # Transformers' renamings for a model; its conversions of values are of weights, not of what is adapted.
+    tables = getattr(sys.modules.get("transformers.conversion_mapping"), "get_model_conversion_mapping", None)
+    if tables is None or not hasattr(model, "base_model_prefix"):
+        return []
+    return [renaming for renaming in tables(model) if not hasattr(renaming, "operations")]
 
 
 def _core(name: str) -> str:

@@ -125,6 +125,7 @@ HEADS_OF = {
     "T5ForTokenClassification": ("T5Config", T5, ["classifier"]),
     "ViTForImageClassification": ("ViTConfig", VIT, ["classifier"]),
     "BertForQuestionAnswering": ("BertConfig", BERT, ["qa_outputs"]),
+    "T5ForQuestionAnswering": ("T5Config", T5, ["qa_outputs"]),
     "BertForMultipleChoice": ("BertConfig", BERT, ["classifier"]),
     "DeiTForImageClassificationWithTeacher": ("DeiTConfig", VIT, ["cls_classifier", "distillation_classifier"]),
     "SiglipForImageClassification": ("SiglipConfig", {"vision_config": VIT, "text_config": BERT}, ["classifier"]),
@@ -161,6 +162,14 @@ def test_head_that_cannot_be_told_from_the_rest_is_asked_for():
     with pytest.raises(ValueError, match="has no 'model', so its head .*encoder, classifier.*modules_to_save="):
         lora.inject_lora(SomeForSequenceClassification(), r=R, target_modules=["encoder"])
     lora.inject_lora(SomeForSequenceClassification(), r=R, target_modules=["encoder"], modules_to_save=["classifier"])
+
+
+def test_head_of_bare_parameters_is_asked_about():
+    """Nothing can name it, and it would stay as it was drawn."""
+    model = transformers.TapasForQuestionAnswering(transformers.TapasConfig(**BERT, type_vocab_sizes=[2] * 7))
+    with pytest.raises(ValueError, match=r"head of Tapas\w+ is output_weights, .*pass modules_to_save=\[\]"):
+        lora.inject_lora(model, r=R)
+    assert lora.inject_lora(model, r=R, modules_to_save=[])
 
 
 def layers(*names):

@@ -4,17 +4,26 @@ Where a model comes from says `every_architecture`. A few of each kind are tried
 `pytest -m slow tests/test_every_architecture.py`. What a new version of transformers broke is listed by the failure.
 """
 
+import ast
+import copy
 import functools
 import inspect
+import json
+import re
 
 import every_architecture as every
+import peft
 import pytest
 import torch
+from peft.utils import transformers_weight_conversion
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loralib as lora
 from loralib.architectures import _FUSED, default_modules_to_save, find_query_and_value, fused_layout
 from loralib.layers import is_conv1d
+from loralib.wrappers import _old_names, _renamed, matched_names, names_for_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what transformers warns of while it builds
 
@@ -28,7 +37,6 @@ WITHOUT = {
 
 # Why the default adapters of a type do not do all that they should.
 FAULTS = {
-    "ibert": "query is a QuantLinear, which LoRA cannot adapt",  # it quantises weights while it trains
     "mra": "no effect",  # without its CUDA kernel its attention gives zeros
     "rwkv": "modified by an inplace operation",  # in eval mode, where its state is kept
     "canine": "no gradient",  # its classifiers do not use what they compute last
@@ -54,8 +62,8 @@ def structure(kind, name):
     return ""
 
 
-def numbers(kind, name):
-    """What is wrong with the default adapters of a model with weights; "" if nothing is, None if it does not run."""
+def numbers(kind, name, targets=None):
+    """What is wrong with the adapters of a model with weights; "" if nothing is, None if it does not run."""
     model = every.with_weights(kind, name)
     with torch.no_grad():
         ran = model and every.taken(model)
@@ -63,18 +71,21 @@ def numbers(kind, name):
         return None
     given, wanted = ran
     try:
-        names = lora.inject_lora(model, r=2)
+        names = lora.inject_lora(model, r=2, target_modules=targets)
     except (TypeError, ValueError) as error:
-        return "" if kind in WITHOUT and "no default target_modules" in str(error) else str(error)
-    called = set()
-    for target in names:
-        model.get_submodule(target).register_forward_hook(lambda *_, target=target: called.add(target))
-        nn.init.normal_(model.get_submodule(target).lora_B, std=0.1)
+        told = "no default target_modules" if targets is None else "name its convolutions"
+        return "" if kind in WITHOUT and told in str(error) else str(error)
+    called, modules = set(), dict(model.named_modules())
+    updates = {name: parameter for name, parameter in model.named_parameters() if "lora_B" in name}
+    for target in {name if name in modules else name.rpartition(".")[0] for name in names}:
+        modules[target].register_forward_hook(lambda *_, target=target: called.add(target))
+    for parameter in updates.values():
+        nn.init.normal_(parameter, std=0.1)
     outputs = every.run(lora.unmerge_lora_weights(model), given)
     if not any(far(a, b) > 1e-6 for a, b in zip(outputs, wanted, strict=True)):
         return "no effect"
     sum((tensor * torch.randn_like(tensor)).sum() for tensor in outputs if tensor.requires_grad).backward()
-    deaf = [target for target in names if target in called and model.get_submodule(target).lora_B.grad is None]
+    deaf = [name for name, parameter in updates.items() if name.rpartition(".")[0] in called and parameter.grad is None]
     if deaf:
         return f"no gradient: {deaf}"
     with torch.no_grad():
@@ -84,6 +95,43 @@ def numbers(kind, name):
         if any(far(a, b) > 1e-6 for a, b in zip(every.run(lora.unload(model), given), wanted, strict=True)):
             return "unloaded, it is not the base"
     return ""
+
+
+def all_linear(kind, name):
+    """What is wrong with the adapters of every matrix."""
+    return numbers(kind, name, "all-linear")
+
+
+def names(kind, name):
+    """What is wrong with the names under which PEFT is given the layers of a model, and with what it was once called.
+
+    PEFT's own conversion of a file's names is the oracle; the old names are those that transformers would write.
+    """
+    model, _ = every.build(kind, name)
+    table = _old_names(model)
+    if model is None or not table:
+        return None
+    modules = dict(model.named_modules())
+    halves = {f"{path}.lora_A.weight": path for path, module in modules.items() if hasattr(module, "in_features")}
+    named, lost = names_for_peft(model, halves)
+    written = {named.get(key, key): key for key in halves}
+    there = {f"base_model.model.{key}": torch.zeros(1, 1) for key in written}
+    config = peft.LoraConfig(r=1)
+    read = transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers(model, config, there)
+    missing = {f"base_model.model.{key}" for key in halves} - read.keys()
+    if {key.removeprefix("base_model.model.") for key in missing} != set(lost):
+        return f"PEFT does not find {sorted(missing)[:4]}"
+    back = [renaming.reverse_transform() for renaming in reversed(table)]
+    old = {}
+    for key, path in halves.items():
+        before = functools.reduce(lambda new, renaming: renaming.rename_source_key(new)[0], back, key)
+        known = _renamed(before, table) == key and before.removesuffix(".lora_A.weight") not in modules
+        old[path] = before.removesuffix(".lora_A.weight") if known else path
+    if len(set(old.values())) < len(old):
+        return ""
+    found = matched_names(old.values(), [], modules)
+    wrong = [path for path, before in old.items() if found.get(before, before) != path]
+    return f"old names of {wrong[:4]} do not load" if wrong else ""
 
 
 def far(a, b):
@@ -99,10 +147,11 @@ def test_some_architectures(kind):
     for _, name in dict((task, name) for task, each, name in every.architectures() if each == kind).items():
         assert structure(kind, name) == ""
         assert not numbers(kind, name)
+        assert not names(kind, name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", [structure, numbers])
+@pytest.mark.parametrize("check", [structure, numbers, all_linear, names])
 def test_every_architecture(check):
     faults, passed, not_run = [], 0, 0
     for _, kind, name in every.architectures():
@@ -115,7 +164,135 @@ def test_every_architecture(check):
             faults.append(f"{kind} {name}: {fault[:200]}")
     print(f"{check.__name__}: {passed} pass, {not_run} do not run as tiny models, {len(faults)} fail")
     assert not faults, "\n".join(faults)
-    assert passed > 400
+    assert passed > (300 if check is names else 400)
+
+
+# Model types with what no gradient reaches: a part of the names of the modules that "all-linear" leaves out.
+WITHOUT_GRADIENT = {
+    ("deepseek_v32", "DeepseekV32ForCausalLM"): ["indexer"],
+    ("big_bird", "BigBirdForMaskedLM"): ["pooler"],
+    ("luke", "LukeForMaskedLM"): ["pooler"],
+    ("siglip", "SiglipForImageClassification"): ["vision_model.head"],
+    ("gemma3", "Gemma3ForConditionalGeneration"): ["vision_tower.head"],
+    ("canine", "CanineForSequenceClassification"): ["final_char_encoder", "projection"],
+    ("lilt", "LiltForSequenceClassification"): ["layer.1.layout_output", "layer.1.attention.self.layout_value"],
+    ("bert", "BertForSequenceClassification"): [],  # which reads its pooler
+    ("albert", "AlbertForSequenceClassification"): [],
+}
+
+
+@pytest.mark.parametrize("kind, name", WITHOUT_GRADIENT, ids=[kind for kind, _ in WITHOUT_GRADIENT])
+def test_what_gets_no_gradient_is_left_out(kind, name):
+    """Named, it is adapted: a loss of one's own may reach it."""
+    model, _ = every.build(kind, name)
+    left_out = WITHOUT_GRADIENT[kind, name]
+    adapted = lora.inject_lora(model, r=1, target_modules="all-linear")
+    assert [part for part in left_out if any(part in target for target in adapted)] == []
+    assert left_out or any("pooler" in target for target in adapted)
+    if left_out:
+        layers = [path for path, module in model.named_modules() if hasattr(module, "in_features")]
+        target = next(path for path in layers if left_out[0] in path)
+        assert target in lora.inject_lora(lora.unload(model), r=1, target_modules=[target])
+
+
+CONVOLUTIONS = ["resnet", "efficientnet", "pp_lcnet", "mobilevitv2", "poolformer"]
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_of_convolutions_the_error_says_what_works(kind):
+    name = next(name for _, each, name in every.architectures() if each == kind)
+    model, _ = every.build(kind, name)
+    with pytest.raises(ValueError, match="nothing is left of .*; name its convolutions, ") as raised:
+        lora.inject_lora(model, r=1, target_modules="all-linear")
+    told = re.fullmatch(r".*target_modules=(\[.*\]), and the head, modules_to_save=(\[.*\])", str(raised.value))
+    targets, head = map(ast.literal_eval, told.groups())
+    assert lora.inject_lora(model, r=1, target_modules=targets, modules_to_save=head)
+
+
+# What transformers takes for old names in new ones, and what PEFT finds instead: by a part that has one letter less, is
+# missing, or comes twice.
+RENAMED = {
+    "laguna": ("mlp.shared_experts.up_proj", "mlp.shared_expert.up_proj"),
+    "mistral_large4": ("mlp.shared_experts.up_proj", "shared_experts.up_proj"),
+    "deepseek_ocr2": ("model.language_model.layers.0", "model.layers.0"),
+}
+
+
+@pytest.mark.parametrize("kind, new, old", [(kind, *names) for kind, names in RENAMED.items()], ids=RENAMED)
+def test_peft_finds_what_transformers_has_renamed(kind, new, old, tmp_path):
+    """Both ways to load a folder apply the tables of old names to new names, too, and lose adapters in silence."""
+    name = next(name for _, each, name in every.architectures() if each == kind)
+    base = every.with_weights(kind, name)
+    given, _ = every.taken(base)
+    model = copy.deepcopy(base)
+    lora.inject_lora(model, r=2, target_modules="all-linear")
+    for key, parameter in model.named_parameters():
+        nn.init.normal_(parameter, std=0.1) if "lora_B" in key else None
+    lora.save_lora(model, tmp_path, format="peft")
+    written = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert any(old in key for key in written) and not any(new in key for key in written)
+    wanted = every.run(model.eval(), given)[0]
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    also_theirs, ours = copy.deepcopy(base), copy.deepcopy(base)
+    also_theirs.load_adapter(str(tmp_path))
+    lora.load_lora(ours, tmp_path)
+    for loaded in (theirs, also_theirs, ours):
+        torch.testing.assert_close(every.run(loaded.eval(), given)[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_peft_cannot_find_is_refused(tmp_path):
+    """Of `sconv.weight_proj` it always makes `sconv.weight_proj.weight`."""
+    model = every.with_weights("inkling2_text", "Inkling2ForCausalLM")
+    lora.inject_lora(model, r=2, target_modules="all-linear")
+    with pytest.raises(ValueError, match=r"would lose the adapters of .*k_proj\.sconv\.weight_proj.*format='loralib'"):
+        lora.save_lora(model, tmp_path / "adapter", format="peft")
+    assert not (tmp_path / "adapter").exists()
+
+
+# Vision-language models before transformers 4.52, by what their layers are called now.
+OLD_NAMES = {
+    "llava": {r"^model\.language_model": "language_model.model", r"^model\.vision": "vision"},
+    "qwen2_vl": {r"^model\.language_model": "model", r"^model\.visual": "visual"},
+}
+
+
+@pytest.mark.parametrize("format", ["loralib", "peft"])
+@pytest.mark.parametrize("around", ["", "module."])
+@pytest.mark.parametrize("kind", OLD_NAMES)
+def test_adapters_with_old_names_load(kind, around, format, tmp_path):
+    name = next(name for _, each, name in every.architectures() if each == kind)
+    model, _ = every.build(kind, name)
+    model = model.to_empty(device="cpu")
+    targets = lora.inject_lora(model, r=2, target_modules=r".*\.([qv]_proj|qkv)")
+    assert any("vision" in target or "visual" in target for target in targets)
+    for key, parameter in model.named_parameters():
+        nn.init.normal_(parameter) if "lora_" in key else None
+    wanted = lora.lora_state_dict(model)
+    path = tmp_path / ("adapter" if format == "peft" else "adapter.safetensors")
+    lora.save_lora(model, path, format=format)
+    file = path / "adapter_model.safetensors" if format == "peft" else path
+    prefix = "base_model.model." if format == "peft" else ""
+
+    def old(key):
+        for pattern, before in OLD_NAMES[kind].items():
+            key = re.sub(pattern, before, key)
+        return around + key
+
+    rename(file, lambda key: prefix + old(key.removeprefix(prefix)))
+    model, _ = every.build(kind, name)
+    lora.load_lora(model.to_empty(device="cpu"), path)
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in lora.lora_state_dict(model).items())
+
+
+def rename(file, change):
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = {change(key): tensor for key, tensor in load_file(file).items()}
+    if "loralib" in metadata:
+        settings = json.loads(metadata["loralib"])
+        settings["layers"] = {change(key): spec for key, spec in settings["layers"].items()}
+        metadata["loralib"] = json.dumps(settings)
+    save_file(tensors, file, metadata)
 
 
 def parts_by_effect(attend, owner, layer, layout):
@@ -169,6 +346,24 @@ def parts_by_effect(attend, owner, layer, layout):
     return parts
 
 
+def parts_adapted(owner, key, layout):
+    """What the parts of a fused layer are, told by which rows change when one of q, k and v is adapted alone."""
+    places = torch.arange(len(layout.sizes)).repeat_interleave(torch.tensor(layout.sizes) // layout.turns)
+    places, parts = places.repeat(layout.turns), ["z"] * len(layout.sizes)
+    for part in set("qkv") & set(layout.parts):
+        attention = nn.ModuleDict({"attention": copy.deepcopy(owner)})
+        layer = attention["attention"].get_submodule(key)
+        before = layer.weight.detach().clone()
+        lora.inject_lora(attention, r=1, target_modules=[key], enable_lora=[part == each for each in "qkv"])
+        nn.init.normal_(layer.lora_B)
+        changed = (lora.merge_lora_weights(attention)["attention"].get_submodule(key).weight != before).any(
+            int(not is_conv1d(layer))
+        )
+        [place] = places[changed].unique()
+        parts[place] = part if torch.equal(changed, places == place) else "?"
+    return "".join(parts)
+
+
 def alone(owner, layer):
     """Ways to call an attention that text alone does not reach, by what its forward takes."""
     width = layer.in_features
@@ -197,7 +392,8 @@ def alone(owner, layer):
 
 
 def fused_layers(kind, name, known=()):
-    """(owner's class, name of the layer, what its layout says, what its parts do) for each fused layer of a model."""
+    """Of each fused layer of a model: its owner's class, its name, its parts as its layout has them, as they work, and
+    as they are adapted."""
     model = every.with_weights(kind, name)
     with torch.no_grad():
         ran = model and every.taken(model)
@@ -221,7 +417,8 @@ def fused_layers(kind, name, known=()):
         ways += [functools.partial(owner, **given) for given in ([] if is_conv1d(layer) else alone(owner, layer))]
         for attend in ways:
             try:
-                yield found, key, layout.parts, parts_by_effect(attend, owner, layer, layout)
+                effect = parts_by_effect(attend, owner, layer, layout)
+                yield found, key, layout.parts, effect, parts_adapted(owner, key, layout)
                 known = {*known, (found, key)}
                 break
             except Exception:
@@ -233,7 +430,7 @@ def test_some_fused_layouts(kind):
     """Blocks, turns of four with the value before the key, latent attention, a gate, keys and values only."""
     name = next(name for _, each, name in every.architectures() if each == kind)
     layers = list(fused_layers(kind, name))
-    assert layers and all(said == done for _, _, said, done in layers), layers
+    assert layers and all(said == done == adapted for _, _, said, done, adapted in layers), layers
 
 
 @pytest.mark.slow
@@ -241,8 +438,8 @@ def test_every_fused_layout():
     """A layout that nothing here tries would be a guess."""
     said_and_done = {}
     for _, kind, name in every.architectures():
-        for found, key, said, done in fused_layers(kind, name, said_and_done.keys()):
-            said_and_done[found, key] = said, done
-    wrong = {layer: parts for layer, parts in said_and_done.items() if parts[0] != parts[1]}
+        for found, key, *parts in fused_layers(kind, name, said_and_done.keys()):
+            said_and_done[found, key] = parts
+    wrong = {layer: parts for layer, parts in said_and_done.items() if len(set(parts)) > 1}
     assert not wrong
     assert not _FUSED.keys() - said_and_done.keys()
