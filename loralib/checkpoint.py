@@ -118,34 +118,53 @@ def save_lora(
     if folder and path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; give the name of a folder for format={format!r}")
     model = unwrapped(model)
-    check_not_fsdp1(model.modules())
-    check_intact(model)
-    found = _adapted(model)
-    layers = _lora_layers(model, found)
-    if not layers and not _token_indices(model, found):
-        raise ValueError(f"{type(model).__name__} has no adapters to save; call lora.inject_lora(model, ...) first")
-    check_not_offloaded(dict(found))
-    _warn_of_untrained(found)
-    adapter = _without_compiled(_collect(model, layers, bias, modules_to_save))
+    adapter, layers, modules = gather(model, bias, modules_to_save)
     adapter.metadata = metadata or {}
     adapter.base_model = _base_model(model, format) if base_model is None else os.fspath(base_model)
-    adapter.tensors = {key: whole(tensor) for key, tensor in adapter.tensors.items()}
 
     def write() -> None:
-        if format != "loralib":
-            modules = {without_compiled(name): module for name, module in base_modules(model).items()}
-            adapted = {without_compiled(name): layer for name, layer in layers.items()}
-            if format == "peft":
-                write_peft(path, adapter, model, modules, adapted, single_rank)
-            else:
-                write_diffusers(path, adapter, model, modules, adapted)
+        if format == "peft":
+            write_peft(path, adapter, model, modules, layers, single_rank)
+        elif format == "diffusers":
+            write_diffusers(path, adapter, model, modules, layers)
         else:
             write_native(path, adapter)
 
     if any_sharded(model):
-        _in_first_process(write)
+        in_first_process(write)
     else:
         write()
+
+
+def gather(
+    model: nn.Module,
+    bias: str = "none",
+    modules_to_save: Sequence[str] | str | None = None,
+    state: dict[str, Tensor] | None = None,
+) -> tuple[Adapter, dict[str, Any], dict[str, nn.Module]]:
+    """Return the active adapter, its layers, and the modules of the model without adapters, by name.
+
+    `state` is a state dict of the model, if somebody has put one together from its shards, whose values count then.
+    """
+    check_not_fsdp1(model.modules())
+    check_intact(model)
+    found = _adapted(model)
+    layers = lora_layers(model, found)
+    if not layers and not _token_indices(model, found):
+        raise ValueError(f"{type(model).__name__} has no adapters to save; call lora.inject_lora(model, ...) first")
+    check_not_offloaded(dict(found))
+    if not state:
+        _warn_of_untrained(found)
+    adapter = _without_compiled(_collect(model, layers, bias, modules_to_save))
+    if state:
+        state = {without_compiled(name): tensor for name, tensor in state.items()}
+        missing = [key for key in adapter.tensors if key not in state]
+        if missing:
+            raise ValueError(f"state_dict has no {', '.join(missing[:8])}, which the adapter has; nothing was written")
+        adapter.tensors = {key: state[key] for key in adapter.tensors}
+    adapter.tensors = {key: whole(tensor) for key, tensor in adapter.tensors.items()}
+    modules = {without_compiled(name): module for name, module in base_modules(model).items()}
+    return adapter, {without_compiled(name): layer for name, layer in layers.items()}, modules
 
 
 def load_lora(
@@ -205,14 +224,14 @@ def load_lora(
         _refuse(path, model, problems + misfits)
         check_not_offloaded({path: modules[path] for path in own})
         put_adapter(model, name, plans, own, _untied(modules, own, adapter))
-        layers = _lora_layers(model)
+        layers = lora_layers(model)
     else:
         check_not_fsdp1(model.modules())
         check_intact(model)
         before = active_adapter(model)
         set_adapter(model, name)
         try:
-            layers = _lora_layers(model)
+            layers = lora_layers(model)
             adapter = _read_for(path, modules, layers, lora_alpha, enable_lora, heads)
             there = _adapter_tensors(model)
             shapes = {path: {key: t.shape for key, t in tensors.items()} for path, tensors in there.items()}
@@ -273,7 +292,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     return read_native(path).metadata
 
 
-def _in_first_process(write: Callable[[], None]) -> None:
+def in_first_process(write: Callable[[], None]) -> None:
     import torch.distributed as dist
 
     outcome: list = [None]
@@ -532,7 +551,7 @@ def _adapted(model: nn.Module) -> dict[str, Adapted]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
 
 
-def _lora_layers(model: nn.Module, found: dict[str, Adapted] | None = None) -> dict[str, Any]:
+def lora_layers(model: nn.Module, found: dict[str, Adapted] | None = None) -> dict[str, Any]:
     """What has a rank in the active adapter, by name: the LoRA layers, and updates of Parameters."""
     check_not_reloaded(model.modules())
     found = _adapted(model) if found is None else found

@@ -31,6 +31,8 @@ FORMAT_VERSION = 1
 LORA_ENDINGS = (".lora_A", ".lora_B")
 _SPEC_KEYS = {"r", "lora_alpha", "scaling", "lora_dropout"}
 _FUSED_KEYS = {"enable_lora", "group_sizes", "interleave"}
+# What checkpoints of whole models record beside their tensors: the scalings of the layers, in the order of their names.
+SCALINGS = "lora_scalings"
 
 
 @dataclass
@@ -78,6 +80,11 @@ def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     # Copies, because safetensors refuses tensors that share memory.
     tensors = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     return save(tensors, metadata=metadata)
+
+
+def scalings_of(adapter: Adapter) -> Tensor:
+    """Return what is recorded under `SCALINGS`."""
+    return torch.tensor([adapter.layers[name]["scaling"] for name in sorted(adapter.layers)], dtype=torch.float64)
 
 
 def write_native(path: Path, adapter: Adapter) -> None:
