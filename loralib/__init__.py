@@ -28,6 +28,7 @@ from loralib.core import LoRALayer
 from loralib.inject import inject_lora
 from loralib.layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Embedding, Linear, MergedLinear
 from loralib.loraplus import create_loraplus_optimizer
+from loralib.reference import reference_model
 from loralib.utils import (
     count_parameters,
     disable_adapters,
@@ -65,6 +66,7 @@ __all__ = [
     "merge_and_unload",
     "merge_lora_weights",
     "read_metadata",
+    "reference_model",
     "save_lora",
     "set_adapter",
     "unload",
