@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from loralib import layers, pretrained, utils
+from loralib import layers, pretrained, utils  # noqa: F401 (pretrained registers how models are saved)
 from loralib.adapters import active_adapter, delete_adapter, list_adapters, set_adapter
 from loralib.checkpoint import load_lora, read_metadata, save_lora
 from loralib.core import LoRALayer

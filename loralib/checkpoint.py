@@ -33,7 +33,16 @@ from loralib.adapters import (
 from loralib.architectures import group_spec, resized_embeddings, unwrapped
 from loralib.core import Adapted, is_sharded, quiet_state, whole
 from loralib.diffusers_format import FILE, is_of_diffusers, read_diffusers, write_diffusers
-from loralib.formats import LORA_ENDINGS, Adapter, check_metadata, read_native, read_upstream, write_native
+from loralib.formats import (
+    LORA_ENDINGS,
+    Adapter,
+    check_metadata,
+    is_whole_checkpoint,
+    read_native,
+    read_upstream,
+    whole_checkpoint,
+    write_native,
+)
 from loralib.hub import local_path
 from loralib.inject import (
     BIAS_MODES,
@@ -187,13 +196,15 @@ def load_lora(
     Args:
         model: the base model, or one with LoRA layers, in any state (merged, in eval, on any device).
         path: a file of `save_lora`; a folder of PEFT; a safetensors file of diffusers or of kohya's scripts, of which
-            the part for this model is taken; a .bin, .pt or .pth file of upstream's `lora_state_dict`; or "user/name"
-            of an adapter on the Hugging Face Hub, which huggingface_hub downloads. Nothing in any of them is executed.
+            the part for this model is taken; a .bin, .pt or .pth file of upstream's `lora_state_dict`; a checkpoint of
+            the whole adapted model, as a file or a folder of transformers, of which the adapter is taken, and what else
+            differs from this base, a head, say; or "user/name" of an adapter on the Hugging Face Hub, which
+            huggingface_hub downloads. Nothing in any of them is executed.
             Where only wrappers (`module.`, `_orig_mod.`, `model.`, `0.auto_model.`) tell the names in it from those in
             the model, they match.
         adapter_name: which adapter to load into; a new name makes a new adapter beside those that are there. None means
             the active one, or else "default".
-        lora_alpha: for upstream's files, which do not carry it, and for no others.
+        lora_alpha: for upstream's files and whole checkpoints, which do not carry it, and for no others.
         enable_lora: for upstream's files, which do not carry it: the groups of a fused projection that are adapted,
             where the shapes leave it open and the model has no such layer yet.
         merge_weights: whether `eval()` merges layers made here.
@@ -378,7 +389,7 @@ def _read(
     lora_alpha: float | None,
     enable_lora: Sequence[bool],
 ) -> Adapter:
-    if path.suffix in UPSTREAM_SUFFIXES and path.is_file():
+    if _is_without_configuration(path):
         return read_upstream(path, modules, lora_alpha, enable_lora, groups)
     if lora_alpha is not None:
         raise ValueError(f"lora_alpha={lora_alpha}: {path} carries its own; it is for upstream's .bin and .pt files")
@@ -393,6 +404,13 @@ def _read(
     if is_of_diffusers(path):
         return read_diffusers(path, modules, groups)
     return _named_as_here(read_native(path), modules)
+
+
+def _is_without_configuration(path: Path) -> bool:
+    """Whether the file, or folder, is upstream's or a checkpoint of a whole model, which say nothing but tensors."""
+    if path.is_dir():
+        return not (path / CONFIG).is_file() and not (path / FILE).is_file() and bool(whole_checkpoint(path))
+    return path.is_file() and (path.suffix in UPSTREAM_SUFFIXES or is_whole_checkpoint(path))
 
 
 def _named_as_here(adapter: Adapter, modules: dict[str, nn.Module]) -> Adapter:

@@ -397,7 +397,8 @@ def put_adapter(
     modules, done = base_modules(model), set()
     copies: dict = {}
     for name, module in modules.items():  # models, for what they do to their embeddings and how they are saved
-        if is_pretrained(_plain_class(module)) and any(f"{path}.".startswith(f"{name}." if name else "") for path in own):
+        inside = f"{name}." if name else ""
+        if is_pretrained(_plain_class(module)) and any(f"{path}.".startswith(inside) for path in own):
             own = {**own, name: own.get(name, frozenset())}
     note_parts(model, adapter_name, own, modules)
     here: dict[str, list[Plan]] = {}

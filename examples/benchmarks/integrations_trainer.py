@@ -6,6 +6,7 @@
 TRL's need `pip install trl datasets`. Each is a real training of a model with random weights, the same for both.
 """
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from transformers import (
 import loralib as lora
 
 STEPS = 6
-WORDS = "the a red blue cat dog sees likes runs sleeps well badly . good bad yes no".split()
+WORDS = ["the", "a", "red", "blue", "cat", "dog", "sees", "likes", "runs", "sleeps", "well", "badly", "."]
 SMALL = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -165,14 +166,79 @@ def seq2seq_trainer(system, folder):
     )
 
 
-RUNS = {"Trainer": trainer, "Seq2SeqTrainer": seq2seq_trainer}
+def with_trl(system, folder, cls, config, rows, first=None, **more):
+    """A run of one of TRL's trainers; `first` makes the further arguments of the trainer, given the model."""
+    from datasets import Dataset
+
+    auto, tokens = AutoModelForCausalLM, tokenizer()
+    small = LlamaConfig(**SMALL, intermediate_size=64, max_position_embeddings=64, pad_token_id=0)
+    path = base(folder, auto, small)
+    ids = torch.arange(4, 12)[None]
+
+    def make(model, output):
+        return cls(
+            model=model,
+            args=arguments(config, output, bf16=False, **more),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokens,
+            **({} if first is None or system == "peft" else first(model)),
+        )
+
+    task = {} if system == "loralib" else {"task_type": "CAUSAL_LM"}
+    return run(
+        system,
+        folder,
+        lambda: adapt(system, auto.from_pretrained(path), **task),
+        make,
+        lambda model: model(ids).logits,
+        auto,
+    )
+
+
+def sft(system, folder):
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [{"text": "the red cat sees a dog ."}, {"text": "a blue dog sleeps well ."}] * 8
+    return with_trl(system, folder, SFTTrainer, SFTConfig, rows, max_length=16)
+
+
+def dpo(system, folder):
+    """Ours is given its reference; PEFT's model has one within."""
+    from trl import DPOConfig, DPOTrainer
+
+    rows = [{"prompt": "the red cat", "chosen": " sleeps well .", "rejected": " runs badly ."}] * 8
+    return with_trl(
+        system, folder, DPOTrainer, DPOConfig, rows, lambda model: {"ref_model": lora.reference_model(model)}
+    )
+
+
+def grpo(system, folder):
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Trainer(GRPOTrainer):
+        def __init__(self, **given):
+            super().__init__(reward_funcs=lambda completions, **_: [float(len(c) % 7) for c in completions], **given)
+
+    rows = [{"prompt": "the red cat"}, {"prompt": "a blue dog"}] * 8
+    return with_trl(system, folder, Trainer, GRPOConfig, rows, beta=0.1, num_generations=4, max_completion_length=8)
+
+
+RUNS = {
+    "Trainer": trainer,
+    "Seq2SeqTrainer": seq2seq_trainer,
+    "SFTTrainer": sft,
+    "DPOTrainer": dpo,
+    "GRPOTrainer": grpo,
+}
 
 
 def main():
     for name in sys.argv[1:] or RUNS:
         for system in ("loralib", "peft"):
             with tempfile.TemporaryDirectory() as folder:
-                print(json.dumps({"tool": name, "system": system, **RUNS[name](system, folder)}))
+                with contextlib.redirect_stdout(sys.stderr):
+                    row = RUNS[name](system, folder)
+                print(json.dumps({"tool": name, "system": system, **row}))
 
 
 if __name__ == "__main__":
