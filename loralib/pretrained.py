@@ -130,19 +130,20 @@ def _loading(cls: Any) -> Callable:
         state = {ours.get(name, name): tensor for name, tensor in state_dict.items() if name != SCALINGS}
         layers, theirs = lora_layers(self), state_dict[SCALINGS].tolist()
         here = [layers[name].scaling for name in sorted(layers)]
-        missing = sorted(set(ours.values()) - state.keys())
-        if missing or len(here) != len(theirs):
-            raise ValueError(
-                f"the checkpoint is of another adapter: it has {len(theirs)} layers, the model {len(here)}; "
-                f"without {', '.join(missing[:8]) or 'none'} of the model's. Inject as for the training that wrote it"
+        problems = [f"{name}: not in the checkpoint" for name in sorted(set(ours.values()) - state.keys())]
+        if len(here) != len(theirs):
+            problems.append(f"{len(theirs)} layers in the checkpoint, {len(here)} in the model")
+        elif not problems:
+            problems = [
+                f"{name}: scaled by {there:g} in the checkpoint, by {layers[name].scaling:g} in the model"
+                for name, there in zip(sorted(layers), theirs, strict=True)
+                if there != layers[name].scaling
+            ]
+        if problems:
+            what = (
+                f"the checkpoint is of another adapter than {type(self).__name__} has; nothing was loaded. Give it the"
             )
-        differ = [
-            f"{name}: lora_alpha={there * layers[name].r:g} in the checkpoint, {layers[name].lora_alpha:g} in the model"
-            for name, there in zip(sorted(layers), theirs, strict=True)
-            if there != layers[name].scaling
-        ]
-        if differ:
-            raise ValueError("\n  ".join(["the adapters are scaled differently; nothing was loaded:", *differ[:8]]))
+            raise ValueError("\n  ".join([f"{what} ranks, alphas, layers and heads of that training:", *problems[:8]]))
         result = cls.load_state_dict(self, state, strict and not state.keys() <= set(ours.values()), assign)
         if state.keys() <= set(ours.values()):  # the base is not meant to be there
             result.missing_keys.clear()
