@@ -2,6 +2,7 @@
 
     python examples/benchmarks/integrations_trainer.py              all of them, ours and PEFT's, about two minutes
     python examples/benchmarks/integrations_trainer.py Trainer      one of them
+    python examples/benchmarks/integrations_trainer.py accuracy     a classifier before and after it is saved
 
 TRL's need `pip install trl datasets`. Each is a real training of a model with random weights, the same for both.
 """
@@ -223,6 +224,32 @@ def grpo(system, folder):
     return with_trl(system, folder, Trainer, GRPOConfig, rows, beta=0.1, num_generations=4, max_completion_length=8)
 
 
+def accuracy(folder):
+    """A classifier in memory, and after `save_model` and `from_pretrained`: what fraction of its data it gets right."""
+    config = RobertaConfig(**SMALL, intermediate_size=64, max_position_embeddings=20, num_labels=2, pad_token_id=0)
+    auto, data = AutoModelForSequenceClassification, sentences(128)
+    data = [
+        {**row, "labels": (row["input_ids"][0] + row["input_ids"][3]) % 2} for row in data
+    ]  # no word tells it alone
+    ids, labels = torch.stack([row["input_ids"] for row in data]), torch.stack([row["labels"] for row in data])
+    model = auto.from_pretrained(base(folder, auto, config))
+    set_seed(1)
+    lora.inject_lora(model, r=8, target_modules="all-linear")
+    arguments = TrainingArguments(
+        f"{folder}/run", max_steps=600, learning_rate=5e-3, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    run = Trainer(model, arguments, train_dataset=data)
+    run.train()
+    run.save_model(f"{folder}/saved")
+    files = [path.stat().st_size for path in Path(folder, "saved").glob("*.safetensors")]
+    with torch.no_grad():
+        right = [
+            (each.eval()(ids).logits.argmax(-1) == labels).float().mean().item()
+            for each in (model, auto.from_pretrained(f"{folder}/saved"))
+        ]
+    return {"version": lora.__version__, "in_memory": right[0], "reloaded": right[1], "bytes": sum(files)}
+
+
 RUNS = {
     "Trainer": trainer,
     "Seq2SeqTrainer": seq2seq_trainer,
@@ -233,6 +260,11 @@ RUNS = {
 
 
 def main():
+    if sys.argv[1:] == ["accuracy"]:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            row = accuracy(folder)
+        print(json.dumps(row))
+        return
     for name in sys.argv[1:] or RUNS:
         for system in ("loralib", "peft"):
             with tempfile.TemporaryDirectory() as folder:
