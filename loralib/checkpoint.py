@@ -22,6 +22,7 @@ from loralib.adapters import (
     check_intact,
     check_not_fsdp1,
     check_not_offloaded,
+    check_not_partitioned,
     check_whole,
     list_adapters,
     note_parts,
@@ -156,6 +157,8 @@ def gather(
     `state` is a state dict of the model, if somebody has put one together from its shards, whose values count then.
     """
     check_not_fsdp1(model.modules())
+    if not state:
+        check_not_partitioned(model.modules())
     check_intact(model)
     found = _adapted(model)
     layers = lora_layers(model, found)

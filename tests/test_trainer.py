@@ -292,6 +292,19 @@ def test_other_processes_write_nothing(base, tmp_path):
         classifier(base).save_pretrained(tmp_path / "saved", distributed_checkpoint=True)
 
 
+def test_weights_that_deepspeed_partitions_are_refused(base, tmp_path, monkeypatch):
+    """DeepSpeed itself is not installed here: it marks its Parameters with an `ds_id`."""
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    model, plain = draw(classifier(base)), AutoModelForSequenceClassification.from_pretrained(base)
+    whole = model.state_dict()
+    for each in (model, plain):
+        each.classifier.out_proj.weight.ds_id = 1
+    for call in (lambda: model.save_pretrained(tmp_path / "saved"), lambda: lora.inject_lora(plain)):
+        with pytest.raises(ValueError, match="partitioned by DeepSpeed .*; nothing was done. Use ZeRO-2, or"):
+            call()
+    model.save_pretrained(tmp_path / "saved", state_dict=whole)  # as accelerate puts it together
+
+
 class Around(nn.Module):
     def __init__(self, inner):
         super().__init__()
