@@ -149,6 +149,7 @@ class Knobs:
     rounds: int = knob(9, "how often each system does each piece of work")
     threads: int = knob(2, "of a CPU")
     device: str = knob("auto", "auto, cpu, cuda or mps")
+    allow_busy: bool = knob(False, "measure though the machine does something else, too")
     output_dir: str = knob(str(HERE / "output"), "folder for what is written")
     record: str | None = knob(None, "name under which examples/results/ gets the record, too")
 
@@ -367,7 +368,7 @@ def operations(knobs, device, names, work):
                 "merge for good": (adapted_by_peft, lambda model: model.merge_and_unload()),
                 "save": (adapted_by_peft, lambda model: model.save_pretrained(folder)),
                 "load": (copied, lambda model: peft.PeftModel.from_pretrained(model, folder)),
-                "switch": (two_by_peft, lambda model: model.set_adapter("default")),
+                "switch": (two_by_peft, lambda model: model.set_adapter("second")),
             },
         }
         cases = {}
@@ -469,9 +470,9 @@ def plot(record, path):
 def measure_all(knobs):
     """Measure the levels, print, write and return the record."""
     levels, precisions, names = check(knobs)
+    measure.require_quiet(knobs)
     torch.set_num_threads(knobs.threads)
-    device, output_dir = training.choose_device(knobs.device), Path(knobs.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    device = training.choose_device(knobs.device)
     suite = LARGE if device.type == "cuda" else SMALL
     calls = {
         "layers": lambda: layers(knobs, device, names, precisions),
@@ -491,12 +492,8 @@ def measure_all(knobs):
         "environment": results.environment(device),
         "rivals": versions | ({"loralib": "0.1.2"} if "upstream" in names else {}),
     }
-    results.write_json(output_dir / "benchmark.json", record)
-    if knobs.record:
-        results.write_json(results.RESULTS / f"{knobs.record}.json", record)
-    plot(record, output_dir / "benchmark.png")
     report(record)
-    print(f"written to {output_dir}: benchmark.json, benchmark.png")
+    plot(record, measure.write(record, knobs, "benchmark") / "benchmark.png")
     return record
 
 
