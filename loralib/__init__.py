@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from loralib import layers, utils
+from loralib import layers, pretrained, utils  # noqa: F401 (pretrained registers how models are saved)
 from loralib.adapters import active_adapter, delete_adapter, list_adapters, set_adapter
 from loralib.checkpoint import load_lora, read_metadata, save_lora
 from loralib.combine import combine_adapters
@@ -30,6 +30,7 @@ from loralib.extract import extract_lora
 from loralib.inject import inject_lora
 from loralib.layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Embedding, Linear, MergedLinear
 from loralib.loraplus import create_loraplus_optimizer
+from loralib.reference import reference_model
 from loralib.utils import (
     count_parameters,
     disable_adapters,
@@ -69,6 +70,7 @@ __all__ = [
     "merge_and_unload",
     "merge_lora_weights",
     "read_metadata",
+    "reference_model",
     "save_lora",
     "set_adapter",
     "unload",

@@ -358,10 +358,9 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """
     check_present(model, adapter_name)
     if adapter_name == active_adapter(model):
-        raise ValueError(
-            f"adapter {adapter_name!r} is active; call lora.set_adapter(model, ...) with another one first "
-            f"({', '.join(list_adapters(model))}), or lora.unload(model) to drop all"
-        )
+        others = [name for name in list_adapters(model) if name != adapter_name]
+        first = f"call lora.set_adapter(model, ...) with another one first ({', '.join(others)}), or " if others else ""
+        raise ValueError(f"adapter {adapter_name!r} is active; {first}lora.unload(model) drops all there are")
     for module, place in places(model):
         place.parts.pop(adapter_name, None)
         place.adapters -= {adapter_name}
@@ -593,7 +592,11 @@ def put(model: nn.Module, adapter_name: str | None, modules: list[nn.Module] | N
         check_whole(model, modules)
     for module, place in changing:
         if place.active is not None:
-            place.tensors(module, place.active)  # for its error, before anything changes
+            try:
+                place.tensors(module, place.active)  # for its error, before anything changes
+            except ValueError as error:
+                path = next(name for name, each in model.named_modules() if each is module)
+                raise ValueError(f"{path}: {error}") from error
     merged = any(module._aside is not None for module, _ in changing if isinstance(module, Adapted))
     for _, place in found:
         place.adapters, place.current = adapters, adapter_name
@@ -624,11 +627,23 @@ def check_whole(model: nn.Module, modules: list[nn.Module] | None = None) -> Non
     check_not_fsdp1(modules)
     if any("_hf_hook" in module.__dict__ for module in modules):
         check_not_offloaded({name: m for name, m in named_modules(model).items() if isinstance(m, InPlace)})
+    check_not_partitioned(modules)
     if any_sharded(model, modules):
         raise ValueError(
             f"{type(model).__name__} is sharded by fully_shard, which allows neither to replace its layers nor to "
             "merge them; nothing was changed. Inject, load, switch or unload adapters before fully_shard; to merge, "
             "save the adapter with lora.save_lora and load it in one process that has the whole base"
+        )
+
+
+def check_not_partitioned(modules: Iterable[nn.Module]) -> None:
+    """Raise ValueError if DeepSpeed's ZeRO-3 has taken the Parameters apart, which have no numbers here then."""
+    if "deepspeed" in sys.modules and any(
+        hasattr(t, "ds_id") for module in modules for t in module._parameters.values()
+    ):
+        raise ValueError(
+            "the weights are partitioned by DeepSpeed (ZeRO-3), and not here; nothing was done. Use ZeRO-2, or "
+            "torch.distributed.fsdp.fully_shard (FSDP2; in accelerate fsdp_version: 2)"
         )
 
 

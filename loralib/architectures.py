@@ -230,6 +230,19 @@ _FUSED: dict[tuple[str, str], Callable[[Any, int], Layout]] = {
 }
 
 
+@_cached  # type: ignore[untyped-decorator]
+def is_pretrained(cls: Any) -> bool:
+    """Whether modules of class `cls` are models that tie their tables, or that are saved by a method of their own."""
+    return hasattr(cls, "tie_weights") or saves_itself(cls) is not None
+
+
+def saves_itself(cls: Any) -> str | None:
+    """Return which library's `save_pretrained` a class has, of transformers, diffusers and huggingface_hub."""
+    bases = {base.__name__: base.__module__.partition(".")[0] for base in cls.__mro__}
+    found = (bases.get(name) for name in ("PreTrainedModel", "ModelMixin", "ModelHubMixin"))
+    return next((library for library in found if library in ("transformers", "diffusers", "huggingface_hub")), None)
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside of `torch.compile`, `nn.DataParallel` or `DistributedDataParallel`."""
     while type(model).__name__ in _WRAPPERS:

@@ -26,6 +26,7 @@ from loralib.adapters import (
     check_intact,
     check_not_fsdp1,
     check_not_offloaded,
+    check_not_partitioned,
     check_whole,
     named_modules,
     note_parts,
@@ -37,7 +38,16 @@ from loralib.adapters import (
 from loralib.architectures import group_spec, resized_embeddings, unwrapped
 from loralib.core import Adapted, is_sharded, quiet_state, whole
 from loralib.diffusers_format import FILE, is_of_diffusers, read_diffusers, write_diffusers
-from loralib.formats import LORA_ENDINGS, Adapter, check_metadata, read_native, read_upstream, write_native
+from loralib.formats import (
+    LORA_ENDINGS,
+    Adapter,
+    check_metadata,
+    is_whole_checkpoint,
+    read_native,
+    read_upstream,
+    whole_checkpoint,
+    write_native,
+)
 from loralib.hub import local_path
 from loralib.inject import (
     BIAS_MODES,
@@ -122,36 +132,57 @@ def save_lora(
     if folder and path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; give the name of a folder for format={format!r}")
     model = unwrapped(model)
+    adapter, layers, modules = gather(model, bias, modules_to_save)
+    adapter.metadata = metadata or {}
+    adapter.base_model = _base_model(model, format) if base_model is None else os.fspath(base_model)
+
+    def write() -> None:
+        if format == "peft":
+            write_peft(path, adapter, model, modules, layers, single_rank)
+        elif format == "diffusers":
+            write_diffusers(path, adapter, model, modules, layers)
+        else:
+            write_native(path, adapter)
+
+    if any_sharded(model):
+        in_first_process(write)
+    else:
+        write()
+
+
+def gather(
+    model: nn.Module,
+    bias: str = "none",
+    modules_to_save: Sequence[str] | str | None = None,
+    state: dict[str, Tensor] | None = None,
+) -> tuple[Adapter, dict[str, Any], dict[str, nn.Module]]:
+    """Return the active adapter, its layers, and the modules of the model without adapters, by name.
+
+    `state` is a state dict of the model, if somebody has put one together from its shards, whose values count then.
+    """
     every = all_modules(model)
     check_not_reloaded(every)
     check_not_fsdp1(every)
+    if not state:
+        check_not_partitioned(every)
     check_intact(model, [active_adapter(model)])
     found = _adapted(model)
     layers = _lora_layers(found)
     if not layers and not _token_indices(found):
         raise ValueError(f"{type(model).__name__} has no adapters to save; call lora.inject_lora(model, ...) first")
     check_not_offloaded(dict(found))
-    _warn_of_untrained(found)
+    if not state:
+        _warn_of_untrained(found)
     adapter = _without_compiled(_collect(model, found, layers, bias, modules_to_save))
-    adapter.metadata = metadata or {}
-    adapter.base_model = _base_model(model, format) if base_model is None else os.fspath(base_model)
+    if state:
+        state = {without_compiled(name): tensor for name, tensor in state.items()}
+        missing = [key for key in adapter.tensors if key not in state]
+        if missing:
+            raise ValueError(f"state_dict has no {', '.join(missing[:8])}, which the adapter has; nothing was written")
+        adapter.tensors = {key: state[key] for key in adapter.tensors}
     adapter.tensors = {key: whole(tensor) for key, tensor in adapter.tensors.items()}
-
-    def write() -> None:
-        if format != "loralib":
-            modules = {without_compiled(name): module for name, module in base_modules(model).items()}
-            adapted = {without_compiled(name): layer for name, layer in layers.items()}
-            if format == "peft":
-                write_peft(path, adapter, model, modules, adapted, single_rank)
-            else:
-                write_diffusers(path, adapter, model, modules, adapted)
-        else:
-            write_native(path, adapter)
-
-    if any_sharded(model, every):
-        _in_first_process(write)
-    else:
-        write()
+    modules = {without_compiled(name): module for name, module in base_modules(model).items()}
+    return adapter, {without_compiled(name): layer for name, layer in layers.items()}, modules
 
 
 def load_lora(
@@ -174,13 +205,15 @@ def load_lora(
     Args:
         model: the base model, or one with LoRA layers, in any state (merged, in eval, on any device).
         path: a file of `save_lora`; a folder of PEFT; a safetensors file of diffusers or of kohya's scripts, of which
-            the part for this model is taken; a .bin, .pt or .pth file of upstream's `lora_state_dict`; or "user/name"
-            of an adapter on the Hugging Face Hub, which huggingface_hub downloads. Nothing in any of them is executed.
+            the part for this model is taken; a .bin, .pt or .pth file of upstream's `lora_state_dict`; a checkpoint of
+            the whole adapted model, as a file or a folder of transformers, of which the adapter is taken, and what else
+            differs from this base, a head, say; or "user/name" of an adapter on the Hugging Face Hub, which
+            huggingface_hub downloads. Nothing in any of them is executed.
             Where only wrappers (`module.`, `_orig_mod.`, `model.`, `0.auto_model.`) tell the names in it from those in
             the model, they match.
         adapter_name: which adapter to load into; a new name makes a new adapter beside those that are there. None means
             the active one, or else "default".
-        lora_alpha: for upstream's files, which do not carry it, and for no others.
+        lora_alpha: for upstream's files and whole checkpoints, which do not carry it, and for no others.
         enable_lora: for upstream's files, which do not carry it: the groups of a fused projection that are adapted,
             where the shapes leave it open and the model has no such layer yet.
         merge_weights: whether `eval()` merges layers made here.
@@ -302,7 +335,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     return read_native(path).metadata
 
 
-def _in_first_process(write: Callable[[], None]) -> None:
+def in_first_process(write: Callable[[], None]) -> None:
     import torch.distributed as dist
 
     outcome: list = [None]
@@ -344,7 +377,7 @@ def _collect(
     resized, why = resized_embeddings(model)
     paths = [path for path, module in modules.items() if module in resized and path not in saved]
     if paths:
-        warnings.warn(f"{why}: {', '.join(paths)} go with the adapter, whole", stacklevel=3)
+        warnings.warn(f"{why}: {', '.join(paths)} go with the adapter, whole", stacklevel=4)
     saved = list(dict.fromkeys(saved + paths))
     own = own_names(modules, targets, bias, saved)
     if any_sharded(model):  # fully_shard shards again then, what a forward has left whole
@@ -399,7 +432,7 @@ def _read(
     lora_alpha: float | None,
     enable_lora: Sequence[bool],
 ) -> Adapter:
-    if path.suffix in UPSTREAM_SUFFIXES and path.is_file():
+    if _is_without_configuration(path):
         return read_upstream(path, modules, lora_alpha, enable_lora, groups)
     if lora_alpha is not None:
         raise ValueError(f"lora_alpha={lora_alpha}: {path} carries its own; it is for upstream's .bin and .pt files")
@@ -414,6 +447,13 @@ def _read(
     if is_of_diffusers(path):
         return read_diffusers(path, modules, groups)
     return _named_as_here(read_native(path), modules)
+
+
+def _is_without_configuration(path: Path) -> bool:
+    """Whether the file, or folder, is upstream's or a checkpoint of a whole model, which say nothing but tensors."""
+    if path.is_dir():
+        return not (path / CONFIG).is_file() and not (path / FILE).is_file() and bool(whole_checkpoint(path))
+    return path.is_file() and (path.suffix in UPSTREAM_SUFFIXES or is_whole_checkpoint(path))
 
 
 def _named_as_here(adapter: Adapter, modules: dict[str, nn.Module]) -> Adapter:
@@ -573,6 +613,11 @@ def _adapted(model: nn.Module) -> dict[str, Adapted]:
     return {name: module for name, module in named_modules(model).items() if isinstance(module, Adapted)}
 
 
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """Return what has a rank in the active adapter of `model`, by name."""
+    return _lora_layers(_adapted(model))
+
+
 def _lora_layers(found: dict[str, Adapted]) -> dict[str, Any]:
     """What has a rank in the active adapter, by name: the LoRA layers, and updates of Parameters."""
     return {
@@ -601,7 +646,7 @@ def _warn_of_untrained(found: dict[str, Adapted]) -> None:
         warnings.warn(
             f"{', '.join(still[:8])}{more}: still zero, as injection made it, though others were trained: no gradient "
             "has reached it. The model does not call that layer, or reads its weight in another way",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

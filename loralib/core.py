@@ -29,6 +29,8 @@ from loralib.quantized import dequantized, is_quantized, merges
 
 # What `adapted` gives for the classes that have a name of their own: {(class, kind): class of ours}.
 PUBLIC: dict[tuple[type, type], Any] = {}
+# What makes further members for the class of a module that holds tensors of adapters, of its own class.
+IN_PLACE: list[Callable[[Any], dict]] = []
 # Plain, because mypy does not take a class of modules for hashable.
 _cached: Any = functools.cache
 _Layer = TypeVar("_Layer", bound="InPlace")
@@ -596,6 +598,8 @@ def _members_in_place(cls: Any) -> dict:
             return cls.resize_token_embeddings(self, *args, **kwargs)
 
         members["resize_token_embeddings"] = resize_token_embeddings
+    for more in IN_PLACE:
+        members.update(more(cls))
     return members
 
 
@@ -625,8 +629,9 @@ def adapted(cls: Any, kind: Any, branch: bool = True, computed: bool = False) ->
     members: dict = {"__module__": __name__, "__doc__": cls.__doc__}
     members["_recipe"] = adapted, (cls, kind, branch, computed)
     if kind is None:
-        # Transformers takes a model of a class from elsewhere for code of a user's, whose weights it does not rename.
-        members.update(_members_in_place(cls), __module__=cls.__module__)
+        # Libraries know a class by its full name, or read its source; transformers takes a model of a class from
+        # elsewhere for code of a user's, whose weights it does not rename.
+        members.update(_members_in_place(cls), __module__=cls.__module__, __qualname__=cls.__qualname__)
         return types.new_class(cls.__name__, (InPlace, cls), exec_body=lambda body: body.update(members))
     members.update(_base_class=cls, train=_train, reset_parameters=_reset_parameters)
     members.update(branches=branch, computes_weight=computed)

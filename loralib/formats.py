@@ -7,6 +7,7 @@ same names, and no configuration.
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import zipfile
@@ -19,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from loralib.adapters import is_bias
+from loralib.adapters import is_bias, own_tensors
 from loralib.architectures import fused_layout, group_spec
-from loralib.core import check_hyperparameters
+from loralib.core import check_hyperparameters, whole
 from loralib.inject import STATISTICS
 from loralib.layers import as_booleans, is_conv1d
+from loralib.quantized import is_quantized
 from loralib.wrappers import under_names_of
 
 METADATA_KEY = "loralib"
@@ -31,6 +33,8 @@ FORMAT_VERSION = 1
 LORA_ENDINGS = (".lora_A", ".lora_B")
 _SPEC_KEYS = {"r", "lora_alpha", "scaling", "lora_dropout"}
 _FUSED_KEYS = {"enable_lora", "group_sizes", "interleave"}
+# What checkpoints of whole models record beside their tensors: the scalings of the layers, in the order of their names.
+SCALINGS = "lora_scalings"
 
 
 @dataclass
@@ -78,6 +82,11 @@ def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     # Copies, because safetensors refuses tensors that share memory.
     tensors = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     return save(tensors, metadata=metadata)
+
+
+def scalings_of(adapter: Adapter) -> Tensor:
+    """Return what is recorded under `SCALINGS`."""
+    return torch.tensor([adapter.layers[name]["scaling"] for name in sorted(adapter.layers)], dtype=torch.float64)
 
 
 def write_native(path: Path, adapter: Adapter) -> None:
@@ -180,36 +189,38 @@ def read_upstream(
     enable_lora: Sequence[bool],
     known_groups: dict[str, dict],
 ) -> Adapter:
-    """Read a file of `torch.save(lora_state_dict(model))` for a model with `modules`.
+    """Read a file of `torch.save(lora_state_dict(model))`, or a checkpoint of the whole model, for one with `modules`.
 
     Ranks come from the shapes. `enable_lora` says which groups a file with fewer adapted groups than the layer has
     adapts, where `known_groups`, the specs of the model's own fused layers, does not.
     """
-    tensors = read_torch(path)
-    tensors, _ = under_names_of(tensors, LORA_ENDINGS, modules)
+    tensors = _read_all(path)
+    recorded = tensors.pop(SCALINGS, None)
+    tensors, there = under_names_of(tensors, LORA_ENDINGS, modules)
     tensors = _under_first_names(path, tensors, modules)
     names = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
     if not names:
         raise ValueError(f"{path} holds no adapter: no name in it ends with '.lora_A', as upstream's do")
-    if lora_alpha is None:
+    found = [] if recorded is None or len(recorded) != len(names) else recorded.tolist()
+    scalings = dict(zip(sorted(there.get(name, name) for name in names), found, strict=False))
+    if lora_alpha is None and not scalings:
         raise ValueError(
             f"{path} carries no lora_alpha, which the result depends on; pass lora_alpha=... as it was trained with "
             "(16 for the official RoBERTa-base files, 32 for the official E2E ones)"
         )
-    check_hyperparameters(1, lora_alpha, 0.0)
+    if lora_alpha is not None and scalings:
+        raise ValueError(f"lora_alpha={lora_alpha}: {path} carries its own; leave it out")
+    check_hyperparameters(1, 1 if lora_alpha is None else lora_alpha, 0.0)
     enable_lora = as_booleans(enable_lora)
+    # Newer upstream versions keep the convolution one level down, and name the same tensor twice.
+    for name, key in itertools.product(names, ("weight", "bias")):
+        inner = tensors.pop(f"{name}.conv.{key}", None)
+        if inner is not None:
+            tensors.setdefault(f"{name}.{key}", inner)
+    if any(f"{name}.weight" in tensors for name in names):
+        tensors = _without_base(path, tensors, modules, names)
     layers, problems = {}, []
     for name in names:
-        # Newer upstream versions keep the convolution one level down, and name the same tensor twice.
-        for key in ("weight", "bias"):
-            inner = tensors.pop(f"{name}.conv.{key}", None)
-            if inner is not None:
-                tensors.setdefault(f"{name}.{key}", inner)
-        if f"{name}.weight" in tensors:
-            raise ValueError(
-                f"{path} holds {name}.weight too: it is a whole model, not an adapter. Adapt the model first, then use "
-                "model.load_state_dict(torch.load(path, weights_only=True))"
-            )
         A, B = tensors[name + ".lora_A"], tensors.get(name + ".lora_B")
         owner = modules.get(name.rpartition(".")[0])
         try:
@@ -220,11 +231,95 @@ def read_upstream(
             problems.append(str(error))
     if problems:
         raise ValueError("\n  ".join([f"{path} cannot be read for this model:", *problems]))
-    for spec in layers.values():
-        spec.update(lora_alpha=lora_alpha, scaling=lora_alpha / spec["r"], lora_dropout=0.0)
+    for name, spec in layers.items():
+        alpha = scalings[there.get(name, name)] * spec["r"] if lora_alpha is None else lora_alpha
+        spec.update(lora_alpha=alpha, scaling=alpha / spec["r"], lora_dropout=0.0)
     rest = {name for name in tensors if name.rpartition(".")[2] not in ("lora_A", "lora_B")}
     saved, bias = sort_out(rest, layers)
     return Adapter(tensors, layers, bias, saved)
+
+
+def whole_checkpoint(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint of a whole model, as transformers and accelerate write it; [] if there is none.
+
+    Raises:
+        ValueError: an index names what is no file beside it.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+                files = [folder / name for name in names if Path(name).name == name and (folder / name).is_file()]
+            except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+                raise ValueError(f"{index} is no index of a checkpoint: {error!r}") from error
+            if len(files) < len(names) or not names:
+                raise ValueError(f"{index} names files that are not beside it; get the whole checkpoint")
+            return files
+    return []
+
+
+def is_whole_checkpoint(path: Path) -> bool:
+    """Whether `path` is a safetensors file of a state dict with adapters in it, without our configuration."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = file.keys()
+            return METADATA_KEY not in (file.metadata() or {}) and any(name.endswith(".lora_A") for name in names)
+    except SafetensorError:
+        return False
+
+
+def _read_all(path: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in whole_checkpoint(path) if path.is_dir() else [path]:
+        tensors.update(read_safetensors(file)[0] if file.suffix == ".safetensors" else read_torch(file))
+    return tensors
+
+
+def _without_base(
+    path: Path, tensors: dict[str, Tensor], modules: dict[str, nn.Module], names: list[str]
+) -> dict[str, Tensor]:
+    """Leave out what a checkpoint has of the model's base: what is left was trained, and is the adapter's.
+
+    That are heads and biases, if they differ; another weight below an adapter is another base.
+    """
+    packed = tuple(f"{name}." for name, module in modules.items() if is_quantized(module))
+    left: dict[str, Tensor] = {}
+    of_base: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        owner, _, key = name.rpartition(".")
+        there = own_tensors(modules[owner]).get(key) if owner in modules else None
+        trained = is_bias(key) or key in ("lora_A", "lora_B")
+        if name.startswith(packed) and not trained:
+            continue
+        (left if there is None or key in STATISTICS else of_base)[name] = tensor
+    differ = {name for name, tensor in of_base.items() if not _equals(tensor, _tensor(modules, name))}
+    others = sorted(differ & {f"{name}.weight" for name in names})
+    if others:
+        raise ValueError(
+            f"{path} is a checkpoint of a whole model with another base than this one: {', '.join(others[:8])} differ; "
+            "load the adapter into the base that it was trained on"
+        )
+    heads = {name.rpartition(".")[0] for name in differ if not is_bias(name.rpartition(".")[2])}
+    biases = {name.rpartition(".")[0] for name in differ} - heads
+    for name, tensor in of_base.items():
+        owner, _, key = name.rpartition(".")
+        with_bias = bool(biases) and is_bias(key) and (owner in names or not biases <= set(names))
+        if owner in heads or with_bias:
+            left[name] = tensor
+    return left
+
+
+def _tensor(modules: dict[str, nn.Module], name: str) -> Tensor:
+    owner, _, key = name.rpartition(".")
+    return own_tensors(modules[owner])[key]
+
+
+def _equals(tensor: Tensor, there: Tensor) -> bool:
+    same = tensor.shape == there.shape and tensor.is_floating_point() == there.is_floating_point()
+    return there.is_meta or (same and torch.equal(tensor.to(there.dtype), whole(there.detach()).cpu()))
 
 
 def sort_out(names: set[str], layers: dict[str, dict]) -> tuple[list[str], str]:

@@ -39,6 +39,7 @@ from loralib.architectures import (
     group_spec,
     in_proj_layout,
     is_matrix,
+    is_pretrained,
     is_read_from_outside,
     is_router,
     output_layer,
@@ -402,8 +403,10 @@ def put_adapter(
     keep_gradients(model)
     modules, done = base_modules(model), set()
     copies: dict = {}
-    if hasattr(type(model), "tie_weights"):
-        own = {**own, "": own.get("", frozenset())}  # the model itself, for what it does to its embeddings
+    for name, module in modules.items():  # models, for what they do to their embeddings and how they are saved
+        inside = f"{name}." if name else ""
+        if is_pretrained(_plain_class(module)) and any(f"{path}.".startswith(inside) for path in own):
+            own = {**own, name: own.get(name, frozenset())}
     note_parts(model, adapter_name, own, modules)
     here: dict[str, list[Plan]] = {}
     for plan in plans.values():

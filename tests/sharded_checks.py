@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
 import loralib as lora
@@ -181,6 +183,37 @@ def check_what_would_replace_or_merge_layers_is_refused(folder):
         assert lora.list_adapters(several) == ["default"]
         with torch.no_grad():
             assert torch.equal(several(X), before)
+
+
+def check_save_pretrained(folder):
+    """Of all processes together, and of the first one with a state dict that accelerate has put together."""
+    config = transformers.LlamaConfig(
+        vocab_size=11, hidden_size=16, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2
+    )
+    if dist.get_rank() == 0:
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(config).save_pretrained(folder / "base")
+    dist.barrier()
+    models = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        models.append(transformers.LlamaForCausalLM.from_pretrained(folder / "base"))
+        lora.inject_lora(models[-1], r=2)
+        for name, parameter in models[-1].named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter)
+    one, several = models
+    for layer in several.model.layers:
+        fully_shard(layer)
+    fully_shard(several).save_pretrained(folder / "together", is_main_process=dist.get_rank() == 0)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(several, options=options)
+    if dist.get_rank() == 0:
+        several.save_pretrained(folder / "given", state_dict=state)
+        one.save_pretrained(folder / "one")
+        for name in ("adapter_model.safetensors", "adapter_config.json", "model.safetensors"):
+            expected = (folder / "one" / name).read_bytes()
+            assert (folder / "together" / name).read_bytes() == expected == (folder / "given" / name).read_bytes(), name
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def test_delete(several, alone):
     for name in ("head", "own biases", "plain"):
         lora.set_adapter(several, name)
         check_alone(several, alone, name)
-    with pytest.raises(ValueError, match="adapter 'plain' is active; call lora.set_adapter.*head, own biases, plain"):
+    with pytest.raises(ValueError, match="adapter 'plain' is active; call lora.set_adapter.*head, own biases\\), or"):
         lora.delete_adapter(several, "plain")
     for call in (lora.set_adapter, lora.delete_adapter):
         with pytest.raises(ValueError, match="no adapter 'biases'; the model has 'head', 'own biases', 'plain'"):

@@ -1,6 +1,7 @@
 """The documents say what is true: code and commands run, tables come from the result files, paths and links exist.
 
-A block of Python runs by itself, in an empty folder or in the one it names ("python in examples/NLU"). A block of
+A block of Python runs by itself, in an empty folder or in the one it names ("python in examples/NLU"), or with the long
+tests if it needs TRL ("python trl"). A block of
 commands runs in a copy of the examples: at once, with the long tests ("sh slow"), or not at all where it needs a hub,
 several processes or files from elsewhere ("sh elsewhere"), and is then parsed by its script. What installs ("sh
 install") is what CI does. The lines of a "text" block must be among those that the commands before it print, whatever
@@ -58,7 +59,7 @@ def checkout(tmp_path_factory):
 
 def test_every_block_is_of_a_kind_that_is_tested():
     assert {kind for _, _, kind, _ in BLOCKS} == {
-        *(*PYTHON, "sh", "sh slow", "sh elsewhere", "sh install", "text"),
+        *(*PYTHON, "python trl", "sh", "sh slow", "sh elsewhere", "sh install", "text"),
     }
 
 
@@ -69,6 +70,15 @@ def test_python_runs(document, number, kind, text, checkout, tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", text], cwd=folder, capture_output=True, text=True, timeout=120
     )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document, number, kind, text", blocks("python trl"))
+def test_python_with_trl_runs(document, number, kind, text, tmp_path):
+    """The warnings are TRL's."""
+    pytest.importorskip("trl")
+    done = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 

@@ -486,7 +486,7 @@ def test_a_switch_that_cannot_be_made_changes_nothing(compute):
     model, _ = two()
     compute(model[0])
     before = model(X).detach()
-    with pytest.raises(ValueError, match="lora_A of .* is computed, by torch.nn.utils.prune or parametrize; remove"):
+    with pytest.raises(ValueError, match=": lora_A of .* is computed, by torch.nn.utils.prune or parametrize; remove"):
         lora.set_adapter(model, "a")
     assert lora.active_adapter(model) == "b"
     close(model(X), before)

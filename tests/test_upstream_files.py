@@ -230,7 +230,7 @@ FOREIGN = {
     "one axis": (lambda: {"a.lora_A": torch.ones(2), "a.lora_B": torch.ones(2, 2)}, "with two axes"),
     "a whole model": (
         lambda: {**official(), "roberta.encoder.layer.0.attention.self.query.weight": torch.ones(H, H)},
-        "query.weight too: it is a whole model, not an adapter",
+        "query.weight differ; load the adapter into the base that it was trained on",
     ),
 }
 
