@@ -55,7 +55,7 @@ from loralib.parameters import Parameters, Rows
 from loralib.peft_format import CONFIG, read_peft, write_peft
 from loralib.reloaded import check_not_reloaded
 from loralib.utils import _join, match_modules_to_save
-from loralib.wrappers import under_names_of, without_compiled
+from loralib.wrappers import prefix_of_wrappers, under_names_of, without_compiled
 
 __all__ = ["load_lora", "read_metadata", "save_lora"]
 
@@ -132,7 +132,14 @@ def save_lora(
         raise ValueError(f"{type(model).__name__} has no adapters to save; call lora.inject_lora(model, ...) first")
     check_not_offloaded(dict(found))
     _warn_of_untrained(found)
-    adapter = _without_compiled(_collect(model, found, layers, bias, modules_to_save))
+    adapter = _collect(model, found, layers, bias, modules_to_save)
+    prefix = prefix_of_wrappers(model, [*adapter.tensors, *layers, *adapter.modules_to_save])
+
+    def named(name: str) -> str:
+        return without_compiled(name.removeprefix(prefix))
+
+    adapter, sharded = _renamed(adapter, named), any_sharded(model, every)
+    model = unwrapped(model.get_submodule(prefix.removesuffix(".")))
     adapter.metadata = metadata or {}
     adapter.base_model = _base_model(model, format) if base_model is None else os.fspath(base_model)
     adapter.tensors = {key: whole(tensor) for key, tensor in adapter.tensors.items()}
@@ -140,7 +147,7 @@ def save_lora(
     def write() -> None:
         if format != "loralib":
             modules = {without_compiled(name): module for name, module in base_modules(model).items()}
-            adapted = {without_compiled(name): layer for name, layer in layers.items()}
+            adapted = {named(name): layer for name, layer in layers.items()}
             if format == "peft":
                 write_peft(path, adapter, model, modules, adapted, single_rank)
             else:
@@ -148,7 +155,7 @@ def save_lora(
         else:
             write_native(path, adapter)
 
-    if any_sharded(model, every):
+    if sharded:
         _in_first_process(write)
     else:
         write()
@@ -209,8 +216,8 @@ def load_lora(
         for plan in plans.values():
             shapes.setdefault(plan.path, {}).update(plan.shapes)
         own, misfits = _fit(modules, shapes, adapter, False)
+        check_not_offloaded({name: modules[name] for name in own})
         _refuse(path, model, problems + misfits)
-        check_not_offloaded({path: modules[path] for path in own})
         put_adapter(model, name, plans, own, _untied(modules, own, adapter))
         layers = _lora_layers(_adapted(model))
     else:
@@ -623,11 +630,11 @@ def _base_model(model: nn.Module, format: str) -> str | None:
     return os.path.basename(os.path.abspath(name)) if name and os.path.isdir(name) else name
 
 
-def _without_compiled(adapter: Adapter) -> Adapter:
-    adapter.tensors = {without_compiled(name): tensor for name, tensor in adapter.tensors.items()}
-    adapter.layers = {without_compiled(name): spec for name, spec in adapter.layers.items()}
-    adapter.modules_to_save = [without_compiled(name) for name in adapter.modules_to_save]
-    adapter.token_indices = {without_compiled(name): rows for name, rows in adapter.token_indices.items()}
+def _renamed(adapter: Adapter, named: Callable[[str], str]) -> Adapter:
+    adapter.tensors = {named(name): tensor for name, tensor in adapter.tensors.items()}
+    adapter.layers = {named(name): spec for name, spec in adapter.layers.items()}
+    adapter.modules_to_save = [named(name) for name in adapter.modules_to_save]
+    adapter.token_indices = {named(name): rows for name, rows in adapter.token_indices.items()}
     return adapter
 
 
