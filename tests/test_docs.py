@@ -71,7 +71,11 @@ def test_python_runs(document, number, kind, text, checkout, tmp_path):
             pytest.skip(f"{name} is not installed")
     folder = checkout / kind.removeprefix("python in ") if " in " in kind else tmp_path
     done = subprocess.run(
-        [sys.executable, "-W", "ignore" if "slow" in kind else "error", "-c", text], cwd=folder, capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "ignore" if "slow" in kind else "error", "-c", text],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
 
