@@ -23,6 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # PEFT would look for the base on the hub wh
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
 
+import measure
 import torch
 import transformers
 from common import results, tables
@@ -434,13 +435,8 @@ def measure_all(knobs):
         "versions": versions,
         "environment": results.environment(torch.device("cpu")),
     }
-    output_dir = Path(knobs.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    results.write_json(output_dir / "integrations.json", record)
-    if knobs.record:
-        results.write_json(results.RESULTS / f"{knobs.record}.json", record)
     print(tables.aligned(tables.in_lists(tables.integration_rows(record))))
-    print(f"written to {output_dir}: integrations.json")
+    measure.write(record, knobs, "integrations")
     return record
 
 
