@@ -14,8 +14,9 @@ EXAMPLES += ["sacrebleu>=2.4", "pycocoevalcap>=1.2"]
 # hooks are to survive; pytest-xdist runs the suite in two processes.
 TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.18", "pytest-cov>=5", "peft>=0.21", "torchao>=0.18"]
 TEST += ["accelerate>=1.10", "bitsandbytes>=0.49", "pytest-xdist>=3.5"]
-# The tools of examples/INTEGRATIONS.md whose tests skip without them.
-TOOLS = ["trl>=1.0", "datasets>=4"]
+# What `.ci/tools` tests the library in.
+TOOLS = ["lightning>=2.6", "sentence-transformers>=6.2", "datasets>=5.2", "timm>=1.0.31", "torchvision>=0.28"]
+TOOLS += ["trl>=1.0", "open_clip_torch>=3.3", "diffusers>=0.42", "onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"]
 
 setup(
     name="loralib",
@@ -28,5 +29,5 @@ setup(
     package_data={"loralib": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.5", "safetensors>=0.4.3"],
-    extras_require={"examples": EXAMPLES, "test": [*EXAMPLES, *TEST], "tools": TOOLS},
+    extras_require={"examples": EXAMPLES, "test": [*EXAMPLES, *TEST], "tools": [*EXAMPLES, *TEST, *TOOLS]},
 )

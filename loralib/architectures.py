@@ -86,7 +86,10 @@ _HEADS = {
 }
 
 # What training wraps around a model, and where the model is in it.
-_WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+_WRAPPERS = {
+    **dict.fromkeys(["DataParallel", "DistributedDataParallel", "DeepSpeedEngine", "AveragedModel"], "module"),
+    **{"OptimizedModule": "_orig_mod", "_FabricModule": "_original_module"},
+}
 
 # Subclasses of nn.Linear that compute what nn.Linear computes, in a forward of their own.
 LINEAR_BY_ANOTHER_NAME = ("FalconLinear",)
@@ -244,10 +247,21 @@ def saves_itself(cls: Any) -> str | None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside of `torch.compile`, `nn.DataParallel` or `DistributedDataParallel`."""
+    """Return the model inside of `torch.compile`, data parallelism, Lightning's Fabric or torch's `AveragedModel`."""
     while type(model).__name__ in _WRAPPERS:
         model = getattr(model, _WRAPPERS[type(model).__name__])
     return model
+
+
+def pretrained_models(model: nn.Module) -> dict[str, Any]:
+    """Return the outermost Hugging Face models in `model` by name, as a LightningModule or sentence-transformers have
+    them inside; {"": model} if it is one itself."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        within = any(not outer or name.startswith(f"{outer}.") for outer in found)
+        if not within and hasattr(type(module), "base_model_prefix"):
+            found[name] = module
+    return found
 
 
 def find_query_and_value(model: nn.Module) -> list[str]:
@@ -375,10 +389,20 @@ def what_to_name(model: nn.Module) -> str:
 
 
 def find_head(model: nn.Module) -> list[str] | None:
-    """Return the full names of what a Hugging Face classifier has beside its pretrained part, its head.
+    """Return the full names of what Hugging Face classifiers have beside their pretrained part, their heads.
 
-    [] for other models, None if the head cannot be told from the rest.
+    [] for other models, None if a head cannot be told from the rest.
     """
+    names = []
+    for path, classifier in pretrained_models(model).items():
+        head = _find_head(classifier)
+        if head is None:
+            return None
+        names += [f"{path}.{name}".removeprefix(".") for name in head]
+    return names
+
+
+def _find_head(model: nn.Module) -> list[str] | None:
     kind = type(model).__name__
     if kind in _HEADS:
         return _HEADS[kind]
@@ -399,9 +423,10 @@ def default_modules_to_save(model: nn.Module) -> list[str]:
     """Return the full names of the modules to train whole when none are named: the head of a classifier."""
     head = find_head(model)
     if head is None:
+        classifier = next(each for each in pretrained_models(model).values() if _find_head(each) is None)
         raise ValueError(
-            f"{type(model).__name__} has no {model.base_model_prefix!r}, so its head cannot be told from the rest "
-            f"({', '.join(name for name, _ in model.named_children())}); "
+            f"{type(classifier).__name__} has no {classifier.base_model_prefix!r}, so its head cannot be told from the "
+            f"rest ({', '.join(name for name, _ in classifier.named_children())}); "
             "name it in modules_to_save, or pass modules_to_save=[] to train no head"
         )
     if not head and model._parameters and _WITH_HEAD.search(type(model).__name__):
@@ -412,16 +437,26 @@ def default_modules_to_save(model: nn.Module) -> list[str]:
     return head
 
 
-def output_layer(model: nn.Module) -> nn.Module | None:
-    """Return the layer that a Hugging Face language model ends with, if there is one."""
+def output_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that the Hugging Face language models in `model` end with."""
+    found = pretrained_models(model) or {"": model}
+    return [last for each in found.values() if (last := _output_layer(each)) is not None]
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
     get = getattr(model, "get_output_embeddings", None)
     return get() if callable(get) else None
 
 
 def resized_embeddings(model: nn.Module) -> tuple[list[nn.Module], str]:
-    """Return the embeddings of a Hugging Face model with another number of tokens than its base, and what says so."""
+    """Return the embeddings of Hugging Face models with another number of tokens than their base, and what says so."""
+    found = [_resized(each) for each in pretrained_models(model).values()]
+    return [end for ends, _ in found for end in ends], next((why for _, why in found if why), "")
+
+
+def _resized(model: Any) -> tuple[list[nn.Module], str]:
     config: Any = getattr(model, "config", None)
-    ends = [end for end in (input_embeddings(model), output_layer(model)) if end is not None]
+    ends = [end for end in (input_embeddings(model), _output_layer(model)) if end is not None]
     if config is None:
         return [], ""
     if vars(model).get(RESIZED):

@@ -65,7 +65,7 @@ from loralib.parameters import Parameters, Rows
 from loralib.peft_format import CONFIG, read_peft, write_peft
 from loralib.reloaded import check_not_reloaded
 from loralib.utils import _join, match_modules_to_save
-from loralib.wrappers import under_names_of, without_compiled
+from loralib.wrappers import prefix_of_wrappers, under_names_of, without_compiled
 
 __all__ = ["load_lora", "read_metadata", "save_lora"]
 
@@ -132,15 +132,15 @@ def save_lora(
     if folder and path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; give the name of a folder for format={format!r}")
     model = unwrapped(model)
-    adapter, layers, modules = gather(model, bias, modules_to_save)
+    inner, adapter, layers, modules = gather(model, bias, modules_to_save)
     adapter.metadata = metadata or {}
-    adapter.base_model = _base_model(model, format) if base_model is None else os.fspath(base_model)
+    adapter.base_model = _base_model(inner, format) if base_model is None else os.fspath(base_model)
 
     def write() -> None:
         if format == "peft":
-            write_peft(path, adapter, model, modules, layers, single_rank)
+            write_peft(path, adapter, inner, modules, layers, single_rank)
         elif format == "diffusers":
-            write_diffusers(path, adapter, model, modules, layers)
+            write_diffusers(path, adapter, inner, modules, layers)
         else:
             write_native(path, adapter)
 
@@ -155,8 +155,9 @@ def gather(
     bias: str = "none",
     modules_to_save: Sequence[str] | str | None = None,
     state: dict[str, Tensor] | None = None,
-) -> tuple[Adapter, dict[str, Any], dict[str, nn.Module]]:
-    """Return the active adapter, its layers, and the modules of the model without adapters, by name.
+) -> tuple[nn.Module, Adapter, dict[str, Any], dict[str, nn.Module]]:
+    """Return the model without known wrappers, its active adapter, and by their names in it the layers and the
+    modules without adapters.
 
     `state` is a state dict of the model, if somebody has put one together from its shards, whose values count then.
     """
@@ -173,16 +174,23 @@ def gather(
     check_not_offloaded(dict(found))
     if not state:
         _warn_of_untrained(found)
-    adapter = _without_compiled(_collect(model, found, layers, bias, modules_to_save))
+    adapter = _collect(model, found, layers, bias, modules_to_save)
+    prefix = prefix_of_wrappers(model, [*adapter.tensors, *layers, *adapter.modules_to_save])
+
+    def named(name: str) -> str:
+        return without_compiled(name.removeprefix(prefix))
+
+    adapter = _renamed(adapter, named)
     if state:
-        state = {without_compiled(name): tensor for name, tensor in state.items()}
+        state = {named(name): tensor for name, tensor in state.items()}
         missing = [key for key in adapter.tensors if key not in state]
         if missing:
             raise ValueError(f"state_dict has no {', '.join(missing[:8])}, which the adapter has; nothing was written")
         adapter.tensors = {key: state[key] for key in adapter.tensors}
     adapter.tensors = {key: whole(tensor) for key, tensor in adapter.tensors.items()}
-    modules = {without_compiled(name): module for name, module in base_modules(model).items()}
-    return adapter, {without_compiled(name): layer for name, layer in layers.items()}, modules
+    inner = unwrapped(model.get_submodule(prefix.removesuffix(".")))
+    modules = {without_compiled(name): module for name, module in base_modules(inner).items()}
+    return inner, adapter, {named(name): layer for name, layer in layers.items()}, modules
 
 
 def load_lora(
@@ -242,8 +250,8 @@ def load_lora(
         for plan in plans.values():
             shapes.setdefault(plan.path, {}).update(plan.shapes)
         own, misfits = _fit(modules, shapes, adapter, False)
+        check_not_offloaded({name: modules[name] for name in own})
         _refuse(path, model, problems + misfits)
-        check_not_offloaded({path: modules[path] for path in own})
         put_adapter(model, name, plans, own, _untied(modules, own, adapter))
         layers = _lora_layers(_adapted(model))
     else:
@@ -668,11 +676,11 @@ def _base_model(model: nn.Module, format: str) -> str | None:
     return os.path.basename(os.path.abspath(name)) if name and os.path.isdir(name) else name
 
 
-def _without_compiled(adapter: Adapter) -> Adapter:
-    adapter.tensors = {without_compiled(name): tensor for name, tensor in adapter.tensors.items()}
-    adapter.layers = {without_compiled(name): spec for name, spec in adapter.layers.items()}
-    adapter.modules_to_save = [without_compiled(name) for name in adapter.modules_to_save]
-    adapter.token_indices = {without_compiled(name): rows for name, rows in adapter.token_indices.items()}
+def _renamed(adapter: Adapter, named: Callable[[str], str]) -> Adapter:
+    adapter.tensors = {named(name): tensor for name, tensor in adapter.tensors.items()}
+    adapter.layers = {named(name): spec for name, spec in adapter.layers.items()}
+    adapter.modules_to_save = [named(name) for name in adapter.modules_to_save]
+    adapter.token_indices = {named(name): rows for name, rows in adapter.token_indices.items()}
     return adapter
 
 

@@ -548,7 +548,8 @@ def _set_computed_weight(self: Any, value: Any) -> None:
 
 
 def _is_traced_by_fx() -> bool:
-    return bool(torch.fx._symbolic_trace.is_fx_tracing())
+    # Which torch.export sets, too; what it traces follows computed weights.
+    return not torch.compiler.is_compiling() and bool(torch.fx._symbolic_trace.is_fx_tracing())
 
 
 def _repr_with_settings(self: Any) -> str:

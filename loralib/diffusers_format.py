@@ -7,9 +7,11 @@ One safetensors file holds the adapters of one or several parts of a pipeline:
 | diffusers         | `unet.mid_block.attentions.0.proj_in.lora_A.weight`                    | in the metadata        |
 | diffusers of 2023 | `unet.....attn1.processor.to_q_lora.down.weight`, `....lora.up.weight` | `....alpha`, or none   |
 | kohya's scripts   | `lora_unet_mid_block_attentions_0_proj_in.lora_down.weight`            | `lora_unet_.....alpha` |
+| the same for SDXL | `lora_unet_middle_block_1_proj_in.lora_down.weight`                    | `lora_unet_.....alpha` |
 
-The part is "" where a file is of one model alone. The metadata have under "lora_adapter_metadata" the configuration of
-PEFT as JSON, every key with the name of its part before it. Without any alpha the scaling is 1, as in diffusers.
+The last has the names of the original U-Net, before diffusers. The part is "" where a file is of one model alone. The
+metadata have under "lora_adapter_metadata" the configuration of PEFT as JSON, every key with the name of its part
+before it. Without any alpha the scaling is 1, as in diffusers.
 """
 
 import json
@@ -89,13 +91,13 @@ def read_diffusers(path: Path, modules: dict[str, nn.Module], known_groups: dict
     tensors, metadata = read_safetensors(path)
     parts: dict[str, dict[str, list]] = {}  # for each part and layer A, B, and alpha
     unknown = []
-    underscored = {name.replace(".", "_"): name for name in modules}
+    known = _known_names(modules)
     for key, tensor in tensors.items():
         half = _HALF.fullmatch(key)
         if half is None and not key.endswith(".alpha"):
             unknown.append(key)
             continue
-        part, name = _split(half[1] if half else key.removesuffix(".alpha"), underscored)
+        part, name = _split(half[1] if half else key.removesuffix(".alpha"), modules, known)
         entry = parts.setdefault(part, {}).setdefault(name, [None, None, None])
         entry[2 if half is None else _HALVES[half[2]]] = tensor
     if unknown:
@@ -125,18 +127,63 @@ def _part(model: nn.Module) -> str:
     return "transformer" if "Transformer" in kind else ""
 
 
-def _split(name: str, underscored: dict[str, str]) -> tuple[str, str]:
-    """The part of the pipeline, and the name within it; of kohya's names as the model has it."""
+def _split(name: str, modules: dict[str, nn.Module], known: dict[str, str]) -> tuple[str, str]:
+    """The part of the pipeline, and the name within it, as the model has it."""
     for start, part in _KOHYA.items():
         if name.startswith(start):
             rest = name.removeprefix(start)
-            return part, underscored.get(rest, rest)
+            return part, known.get(rest, rest)
     first, _, rest = name.partition(".")
     part, name = (first, rest) if first in _PARTS else ("", name)
     processor = re.fullmatch(r"(.+)\.processor\.(to_[a-z]+)(?:_lora)?", name)
     if processor:
         name = f"{processor[1]}.{processor[2]}" + (".0" if processor[2] == "to_out" else "")
-    return part, name
+    return part, name if name in modules else known.get(name.replace(".", "_"), name)
+
+
+# What the original U-Net calls the layers of a residual block, and those outside of all blocks.
+_ORIGINAL = {
+    **{"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1"},
+    "conv_shortcut": "skip_connection",
+}
+_ORIGINAL_ENDS = {
+    **{"conv_in": "input_blocks.0.0", "conv_out": "out.2"},
+    **{"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"},
+    **{"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"},
+}
+
+
+def _known_names(modules: dict[str, nn.Module]) -> dict[str, str]:
+    """The names of the model by those that files have for them, written with underscores."""
+    names: dict[str, set[str]] = {}
+    for name in modules:
+        each_name = [name, _original(name, modules)]
+        if _part(modules[""]) == "text_encoder":  # whose layers are not within a `text_model` since transformers 5
+            each_name.append(name.removeprefix("text_model.") if "text_model" in modules else f"text_model.{name}")
+        for each in each_name:
+            names.setdefault(each.replace(".", "_"), set()).add(name)
+    return {each: meant.pop() for each, meant in names.items() if len(meant) == 1}
+
+
+def _original(name: str, modules: dict[str, nn.Module]) -> str:
+    """What the original U-Net calls a layer of diffusers'; there every layer of a block is a block of its own."""
+    block = re.match(
+        r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.", name
+    )
+    if block is None:
+        return _ORIGINAL_ENDS.get(name, name)
+    way, index, kind, layer, rest = *block.groups(), name[block.end() :]
+    rest = _ORIGINAL.get(rest, rest) if kind == "resnets" else rest
+    if way is None:
+        return f"middle_block.{2 * int(layer) + (kind == 'attentions')}.{rest}"
+    # One more in each block than residual blocks go down: it changes the size.
+    depth = len(modules["down_blocks.0.resnets"]._modules) if "down_blocks.0.resnets" in modules else 1
+    first = int(index) * (depth + 1) + (way == "down")
+    if kind == "downsamplers":
+        return f"input_blocks.{first + depth}.0.op"
+    if kind == "upsamplers":
+        return f"output_blocks.{first + depth}.{1 + (f'up_blocks.{index}.attentions' in modules)}.{rest}"
+    return f"{'input' if way == 'down' else 'output'}_blocks.{first + int(layer)}.{int(kind == 'attentions')}.{rest}"
 
 
 def _choose(path: Path, parts: dict[str, dict], modules: dict[str, nn.Module]) -> str:

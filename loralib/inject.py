@@ -42,7 +42,8 @@ from loralib.architectures import (
     is_pretrained,
     is_read_from_outside,
     is_router,
-    output_layer,
+    output_layers,
+    pretrained_models,
     unwrapped,
     what_to_name,
     without_gradient,
@@ -462,12 +463,12 @@ def _tell_left_out(
     # What stands in layers that are known not to be matrices is no surprise.
     total, left = 0, {}
     adapted_ones = {f"{plan.path}.{plan.parameter}" for plan in plans.values()}
-    last = output_layer(model)
+    last = output_layers(model)
     for name, tensor in _parameters(model, modules).items():
         path, _, key = name.rpartition(".")
         total += tensor.numel()
         is_matrix_like = tensor.dim() in (2, 3) and min(tensor.shape) > 1 and not is_bias(key)
-        known = isinstance(modules[path], _NO_MATRICES) or modules[path] is last
+        known = isinstance(modules[path], _NO_MATRICES) or modules[path] in last
         known = known or any(f"{name}.".startswith(f"{each}.") for each in aside)
         open_ = path in failed or name in failed or (is_matrix_like and not known and name not in adapted_ones)
         if open_ and not is_router(modules[path.rpartition(".")[0]], path, modules[path]):
@@ -536,8 +537,8 @@ def token_rows(
     if isinstance(indices, Mapping):
         named = {path: rows for key, rows in indices.items() for path in match_names(modules, [key], _TOKENS)}
     else:
-        table = input_embeddings(model)
-        named = {path: indices for path, module in modules.items() if module is table}
+        tables = [input_embeddings(each) for each in (pretrained_models(model) or {"": model}).values()]
+        named = {path: indices for path, module in modules.items() if len(tables) == 1 and module is tables[0]}
         if not named:
             raise ValueError(
                 f"{_TOKENS}={indices!r}: {type(model).__name__} does not say which its input embeddings are; give a "
@@ -577,8 +578,8 @@ def _targets(
         names = default_target_modules(model)
     elif target_modules in (ALL_LINEAR, ALL_LINEAR_PEFT):
         heads += find_head(model) or []
-        last = output_layer(model)
-        names = [name for name, m in first.items() if name in modules and m is not last]
+        last = output_layers(model)
+        names = [name for name, m in first.items() if name in modules and m not in last]
         names = [name for name in names if _is_linear(modules[name])]
         if target_modules == ALL_LINEAR:
             names = [name for name in names if not is_router(modules[name.rpartition(".")[0]], name, modules[name])]

@@ -83,7 +83,7 @@ def _saving(cls: Any) -> Callable:
                 "lora.set_adapter",
                 stacklevel=2,
             )
-        adapter, layers, modules = gather(self, state=state_dict)
+        _, adapter, layers, modules = gather(self, state=state_dict)
         adapter.base_model = getattr(self.config, "_name_or_path", None) or None
         there = Path(adapter.base_model or "")
         is_base = adapter.base_model is not None and there.is_dir() and folder.is_dir() and there.samefile(folder)

@@ -1,9 +1,10 @@
 """What frameworks put around a model or a part of it, and so into the names of its layers.
 
 A file is written under the names of one model and loaded into another that may be wrapped otherwise: by
-`DistributedDataParallel` ("module."), `torch.compile` ("_orig_mod."), a LightningModule ("model."), the class with a
-head ("model."), sentence-transformers ("0.auto_model."). Or the model's own names have changed since: transformers
-keeps tables of the old ones, which it applies to checkpoints that it loads, and PEFT to adapters, new names or not.
+`DistributedDataParallel` ("module."), `torch.compile` ("_orig_mod."), a LightningModule ("model.", or what its author
+calls it), the class with a head ("model."), sentence-transformers ("0.model.", before its version 6 "0.auto_model.").
+Or the model's own names have changed since: transformers keeps tables of the old ones, which it applies to checkpoints
+that it loads, and PEFT to adapters, new names or not.
 """
 
 import re
@@ -11,8 +12,17 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from torch import nn
+
 _AROUND_PARTS = ("_orig_mod", "_fsdp_wrapped_module")
 _WRAPPERS = re.compile(rf"^0\.(auto_)?model\.|(?<![^.])(module|model|{'|'.join(_AROUND_PARTS)})\.")
+# What the classes of frameworks put before the names of the model that they train.
+_CLASSES = {
+    "LightningModule": re.compile(r"[^.]+\."),
+    **dict.fromkeys(["SentenceTransformer", "CrossEncoder", "SparseEncoder"], re.compile(r"0\.(auto_)?model\.")),
+    **dict.fromkeys(["DataParallel", "DistributedDataParallel"], re.compile(r"module\.")),
+    "OptimizedModule": re.compile(r"_orig_mod\."),
+}
 
 
 def without_compiled(name: str) -> str:
@@ -22,6 +32,26 @@ def without_compiled(name: str) -> str:
     'layers.0.q_proj'
     """
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def prefix_of_wrappers(model: nn.Module, names: Iterable[str]) -> str:
+    """Return what wrappers that are known by their class put before all of the `names`, which are of parts of `model`.
+
+    >>> prefix_of_wrappers(nn.DataParallel(nn.Linear(4, 4)), ["module.weight"])
+    'module.'
+    """
+    prefix, module, names = "", model, list(names)
+    while pattern := _pattern(module):
+        first = pattern.match(names[0], len(prefix)) if names else None
+        if first is None or not all(name.startswith(names[0][: first.end()]) for name in names):
+            break
+        prefix = names[0][: first.end()]
+        module = model.get_submodule(prefix[:-1])
+    return prefix
+
+
+def _pattern(module: nn.Module) -> re.Pattern | None:
+    return next((_CLASSES[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _CLASSES), None)
 
 
 def matched_names(layers: Iterable[str], others: Iterable[str], modules: dict[str, Any]) -> dict[str, str]:
@@ -47,11 +77,12 @@ def matched_names(layers: Iterable[str], others: Iterable[str], modules: dict[st
         return {}
     counterparts: dict[str, dict[int, str]] = {}  # by the module, which may have several names
     for name, module in inner.items():
-        counterparts.setdefault(_core(name), {}).setdefault(id(module), name)
+        known = len(prefix_of_wrappers(modules[""], [name + "."])) if "" in modules else 0
+        counterparts.setdefault(_core((name + ".")[known:]), {}).setdefault(id(module), name)
     table = _old_names(modules.get(""))
     for renamings, wrappers in [([], 0), (table, 0), (table, 1)][: 3 if table else 1]:
         new = {name: name if name in inner else _of_old(name, renamings, wrappers) for name in (*layers, *others)}
-        found = {name: list(counterparts.get(_core(new[name]), {}).values()) for name in new}
+        found = {name: list(counterparts.get(_core(new[name] + "."), {}).values()) for name in new}
         if all(len(found[name]) == 1 for name in layers) and len({found[name][0] for name in layers}) == len(layers):
             return {name: candidates[0] for name, candidates in found.items() if len(candidates) == 1}
     return {}
@@ -141,4 +172,4 @@ def _old_names(model: Any) -> list[Any]:
 
 
 def _core(name: str) -> str:
-    return _WRAPPERS.sub("", name + ".")
+    return _WRAPPERS.sub("", name)

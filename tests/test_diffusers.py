@@ -266,6 +266,72 @@ def test_which_part_is_meant_has_to_be_clear(tmp_path):
         lora.load_lora(build(), tmp_path)
 
 
+ORIGINAL = {
+    "conv_in": "input_blocks_0_0",
+    "down_blocks.0.resnets.1.conv1": "input_blocks_2_0_in_layers_2",
+    "down_blocks.0.downsamplers.0.conv": "input_blocks_3_0_op",
+    "down_blocks.1.attentions.0.proj_in": "input_blocks_4_1_proj_in",
+    "mid_block.attentions.0.proj_in": "middle_block_1_proj_in",
+    "mid_block.resnets.1.time_emb_proj": "middle_block_2_emb_layers_1",
+    "up_blocks.0.resnets.2.conv_shortcut": "output_blocks_2_0_skip_connection",
+    "up_blocks.0.attentions.2.proj_in": "output_blocks_2_1_proj_in",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks_2_2_conv",
+    "up_blocks.1.upsamplers.0.conv": "output_blocks_5_1_conv",
+    "add_embedding.linear_2": "label_emb_0_2",
+}
+
+
+def tree(names):
+    """A module tree with a layer of each name, of two residual blocks a block."""
+    root = nn.Module()
+    for name in [*names, "down_blocks.0.resnets.0.conv1"]:
+        parent, *path = root, *name.split(".")
+        for part in path[:-1]:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent._modules[part]
+        parent.add_module(path[-1], nn.Linear(2, 2))
+    return root
+
+
+def test_names_of_the_original_unet(tmp_path):
+    """kohya's files for SDXL have them."""
+    tensors = {
+        f"lora_unet_{name}.lora_{half}.weight": torch.full(shape, float(i))
+        for i, name in enumerate(ORIGINAL.values())
+        for half, shape in (("down", (1, 2)), ("up", (2, 1)))
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    model = tree(ORIGINAL)
+    assert set(lora.load_lora(model, tmp_path / "a.safetensors")) == set(ORIGINAL)
+    for i, name in enumerate(ORIGINAL):
+        assert (model.get_submodule(name).delta_weight() == i * i).all(), name
+
+
+def test_two_names_that_are_one_with_underscores(tmp_path):
+    """Which layer is meant cannot be told, and none is taken."""
+    save_file(
+        {f"lora_unet_a_b_c.lora_{half}.weight": torch.ones(2, 2) for half in ("down", "up")}, tmp_path / "a.safetensors"
+    )
+    with pytest.raises(ValueError, match="a_b_c: the model has no such layer"):
+        lora.load_lora(tree(["a_b.c", "a.b_c"]), tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["CLIPTextModel", "CLIPTextModelWithProjection"])
+@pytest.mark.parametrize("start", ["lora_te1_text_model_", "text_encoder.text_model."])
+def test_text_encoders_with_and_without_the_text_model_around_them(start, kind, tmp_path):
+    """transformers 5 has left it out of one of the classes, and the files have it."""
+    transformers = pytest.importorskip("transformers")
+    config = {"vocab_size": 40, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = transformers.CLIPTextConfig(**config, num_attention_heads=2, bos_token_id=1, eos_token_id=2)
+    model = getattr(transformers, kind)(config)
+    layer = "encoder.layers.0.self_attn.q_proj"
+    layer, halves = (layer.replace(".", "_"), ("down", "up")) if "te1" in start else (layer, "AB")
+    save_file({f"{start}{layer}.lora_{half}.weight": torch.ones(8, 8) for half in halves}, tmp_path / "a.safetensors")
+    (name,) = lora.load_lora(model, tmp_path / "a.safetensors")
+    assert name.removeprefix("text_model.") == "encoder.layers.0.self_attn.q_proj"
+
+
 def unet():
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     torch.manual_seed(0)
@@ -333,3 +399,43 @@ def test_with_diffusers_itself(tmp_path):
     theirs = copy.deepcopy(base)
     pipeline.load_lora_into_unet(state, alphas, theirs)
     same(loaded(tmp_path / "kohya.safetensors"), output(theirs))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_names_of_sdxl_as_diffusers_converts_them(tmp_path):
+    """Each linear layer and convolution of its U-Net, under the original names: the same as in its pipeline."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    from loralib.diffusers_format import _original
+
+    torch.manual_seed(0)
+    base = diffusers.UNet2DConditionModel(
+        **{"sample_size": 8, "block_out_channels": (8, 16, 16), "norm_num_groups": 4, "layers_per_block": 2},
+        **{"cross_attention_dim": 8, "attention_head_dim": 4, "transformer_layers_per_block": (1, 2, 2)},
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        **{"addition_embed_type": "text_time", "addition_time_embed_dim": 4},
+        projection_class_embeddings_input_dim=32,
+    ).eval()
+    modules, tensors = dict(base.named_modules()), {}
+    for name, module in modules.items():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            o, *rest = module.weight.shape
+            there = "lora_unet_" + _original(name, modules).replace(".", "_")
+            tensors[f"{there}.lora_down.weight"] = 0.2 * torch.randn(2, *rest)
+            tensors[f"{there}.lora_up.weight"] = 0.2 * torch.randn(o, 2, *([1] * len(rest[1:])))
+            tensors[f"{there}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, tmp_path / "a.safetensors")
+    pipeline, theirs, ours = diffusers.StableDiffusionXLPipeline, copy.deepcopy(base), copy.deepcopy(base)
+    state, alphas = pipeline.lora_state_dict(tmp_path / "a.safetensors", unet_config=base.config)
+    pipeline.load_lora_into_unet(state, alphas, theirs)
+    assert len(lora.load_lora(ours, tmp_path / "a.safetensors")) == len(tensors) // 3
+
+    def output(model):
+        torch.manual_seed(2)
+        added = {"text_embeds": torch.randn(1, 8), "time_ids": torch.arange(6.0)[None]}
+        with torch.no_grad():
+            return model(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 5, 8), added_cond_kwargs=added).sample
+
+    torch.testing.assert_close(output(ours), output(theirs), rtol=1e-4, atol=1e-5)
+    assert (output(ours) - output(base)).abs().max() > 0.1

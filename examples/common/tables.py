@@ -39,6 +39,7 @@ OFFICIAL_GLUE = ["nlu_sst2_minilm", "nlu_mrpc_minilm", "nlu_stsb_minilm", "nlu_c
 BENCHMARK, BENCHMARK_CUDA, BENCHMARK_BASE = "benchmark", "benchmark_cuda", "benchmark_base"
 BENCHMARK_PEFT, BENCHMARK_GROWTH = "benchmark_against_peft", "benchmark_growth"
 EXTRACTION = "extraction"
+INTEGRATIONS = "integrations"
 # The same training on bases stored in different dtypes.
 BASES = ["nlg_smollm2_all_2e-3", "nlg_smollm2_all_2e-3_nf4"]
 SYSTEMS = {"floor": "no adapter", "ours": "loralib", "upstream": "loralib 0.1.2", "peft": "PEFT", "full": "full"}
@@ -338,8 +339,32 @@ def extraction_rows(record):
     return rows
 
 
+def integrations(folder):
+    """A row for each tool in which an adapter is trained, saved, reloaded and resumed."""
+    return integration_rows(read(INTEGRATIONS, folder))
+
+
+def integration_rows(record):
+    """The rows of what benchmarks/integrations.py finds."""
+    titles = ("trains", "checkpoint, bytes", "reload differs by", "resume differs by")
+    rows = {"": [f"{title}: ours, PEFT" for title in titles], "---": ["---:"] * len(titles)}
+    for tool, systems in record["tools"].items():
+        columns = [_outcome_cells(outcome) for outcome in systems.values()]
+        rows[tool] = [", ".join(cells) for cells in zip(*columns, strict=True)]
+    return rows
+
+
+def _outcome_cells(outcome):
+    if "error" in outcome:
+        return ["error"] * 4
+    shown = [outcome["reload_difference"], outcome["resume_difference"]]
+    differences = ["-" if value is None else "0" if value == 0 else f"{value:.1e}" for value in shown]
+    return ["yes" if outcome["trains"] else "no", f"{outcome['checkpoint_bytes']:,}", *differences]
+
+
 TABLES = {
     "extraction": extraction,
+    "integrations": integrations,
     "against_peft": against_peft,
     "growth": growth,
     "bases": bases,
