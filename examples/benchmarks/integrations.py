@@ -23,6 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # PEFT would look for the base on the hub wh
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
 
+import integrations_trainer
 import measure
 import torch
 import transformers
@@ -375,6 +376,7 @@ def with_sentence_transformers(system, folder):
 
 
 RUNS = {
+    **integrations_trainer.RUNS,
     "accelerate": with_accelerate,
     "lightning": with_lightning,
     "sentence-transformers": with_sentence_transformers,
@@ -383,11 +385,11 @@ RUNS = {
     "open_clip": with_open_clip,
     "diffusers": with_diffusers,
 }
-with contextlib.suppress(ImportError):
-    import integrations_trainer
-
-    RUNS = {**integrations_trainer.RUNS, **RUNS}
-DISTRIBUTIONS = {"open_clip": "open_clip_torch"}
+DISTRIBUTIONS = {
+    "open_clip": "open_clip_torch",
+    **dict.fromkeys(["Trainer", "Seq2SeqTrainer"], "transformers"),
+    **dict.fromkeys(["SFTTrainer", "DPOTrainer", "GRPOTrainer"], "trl"),
+}
 
 
 @dataclass
@@ -411,6 +413,13 @@ def run_one(tool, system):
             return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
 
 
+def accuracy():
+    """What a trained classifier gets right in memory, and after `save_model` and `from_pretrained`."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return integrations_trainer.accuracy(folder)
+
+
 def measure_all(knobs):
     """Run, print, write and return the record."""
     chosen = knobs.tools.split(",")
@@ -427,11 +436,12 @@ def measure_all(knobs):
     versions = {}
     for tool in (*chosen, "peft"):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[tool] = metadata.version(DISTRIBUTIONS.get(tool, tool))
+            versions[DISTRIBUTIONS.get(tool, tool)] = metadata.version(DISTRIBUTIONS.get(tool, tool))
     record = {
         "task": "integrations",
         "configuration": results.configuration(knobs),
         "tools": found,
+        "classifier": accuracy() if "Trainer" in chosen else None,
         "versions": versions,
         "environment": results.environment(torch.device("cpu")),
     }

@@ -1,16 +1,9 @@
 """Trainers of transformers and TRL: whether they train an adapter, what a checkpoint takes, and what comes back.
 
-    python examples/benchmarks/integrations_trainer.py              all of them, ours and PEFT's, about two minutes
-    python examples/benchmarks/integrations_trainer.py Trainer      one of them
-    python examples/benchmarks/integrations_trainer.py accuracy     a classifier before and after it is saved
-
-TRL's need `pip install trl datasets`. Each is a real training of a model with random weights, the same for both.
+For integrations.py, which runs them. TRL's need `pip install trl datasets`. Each is a real training of a model with
+random weights, the same for both libraries.
 """
 
-import contextlib
-import json
-import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -257,21 +250,3 @@ RUNS = {
     "DPOTrainer": dpo,
     "GRPOTrainer": grpo,
 }
-
-
-def main():
-    if sys.argv[1:] == ["accuracy"]:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-            row = accuracy(folder)
-        print(json.dumps(row))
-        return
-    for name in sys.argv[1:] or RUNS:
-        for system in ("loralib", "peft"):
-            with tempfile.TemporaryDirectory() as folder:
-                with contextlib.redirect_stdout(sys.stderr):
-                    row = RUNS[name](system, folder)
-                print(json.dumps({"tool": name, "system": system, **row}))
-
-
-if __name__ == "__main__":
-    main()
