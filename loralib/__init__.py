@@ -22,12 +22,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from loralib import layers, utils
-from loralib.adapters import active_adapter, delete_adapter, list_adapters, set_adapter
+from loralib.adapters import active_adapter, delete_adapter, list_adapters
 from loralib.checkpoint import load_lora, read_metadata, save_lora
 from loralib.core import LoRALayer
 from loralib.inject import inject_lora
 from loralib.layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Embedding, Linear, MergedLinear
 from loralib.loraplus import create_loraplus_optimizer
+from loralib.several import adapters_per_row, set_adapter, share_base
 from loralib.utils import (
     count_parameters,
     disable_adapters,
@@ -53,6 +54,7 @@ __all__ = [
     "LoRALayer",
     "MergedLinear",
     "active_adapter",
+    "adapters_per_row",
     "count_parameters",
     "create_loraplus_optimizer",
     "delete_adapter",
@@ -67,6 +69,7 @@ __all__ = [
     "read_metadata",
     "save_lora",
     "set_adapter",
+    "share_base",
     "unload",
     "unmerge_lora_weights",
 ]

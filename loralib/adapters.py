@@ -23,7 +23,7 @@ from loralib.layers import Kernel
 from loralib.quantized import is_quantized
 from loralib.reloaded import check_not_reloaded
 
-__all__ = ["active_adapter", "delete_adapter", "list_adapters", "set_adapter"]
+__all__ = ["active_adapter", "delete_adapter", "list_adapters"]
 
 DEFAULT_NAME = "default"
 LORA_NAMES = frozenset({"lora_A", "lora_B"})
@@ -71,7 +71,11 @@ class Place:
         replaced: the tensors of the base that the active adapter's stand in for.
         suspended: whether heads and biases are exchanged for a while: `replaced` then holds the adapter's.
         adapters, current: the adapters of the whole model, and the one that it computes with.
+        layout, tried: how the rows of a batch lie in what the module is given, and by which calls that was tried.
     """
+
+    layout: tuple | None = None
+    tried: frozenset = frozenset()
 
     def __init__(self, module: nn.Module):
         self.plain = Form(type(module))
@@ -107,6 +111,10 @@ class Place:
                 "pruning or parametrization first"
             )
         return {key: tensor for key, tensor in there.items() if key in part.own}  # in the order of the module
+
+    def form_of(self, name: str) -> Form:
+        """The form of the module while adapter `name` is active, without its settings if it is."""
+        return self.now if name == self.active else self.parts[name].form or self.base
 
     def base_tensors(self) -> dict[str, Tensor]:
         """The tensors of the base that are not in the module at present."""
@@ -312,26 +320,17 @@ def _names(model: nn.Module) -> list[str]:
     return sorted(names | ({DEFAULT_NAME} if _made_by_hand(model) else set()))
 
 
-def active_adapter(model: nn.Module) -> str | None:
-    """Return the name of the adapter that `model` computes with; None if it has none. Example: `list_adapters`."""
+def active_adapter(model: nn.Module) -> Any:
+    """Return the name of the adapter that `model` computes with, or the list of those that it adds up; None if it has
+    none, or rows have adapters of their own just now. Example: `list_adapters`.
+    """
     found = places(model)
+    several = next((vars(module)["_several"] for module, _ in found if "_several" in vars(module)), None)
+    if several is not None:
+        return several.block.shown
     if found:
         return found[0][1].current
     return DEFAULT_NAME if _made_by_hand(model) else None
-
-
-def set_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Make `adapter_name` the adapter that `model` computes with, trains and saves, its head and biases included.
-
-    Nothing is copied or loaded; the modes (training, merged) carry over. Example: see `list_adapters`.
-
-    Raises:
-        ValueError: `model` has no such adapter, or is sharded by `fully_shard`. Nothing has been changed then.
-    """
-    check_intact(model)
-    if not any(adapter_name in place.parts for _, place in places(model)):
-        check_present(model, adapter_name)
-    put(model, adapter_name)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -575,6 +574,7 @@ def any_sharded(model: nn.Module, modules: list[nn.Module] | None = None) -> boo
 def check_whole(model: nn.Module, modules: list[nn.Module] | None = None) -> None:
     """Raise ValueError if the weights of `model` are not here: `fully_shard` keeps parts, accelerate offloads them."""
     modules = _all_modules(model) if modules is None else modules
+    check_one(modules)
     check_not_reloaded(modules)
     check_not_fsdp1(modules)
     if any("_hf_hook" in module.__dict__ for module in modules):
@@ -584,6 +584,19 @@ def check_whole(model: nn.Module, modules: list[nn.Module] | None = None) -> Non
             f"{type(model).__name__} is sharded by fully_shard, which allows neither to replace its layers nor to "
             "merge them; nothing was changed. Inject, load, switch or unload adapters before fully_shard; to merge, "
             "save the adapter with lora.save_lora and load it in one process that has the whole base"
+        )
+
+
+def check_one(modules: Iterable[nn.Module]) -> None:
+    """Raise ValueError if several adapters compute at once in `modules`."""
+    several = next((vars(module)["_several"] for module in modules if "_several" in vars(module)), None)
+    if several is not None:
+        shown = several.block.shown
+        raise ValueError(
+            f"the model computes with the sum of {' and '.join(map(repr, shown))}; call lora.set_adapter(model, ...) "
+            "with one of them first, or make one adapter of them with lora.combine_adapters"
+            if shown
+            else "each row has an adapter of its own just now; do that outside of lora.adapters_per_row"
         )
 
 

@@ -28,7 +28,6 @@ from loralib.adapters import (
     of_base,
     own_tensors,
     put,
-    set_adapter,
 )
 from loralib.architectures import group_spec, resized_embeddings, unwrapped
 from loralib.core import Adapted, is_sharded, quiet_state, whole
@@ -50,6 +49,7 @@ from loralib.layers import Table
 from loralib.parameters import Parameters, Rows
 from loralib.peft_format import CONFIG, read_peft, write_peft
 from loralib.reloaded import check_not_reloaded
+from loralib.several import set_adapter
 from loralib.utils import _join, match_modules_to_save, trained_state
 from loralib.wrappers import under_names_of, without_compiled
 
