@@ -72,8 +72,10 @@ class Place:
         suspended: whether heads and biases are exchanged for a while: `replaced` then holds the adapter's.
         adapters, current: the adapters of the whole model, and the one that it computes with.
         layout, tried: how the rows of a batch lie in what the module is given, and by which calls that was tried.
+        stacked: the tensors of several adapters in one, and what they were made of.
     """
 
+    stacked: tuple | None = None
     layout: tuple | None = None
     tried: frozenset = frozenset()
 
@@ -205,7 +207,7 @@ class Place:
         """Put a copy of the place into the state of its module, with the adapter's heads and biases in theirs."""
         place = copy.copy(self)
         place.parts = {name: Part(part.own, dict(part.tensors), part.form) for name, part in self.parts.items()}
-        place.replaced, place.suspended = dict(self.replaced), False
+        place.replaced, place.suspended, place.stacked = dict(self.replaced), False, None
         if self.suspended:
             for kind in ("_parameters", "_buffers"):
                 for key in state[kind].keys() & self.replaced.keys():
@@ -225,6 +227,7 @@ class Place:
 
     def follow(self, fn: Callable) -> None:
         """Do to the tensors that are not in the module what `nn.Module._apply` does to those that are."""
+        self.stacked = None
         for store in (self.replaced, *(part.tensors for part in self.parts.values())):
             holder = nn.Module()
             for key, tensor in store.items():
@@ -317,7 +320,7 @@ def list_adapters(model: nn.Module) -> list[str]:
 
 def _names(model: nn.Module) -> list[str]:
     names = {name for _, place in places(model) for name in place.parts}
-    return sorted(names | ({DEFAULT_NAME} if _made_by_hand(model) else set()))
+    return sorted(names | ({DEFAULT_NAME} if _made_by_hand(model.modules()) else set()))
 
 
 def active_adapter(model: nn.Module) -> Any:
@@ -330,7 +333,7 @@ def active_adapter(model: nn.Module) -> Any:
         return several.block.shown
     if found:
         return found[0][1].current
-    return DEFAULT_NAME if _made_by_hand(model) else None
+    return DEFAULT_NAME if _made_by_hand(model.modules()) else None
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -348,6 +351,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     for module, place in places(model):
         place.parts.pop(adapter_name, None)
         place.adapters -= {adapter_name}
+        place.stacked = None
         if not place.parts:
             place.leave(module)
     vars(model).get(PARTS, {}).pop(adapter_name, None)
@@ -527,9 +531,9 @@ def active_parts(modules: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def adopt(model: nn.Module) -> None:
-    """Make places for the LoRA layers that `model` was built with, so that other adapters can take their place."""
-    for layer in _made_by_hand(model):
+def adopt(modules: Iterable[nn.Module]) -> None:
+    """Make places for those LoRA layers that a model was built with, so that other adapters can take their place."""
+    for layer in _made_by_hand(modules):
         Place(layer)
 
 
@@ -553,11 +557,9 @@ def put(model: nn.Module, adapter_name: str | None) -> None:
             module.merge()
 
 
-def _made_by_hand(model: nn.Module) -> list[Adapted]:
+def _made_by_hand(modules: Iterable[nn.Module]) -> list[Adapted]:
     return [
-        module
-        for module in model.modules()
-        if isinstance(module, Adapted) and module.has_adapter and module._place is None
+        module for module in modules if isinstance(module, Adapted) and module.has_adapter and module._place is None
     ]
 
 

@@ -389,7 +389,7 @@ def put_adapter(
     The adapters of the layers get memory and are drawn. Tensors named in `apart` are copied each for itself even where
     the base ties them.
     """
-    adopt(model)
+    adopt(model.modules())
     put(model, None)
     model.requires_grad_(False)
     keep_gradients(model)

@@ -23,9 +23,10 @@ import contextlib
 import copy
 import functools
 import itertools
+import operator
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,14 +36,13 @@ from loralib import core
 from loralib.adapters import (
     LORA_NAMES,
     Place,
-    active_adapter,
     adopt,
-    base_modules,
     change_class,
     check_intact,
     check_one,
     check_present,
     check_whole,
+    list_adapters,
     own_tensors,
     places,
     put,
@@ -68,8 +68,7 @@ class Block:
         beams: whether each row may stand for several, one after the other, as the beams of `generate` do.
     """
 
-    def __init__(self, rows: Sequence[Names], before: str | None):
-        self.before = before
+    def __init__(self, rows: Sequence[Names]):
         self.slots: list[Names] = [(), *sorted({names for names in rows if names})]
         self.rows = [self.slots.index(names) for names in rows]
         self.single = len(set(self.rows)) == 1
@@ -86,6 +85,16 @@ class Block:
         if self.index.device != device:
             self.index = self.index.to(device)
         return self.index
+
+
+class Layout(NamedTuple):
+    """How the rows of a batch lie in what a module is given and gives, tensor by tensor: the axis, SHARED or OTHER."""
+
+    given: tuple
+    output: tuple
+
+
+SHARED, OTHER = "shared", "other"  # the same for any rows; no tensor
 
 
 class Around:
@@ -106,8 +115,7 @@ class Work:
 
     def __init__(self, block: Block, path: str, way: str, members: list[tuple[Any, Place]], plain: bool):
         self.block, self.path, self.way, self.members, self.plain = block, path, way, members, plain
-        self.stacks: tuple | None = None
-        self.made_from: list = []
+        self.cls: Any = None
 
     @property
     def place(self) -> Place:
@@ -118,41 +126,39 @@ class Work:
         """Those adapters of a slot that have something here."""
         return tuple(name for name in slot if any(name in place.parts for _, place in self.members))
 
-    def rows(self, leaf: int, x: Tensor) -> int:
-        """How many rows of the batch are in `x`, the input of that number: 1 if it is the same for all."""
-        block = self.block
-        if block.single:
-            return 1
-        layout = self.place.layout
-        if layout is None:
+    def axis(self, leaf: int, x: Tensor) -> int | None:
+        """The axis of `x`, the input of that number, that has the rows of the batch; None if it is the same for all."""
+        if self.block.single:
+            return None
+        layout: Any = self.place.layout
+        if layout is None or leaf >= len(layout.given):
             raise ValueError(
-                f"{self.path} was not called when it was tried which rows of its input are whose; call the model as a "
-                "whole, and not compiled the first time, in lora.adapters_per_row"
+                f"{self.path} was not called, or otherwise, when it was tried which rows of its input are whose; call "
+                "the model as a whole, and not compiled the first time, in lora.adapters_per_row"
             )
-        if layout[leaf] == "rows" and x.shape[0] % len(block.rows) == 0:
-            return len(block.rows)
-        if layout[leaf] == "shared" and x.shape[0] == 1:
-            return 1
+        axis, count = layout.given[leaf], len(self.block.rows)
+        if isinstance(axis, int) and x.shape[axis] % count == 0:
+            return axis
+        if axis == SHARED:
+            return None
         raise ValueError(
-            f"{self.path} got {x.shape[0]} rows for a batch of {len(block.rows)}: which are whose cannot be told; "
-            f"{_INSTEAD}"
+            f"{self.path} got {tuple(x.shape)} for a batch of {count}: which rows are whose cannot be told; {_INSTEAD}"
         )
 
     def stacked(self, device: torch.device, dtype: torch.dtype) -> tuple:
         """A, B and biases of all slots, in one tensor each (`_stack`)."""
         (module, place), slots = self.members[0], self.block.slots
-        tensors = [tensor for slot in slots for name in self.names_in(slot) for tensor in place.parts[name].tensors.values()]
+        tensors = [t for slot in slots for name in self.names_in(slot) for t in place.parts[name].tensors.values()]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return _stack(module, place, slots, device, dtype)
-        if torch.compiler.is_compiling() and self.stacks is not None:
-            return self.stacks
-        made_from = [device, dtype]
-        for tensor in tensors:
-            made_from += [id(tensor), 0 if tensor.is_inference() else tensor._version]
-        if self.stacks is None or made_from != self.made_from:
+        parts = [place.parts[name] for slot in slots for name in self.names_in(slot)]
+        scalings = [part.form.settings["scaling"] if part.form else 0 for part in parts]
+        of = slots, device, dtype, scalings, [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        kept = place.stacked
+        if kept is None or kept[0] != of or not all(map(operator.is_, kept[1], tensors)):
             with torch.inference_mode(False), torch.no_grad():
-                self.stacks, self.made_from = _stack(module, place, slots, device, dtype), made_from
-        return self.stacks
+                place.stacked = kept = of, tensors, _stack(module, place, slots, device, dtype)
+        return kept[2]
 
 
 _INSTEAD = "run the rows of each adapter by themselves, with lora.set_adapter"
@@ -201,19 +207,26 @@ _POSITIONS = 16
 
 
 def _linear(work: Work, base: Any, module: Any, x: Tensor) -> Tensor:
-    result = base(module, x)
+    axis = work.axis(0, x)
+    if axis:
+        return _rows_first(work, base, module, x.movedim(axis, 0), True).movedim(0, axis).contiguous()
+    return _rows_first(work, base, module, x, axis == 0)
+
+
+def _rows_first(work: Work, base: Any, module: Any, x: Tensor, apart: bool) -> Tensor:
     _check_dropout(work, module)
+    result = base(module, x)
     A, B, bias = work.stacked(result.device, result.dtype)
-    block, rows = work.block, work.rows(0, x)
-    index = block.rows[0] if block.single else block.index_on(x.device)
-    if rows == 1 and not block.single:  # what is the same for all so far is not any more
-        result = result.expand(len(block.rows), *result.shape[1:])
+    block = work.block
+    index: Any = block.rows[0] if block.single else block.index_on(x.device)
+    count = 1 if block.single else len(block.rows)
+    if not apart:  # what is the same for all so far is not any more
+        result = _expanded(result, count)
     if A is not None:
-        given = x.to(result.dtype).reshape(rows, -1, x.shape[-1])
-        wide = rows == 1 or given.shape[1] * (len(A) - 1) <= _POSITIONS
+        given = x.to(result.dtype).reshape(count if apart else 1, -1, x.shape[-1])
         if block.single:
             hidden, B = F.linear(given[0], A[index]), B[index]
-        elif wide:
+        elif not apart or given.shape[1] * (len(A) - 1) <= _POSITIONS:
             of_all = F.linear(given, A.flatten(0, 1)).unflatten(-1, A.shape[:2])
             own = F.one_hot(index, len(A)).to(of_all.dtype)[:, None, :, None]
             hidden, B = (of_all * own).flatten(2).flatten(0, 1), B.flatten(0, 1)
@@ -221,16 +234,22 @@ def _linear(work: Work, base: Any, module: Any, x: Tensor) -> Tensor:
             hidden, B = torch.bmm(given, A[index].mT), B[index]
         result = _add_product(result, hidden, B, work.plain)
     if bias is not None:
-        each = result.reshape(1 if block.single else len(block.rows), -1, result.shape[-1])
+        each = result.reshape(count, -1, result.shape[-1])
         result = (each + bias[index].unsqueeze(-2)).to(result.dtype).reshape(result.shape)
     return result
+
+
+def _expanded(x: Any, count: int) -> Any:
+    if not isinstance(x, Tensor) or count == 1:
+        return x
+    return x.expand(count, *x.shape[1:])
 
 
 def _add_product(result: Tensor, hidden: Tensor, B: Tensor, plain: bool) -> Tensor:
     shape = (-1, result.shape[-1]) if hidden.dim() == 2 else (len(hidden), -1, result.shape[-1])
     # Nobody else has the output of a plain layer yet.
     if plain and result.is_contiguous() and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        add = torch.Tensor.addmm_ if hidden.dim() == 2 else torch.Tensor.baddbmm_
+        add: Any = torch.Tensor.addmm_ if hidden.dim() == 2 else torch.Tensor.baddbmm_
     else:
         add = torch.addmm if hidden.dim() == 2 else torch.baddbmm
     with core.full_precision(result.device):  # the factors have the dtype of the result
@@ -238,26 +257,26 @@ def _add_product(result: Tensor, hidden: Tensor, B: Tensor, plain: bool) -> Tens
 
 
 def _lookup(work: Work, base: Any, module: Any, x: Tensor) -> Tensor:
-    result = base(module, x)
+    axis = work.axis(0, x)
+    ids = x.movedim(axis, 0) if axis else x
+    result = base(module, ids)
     A, B, _ = work.stacked(result.device, result.dtype)
-    block, rows = work.block, work.rows(0, x)
-    ids = x.reshape(rows, -1)
+    block = work.block
     if block.single:
-        slot = block.rows[0]
-        hidden, B = F.embedding(ids, A[slot].T), B[slot]
+        hidden, B = F.embedding(ids.reshape(1, -1), A[block.rows[0]].T), B[block.rows[0]]
     else:
         index = block.index_on(x.device)
-        hidden = F.embedding(ids + (index * A.shape[2])[:, None], A.mT.flatten(0, 1))
-        B = B[index]
+        apart = ids.reshape(1 if axis is None else len(index), -1)
+        hidden, B = F.embedding(apart + (index * A.shape[2])[:, None], A.mT.flatten(0, 1)), B[index]
+        result = _expanded(result, len(index)) if axis is None else result
     if module.padding_idx is not None and hidden.requires_grad:
-        hidden = torch.where((ids == module.padding_idx)[..., None], hidden.detach(), hidden)
-    update = torch.matmul(hidden, B)
-    if rows == 1 and not block.single:
-        result = result.expand(len(block.rows), *result.shape[1:])
-    return result + update.reshape(result.shape)
+        padding = _expanded(ids, 1 if axis is not None else len(hidden)) == module.padding_idx
+        hidden = torch.where(padding.reshape(*hidden.shape[:-1], 1), hidden.detach(), hidden)
+    result = result + torch.matmul(hidden, B).reshape(result.shape)
+    return result.movedim(0, axis) if axis else result
 
 
-def _by_parts(work: Work, base: Any, module: Any, args: tuple, kwargs: dict) -> Any:
+def _by_parts(work: Work, module: Any, args: tuple, kwargs: dict) -> Any:
     block = work.block
     if torch.compiler.is_compiling():
         raise RuntimeError(
@@ -268,36 +287,46 @@ def _by_parts(work: Work, base: Any, module: Any, args: tuple, kwargs: dict) -> 
     if block.single:
         return _with_adapters(work, module, block.slots[block.rows[0]], args, kwargs)
     leaves, form = _flatten((args, kwargs))
-    given = [work.rows(i, leaf) if isinstance(leaf, Tensor) else 1 for i, leaf in enumerate(leaves)]
-    if set(given) == {1}:  # the same for all so far
-        leaves = [_repeated(leaf, len(block.rows)) for leaf in leaves]
-        given = [len(block.rows) if isinstance(leaf, Tensor) else 1 for leaf in leaves]
+    axes = [work.axis(i, leaf) if isinstance(leaf, Tensor) else None for i, leaf in enumerate(leaves)]
+    if any(not isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
+        raise ValueError(
+            f"{work.path} computes each adapter's rows by themselves, and is given a cache or the like, which would "
+            f"have to be taken apart; {_INSTEAD}, or pass use_cache=False"
+        )
+    count = len(block.rows)
+    if all(axis is None for axis in axes):  # the same for all so far
+        leaves = [_expanded(leaf, count) for leaf in leaves]
+        axes = [0 if isinstance(leaf, Tensor) else None for leaf in leaves]
     order, outputs = [], []
     for slot in sorted(set(block.rows)):
         rows = [i for i, other in enumerate(block.rows) if other == slot]
         order += rows
-        chosen = [_chosen(leaf, rows, n) if n > 1 else leaf for leaf, n in zip(leaves, given, strict=True)]
-        outputs.append(_with_adapters(work, module, block.slots[slot], *_unflatten(chosen, form)))
-    inverse = [order.index(row) for row in range(len(order))]
-    each, forms = zip(*map(_flatten, outputs), strict=True)
-    whole = [_put_together(work, parts, inverse) for parts in zip(*each, strict=True)]
+        chosen = [
+            leaf if axis is None else _rows_of(leaf, axis, count)[rows].flatten(0, 1).movedim(0, axis)
+            for leaf, axis in zip(leaves, axes, strict=True)
+        ]
+        outputs.append((len(rows), _with_adapters(work, module, block.slots[slot], *_unflatten(chosen, form))))
+    inverse = [order.index(row) for row in range(count)]
+    layout: Any = work.place.layout
+    axes = [0 if axis == SHARED else axis for axis in layout.output]
+    each, forms = zip(*(_flatten(output) for _, output in outputs), strict=True)
+    whole = [
+        parts[0]
+        if not isinstance(parts[0], Tensor)
+        else torch.cat([_rows_of(part, axis, n) for part, (n, _) in zip(parts, outputs, strict=True)])[inverse]
+        .flatten(0, 1)
+        .movedim(0, axis)
+        for axis, *parts in zip(axes, *each, strict=True)
+    ]
     return _unflatten(whole, forms[0])
 
 
-def _repeated(leaf: Any, rows: int) -> Any:
-    return leaf.expand(rows, *leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
-def _chosen(leaf: Tensor, rows: list[int], of: int) -> Tensor:
-    return leaf.unflatten(0, (of, -1))[rows].flatten(0, 1)
-
-
-def _put_together(work: Work, parts: tuple, inverse: list[int]) -> Any:
-    if not isinstance(parts[0], Tensor):
-        return parts[0]
-    counts = [work.block.rows.count(slot) for slot in sorted(set(work.block.rows))]
-    each = [part.unflatten(0, (count, -1)) for part, count in zip(parts, counts, strict=True)]
-    return torch.cat(each)[inverse].flatten(0, 1)
+def _rows_of(x: Tensor, axis: int, count: int) -> Tensor:
+    """(count, how many of the axis are of one row, the other axes)"""
+    return x.movedim(axis, 0).unflatten(0, (count, -1))
 
 
 def _with_adapters(work: Work, module: Any, slot: Names, args: tuple, kwargs: dict) -> Any:
@@ -310,8 +339,7 @@ def _with_adapters(work: Work, module: Any, slot: Names, args: tuple, kwargs: di
 
 
 def _with_adapter(work: Work, module: Any, name: str | None, args: tuple, kwargs: dict) -> Any:
-    several = type(module)
-    plain = several.__mro__[several.__mro__.index(Several) + 1]
+    several, plain = type(module), work.cls
     change_class(module, several, plain)
     try:
         for member, place in work.members:
@@ -326,8 +354,8 @@ def _with_adapter(work: Work, module: Any, name: str | None, args: tuple, kwargs
 def _check_dropout(work: Work, module: nn.Module) -> None:
     if module.training and not work.block.dropless:
         raise RuntimeError(
-            f"{work.path} is in training mode, and an adapter has lora_dropout, which is not done with several adapters "
-            "at once; call model.eval(), or train them one by one"
+            f"{work.path} is in training mode, and an adapter has lora_dropout, which several adapters at once do not "
+            "have; call model.eval(), or train them one by one"
         )
 
 
@@ -337,8 +365,8 @@ class Several(InPlace):
     _several: Work | None = None
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
-        if self._several is not None:
-            self._several.stacks = None
+        if self._place is not None:
+            self._place.stacked = None
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -363,7 +391,7 @@ def _computing(cls: Any, way: str) -> Any:
                 block.recorder.see(work, (args, kwargs), output)
             return output
         if way == "parts":
-            return _by_parts(work, cls.forward, self, args, kwargs)
+            return _by_parts(work, self, args, kwargs)
         return _WAYS[way](work, cls.forward, self, *args, **kwargs)
 
     return types.new_class(cls.__name__, (Several, cls), exec_body=lambda body: body.update(_members(cls, forward)))
@@ -440,7 +468,9 @@ def _try_rows(block: Block, model: Any, forward: Any, args: tuple, kwargs: dict,
     """Find out how the rows lie in what modules are given, if that is not known for all."""
     given = frozenset(key for key, value in kwargs.items() if value is not None), len(args)
     works = [vars(module)["_several"] for module, _ in block.changed]
-    open_ = [work for work in works if isinstance(work, Work) and work.place.layout is None and given not in work.place.tried]
+    open_ = [
+        work for work in works if isinstance(work, Work) and work.place.layout is None and given not in work.place.tried
+    ]
     if not open_:
         return
     beams = size // len(block.rows)
@@ -464,7 +494,7 @@ def _try_rows(block: Block, model: Any, forward: Any, args: tuple, kwargs: dict,
         block.recorder = None
         for module in training:
             module.training = True
-    layouts = {work: _layout(work, *(calls.get(work, []) for calls in seen), len(block.rows)) for work in open_}
+    layouts = {work: _layout(work, [calls.get(work, []) for calls in seen], len(block.rows)) for work in open_}
     for work, layout in layouts.items():
         work.place.tried |= {given}
         if layout is not None:
@@ -480,43 +510,47 @@ def _taken(leaf: Any, rows: Any, size: int) -> Any:
     return leaf[list(rows)] if rows is not None and leaf.dim() and leaf.shape[0] == size else leaf.clone()
 
 
-def _layout(work: Work, first: list, last: list, whole: list, rows: int) -> tuple | None:
-    """For each tensor that a module is given whether it has rows or is the same for all; None if it is not called."""
-    if not whole and not first and not last:
+def _layout(work: Work, seen: list[list], rows: int) -> Layout | None:
+    """How the rows lie in what a module is given and gives; None if it is not called."""
+    first, last, whole = seen
+    if not any(seen):
         return None
     found = set()
-    for one, other, all_ in zip(first, last, whole, strict=False):
-        each = [
-            [_kind(*leaves, rows) for leaves in zip(*three, strict=False)] for three in zip(one, other, all_, strict=True)
+    for calls in zip(first, last, whole, strict=False):
+        (given, output) = [
+            [_kind(*leaves, rows) for leaves in zip(*each, strict=False)] for each in zip(*calls, strict=True)
         ]
-        found.add((tuple(each[0]), tuple(each[1])))
-    same = len(found) == 1 and len(first) == len(last) == len(whole)
-    given, output = next(iter(found)) if same else ((None,), (None,))
-    tensors = [kind for kind in given if kind != "other"]
-    lookup = "shared" in tensors[:1] and work.way != "parts" and len(whole[0][0][0]) == 1
-    apart = tensors[:1] == ["rows"] and set(output) <= {"rows", "other"}
-    if not same or None in given or not (apart or lookup or set(tensors) == set(output) == {"shared"}):
+        found.add(Layout(tuple(given), tuple(output)))
+    layout = found.pop() if len(found) == 1 and len(first) == len(last) == len(whole) else Layout((None,), (None,))
+    given, output = ([kind for kind in kinds if kind != OTHER] for kinds in layout)
+    # Of what is the same for all, what is computed gets a first axis for the rows: there has to be room for it.
+    alike = set(given) == set(output) == {SHARED} and all(
+        len(x) == 1 for x in whole[0][0] + whole[0][1] if isinstance(x, Tensor)
+    )
+    if None in given or not given or not (alike or (given[0] != SHARED and not {None, SHARED} & set(output))):
         of = ", ".join(str(tuple(x.shape)) for x in (whole or first or last)[0][0] if isinstance(x, Tensor))
         raise ValueError(
-            f"{work.path} is given tensors of {of or 'no size'} for a batch of {rows} rows, and which of it is whose "
-            f"cannot be told; {_INSTEAD}"
+            f"{work.path} is given {of or 'no tensor'} for a batch of {rows} rows, and which of it is whose cannot be "
+            f"told; {_INSTEAD}"
         )
-    return given
+    return layout
 
 
-def _kind(first: Any, last: Any, whole: Any, rows: int) -> str | None:
+def _kind(first: Any, last: Any, whole: Any, rows: int) -> Any:
     if not isinstance(whole, Tensor):
-        return "other"
-    if whole.dim() and len(whole) == rows * len(first) and first.shape == last.shape:
-        size = len(first)
-        if _close(whole[:size], first) and _close(whole[-size:], last):
-            return "rows"
+        return OTHER
+    for axis in range(min(2, whole.dim())):
+        size = first.shape[axis]
+        if first.shape == last.shape and whole.shape[axis] == rows * size:
+            begin, end = whole.narrow(axis, 0, size), whole.narrow(axis, whole.shape[axis] - size, size)
+            if _close(begin, first) and _close(end, last):
+                return axis
     same = first.shape == last.shape == whole.shape
-    return "shared" if same and _close(whole, first) and _close(whole, last) else None
+    return SHARED if same and _close(whole, first) and _close(whole, last) else None
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    if one.shape[1:] != other.shape[1:]:
+    if one.shape != other.shape:
         return False
     if not one.is_floating_point():
         return torch.equal(one, other)
@@ -553,7 +587,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
     several = next((vars(m)["_several"].block for m in model.modules() if "_several" in vars(m)), None)
     if several is not None and not several.shown:
         check_one(model.modules())
-    names = None if isinstance(adapter_name, str) else _names_of(model, adapter_name)
+    names = None if isinstance(adapter_name, str) else _names_of(model, adapter_name, list_adapters(model))
     if names is not None and not names:
         raise ValueError(f"adapter_name={adapter_name!r}: must be a name, or a list of them")
     check_intact(model)
@@ -607,7 +641,8 @@ def adapters_per_row(model: nn.Module, adapter_names: Sequence[str | None | Sequ
         RuntimeError: at a call: a convolution, head or norm is compiled; or an adapter has dropout, in training mode.
     """
     model = unwrapped(model)
-    block = _begin(model, [_names_of(model, given) for given in _listed(adapter_names)])
+    there = list_adapters(model)
+    block = _begin(model, [_names_of(model, given, there) for given in _listed(adapter_names)])
     try:
         yield model
     finally:
@@ -620,33 +655,41 @@ def _listed(adapter_names: Any) -> list:
     return list(adapter_names)
 
 
-def _names_of(model: nn.Module, given: Any) -> Names:
+def _names_of(model: nn.Module, given: Any, there: list[str]) -> Names:
     names = [given] if given is None or isinstance(given, str) else list(given)
     if len(set(names)) < len(names) or (len(names) > 1 and None in names):
         raise ValueError(f"{given!r}: a sum is of different adapters")
     for name in names:
-        if name is not None and name != BASE:
-            check_present(model, name)
-    return tuple(name for name in names if name is not None and name != BASE)
+        if name not in (None, BASE, *there):
+            check_present(model, name)  # raises
+    return tuple(name for name in names if name is not None and (name != BASE or name in there))
 
 
 def _begin(model: nn.Module, rows: list[Names], entries: bool = True) -> Block:
-    check_whole(model)
-    check_intact(model)
-    off = [m for m in model.modules() if vars(m).get("_disabled")] + [m for m, place in places(model) if place.suspended]
-    if off:
+    modules = {path: module for module, path in _first_names(model).items()}
+    all_ = list(modules.values())
+    check_whole(model, all_)
+    suspended = (vars(module)["_place"].suspended for module in all_ if "_place" in vars(module))
+    if any("_disabled" in vars(module) for module in all_) or any(suspended):
         raise ValueError("the adapters are disabled just now; choose adapters outside of lora.disable_adapters")
-    adopt(model)
-    modules = {name: module for name, module in base_modules(model).items() if name in dict(model.named_modules())}
-    block = Block(rows, active_adapter(model))
+    adopt(all_)
+    found = [(module, vars(module)["_place"]) for module in all_ if "_place" in vars(module)]
+    block = Block(rows)
     planned = _plan(block, model, modules)
-    merged = [module for module in modules.values() if isinstance(module, Adapted) and module.merged]
-    block.undo = functools.partial(_end, block, model, block.before, merged)
+    here = [(module, place, place.active) for module, place in found if place.active is not None]
+    for module, place, active in here:
+        place.tensors(module, active)  # for its error, before anything changes
+    merged = [module for module in all_ if isinstance(module, Adapted) and module.merged]
+    names = [(place, place.current) for _, place in found]
+    block.undo = functools.partial(_end, block, here, names, merged)
     try:
-        put(model, None)
+        for module, place, _ in here:
+            place.put(module, None)
+        for _, place in found:
+            place.current = None
         for module, work in planned:
             _change(block, module, _computing(type(module), work.way), work)
-        around = {model: None, **{m: None for m in modules.values() if hasattr(type(m), "tie_weights")}}
+        around = [model, *(module for module in all_ if module is not model and hasattr(type(module), "tie_weights"))]
         for module in around if entries else ():
             if "_several" not in vars(module):
                 _change(block, module, _entered(type(module)), Around(block))
@@ -656,18 +699,35 @@ def _begin(model: nn.Module, rows: list[Names], entries: bool = True) -> Block:
     return block
 
 
+def _first_names(model: nn.Module) -> dict[nn.Module, str]:
+    found: dict[nn.Module, str] = {}
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if module not in found:
+            found[module] = path
+            children = () if isinstance(module, Adapted) and module.is_leaf else reversed(module._modules.items())
+            waiting += [(f"{path}.{key}" if path else key, child) for key, child in children if child is not None]
+    return found
+
+
 def _change(block: Block, module: nn.Module, cls: Any, work: Any) -> None:
     block.changed.append((module, type(module)))
+    if isinstance(work, Work):
+        work.cls = type(module)
     change_class(module, type(module), cls)
     vars(module)["_several"] = work
 
 
-def _end(block: Block, model: nn.Module, before: Any, merged: list[Adapted]) -> None:
+def _end(block: Block, here: list[tuple], names: list[tuple], merged: list[Adapted]) -> None:
     for module, cls in reversed(block.changed):
         vars(module).pop("_several", None)
         change_class(module, type(module), cls)
     block.changed.clear()
-    put(model, before)
+    for module, place, active in here:
+        place.put(module, active)
+    for place, current in names:
+        place.current = current
     for module in merged:
         if not module.merged:
             module.merge()
@@ -676,15 +736,16 @@ def _end(block: Block, model: nn.Module, before: Any, merged: list[Adapted]) -> 
 def _plan(block: Block, model: nn.Module, modules: dict[str, nn.Module]) -> list[tuple[nn.Module, Work]]:
     """What each module has to do that has something of the named adapters, or that holds such modules."""
     used = {name for slot in block.slots for name in slot}
-    paths = [path for path, module in modules.items() if used & _parts_here(module)]
-    units = {path: _unit(modules, path) for path in paths}
+    units = {path: _unit(modules, path) for path, module in modules.items() if used & _parts_here(module)}
+    chosen = set(units.values())
+    inside: dict[str, list[str]] = {}
+    for path in units:
+        above = itertools.accumulate(path.split("."), lambda one, part: f"{one}.{part}")
+        inside.setdefault(next(name for name in above if name in chosen), []).append(path)
     planned = []
-    for unit in dict.fromkeys(units.values()):
-        inside = [path for path in paths if f"{path}.".startswith(f"{unit}.")] if unit else [""]
-        if any(unit != other and f"{unit}.".startswith(f"{other}.") for other in units.values()):
-            continue  # a part of another one
-        members = [(modules[path], vars(modules[path])["_place"]) for path in inside]
-        way = _way(*members[0], used) if inside == [unit] and units[unit] == unit else "parts"
+    for unit, paths in inside.items():
+        members = [(modules[path], vars(modules[path])["_place"]) for path in paths]
+        way = _way(*members[0], used) if paths == [unit] and units[unit] == unit else "parts"
         plain = members[0][1].plain.cls.forward in (nn.Linear.forward, core._forward)
         work = Work(block, unit, way, members, plain)
         _check_work(block, model, modules, work, unit)
@@ -700,9 +761,12 @@ def _parts_here(module: nn.Module) -> set[str]:
 def _unit(modules: dict[str, nn.Module], path: str) -> str:
     """The module that computes with the weights of the module `path`: it, or one around it that reads them."""
     above = list(itertools.accumulate(path.split(".")[:-1], lambda one, part: f"{one}.{part}"))
-    torchs = [name for name in above if isinstance(modules.get(name), nn.TransformerEncoderLayer)]
-    if torchs:
-        return torchs[0]
+    for name in above:
+        module = modules.get(name)
+        if isinstance(module, nn.TransformerEncoderLayer) or getattr(module, "share_att_key", False):
+            return name
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and "expert" in name.rpartition(".")[2]:
+            return name.rpartition(".")[0]  # an expert is given the tokens that chose it, from any row
     key = path.rpartition(".")[2]
     if not is_read_from_outside(modules, path):
         return path
@@ -736,17 +800,10 @@ def _check_work(block: Block, model: nn.Module, modules: dict[str, nn.Module], w
     module = modules[path]
     if module is model and not block.single:
         raise ValueError(f"a {type(module).__name__} by itself: put it into a model, such as nn.Sequential")
-    above = itertools.accumulate(path.split(".")[:-1], lambda one, part: f"{one}.{part}")
-    for name in above:
-        experts = isinstance(modules.get(name), (nn.ModuleList, nn.ModuleDict)) and "expert" in name.rpartition(".")[2]
-        if experts and not block.single:
-            raise ValueError(
-                f"{path} is given the tokens that chose it, and whose they are cannot be told; {_INSTEAD}"
-            )
     for slot in block.slots:
         own = [[place.parts[name].own for name in slot if name in place.parts] for _, place in work.members]
         more = [keys - LORA_NAMES for each in own for keys in each if keys - LORA_NAMES]
-        linear = work.way != "parts" or (isinstance(module, Kernel) or isinstance(module, nn.modules.conv._ConvNd))
+        linear = work.way != "parts" or isinstance(module, (Kernel, nn.modules.conv._ConvNd))
         if len(work.names_in(slot)) > 1 and (len(more) > 1 or not linear or (more and work.way == "parts")):
             what = ", ".join(sorted(frozenset().union(*more))) or "the update"
             raise ValueError(
