@@ -50,6 +50,7 @@ from loralib.adapters import (
 from loralib.architectures import is_read_from_outside, unwrapped
 from loralib.core import Adapted, InPlace
 from loralib.layers import Groups, Kernel, Matrix, Table
+from loralib.quantized import is_quantized
 
 __all__ = ["adapters_per_row", "set_adapter", "share_base"]
 
@@ -73,6 +74,7 @@ class Block:
         self.rows = [self.slots.index(names) for names in rows]
         self.single = len(set(self.rows)) == 1
         self.index = torch.tensor(self.rows)
+        self.own: Tensor | None = None
         self.off = self.beams = self.entered = False
         self.dropless = True
         self.recorder: _Recorder | None = None
@@ -85,6 +87,12 @@ class Block:
         if self.index.device != device:
             self.index = self.index.to(device)
         return self.index
+
+    def mask(self, like: Tensor) -> Tensor:
+        """1 for each row's slot, 0 for the others: (rows, 1, slots, 1)."""
+        if self.own is None or self.own.device != like.device or self.own.dtype != like.dtype:
+            self.own = F.one_hot(self.index_on(like.device), len(self.slots)).to(like.dtype)[:, None, :, None]
+        return self.own
 
 
 class Layout(NamedTuple):
@@ -147,15 +155,19 @@ class Work:
 
     def stacked(self, device: torch.device, dtype: torch.dtype) -> tuple:
         """A, B and biases of all slots, in one tensor each (`_stack`)."""
-        (module, place), slots = self.members[0], self.block.slots
+        (module, place), slots, grad = self.members[0], self.block.slots, torch.is_grad_enabled()
+        if torch.compiler.is_compiling() and not grad:  # nor could it see what has changed since the block began
+            A, B, bias = place.stacked[2]  # type: ignore[index]
+            return *(x if x is None else x.to(device, dtype) for x in (A, B)), bias
         tensors = [t for slot in slots for name in self.names_in(slot) for t in place.parts[name].tensors.values()]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        if torch.compiler.is_compiling() or (grad and any(tensor.requires_grad for tensor in tensors)):
             return _stack(module, place, slots, device, dtype)
         parts = [place.parts[name] for slot in slots for name in self.names_in(slot)]
         scalings = [part.form.settings["scaling"] if part.form else 0 for part in parts]
         of = slots, device, dtype, scalings, [0 if tensor.is_inference() else tensor._version for tensor in tensors]
         kept = place.stacked
         if kept is None or kept[0] != of or not all(map(operator.is_, kept[1], tensors)):
+            # Outside inference mode, so that the tensors can be used in and out of it.
             with torch.inference_mode(False), torch.no_grad():
                 place.stacked = kept = of, tensors, _stack(module, place, slots, device, dtype)
         return kept[2]
@@ -201,9 +213,9 @@ def _factors(part: Any) -> tuple[Tensor, Tensor]:
     return A, B.T * settings["scaling"]
 
 
-# A product with all adapters at once, of which a mask leaves each row its own, costs numbers; one with the row's own
-# costs a copy of A and B for each row, which is worth it from so many positions of a row on.
-_POSITIONS = 16
+# A product with all adapters at once, of which a mask leaves each row its own, is cheaper than a copy of A and B for
+# each row, while the positions of a row times the adapters are few: measured on CPUs.
+_WIDE = 18
 
 
 def _linear(work: Work, base: Any, module: Any, x: Tensor) -> Tensor:
@@ -226,10 +238,9 @@ def _rows_first(work: Work, base: Any, module: Any, x: Tensor, apart: bool) -> T
         given = x.to(result.dtype).reshape(count if apart else 1, -1, x.shape[-1])
         if block.single:
             hidden, B = F.linear(given[0], A[index]), B[index]
-        elif not apart or given.shape[1] * (len(A) - 1) <= _POSITIONS:
+        elif not apart or given.shape[1] * len(A) <= _WIDE:
             of_all = F.linear(given, A.flatten(0, 1)).unflatten(-1, A.shape[:2])
-            own = F.one_hot(index, len(A)).to(of_all.dtype)[:, None, :, None]
-            hidden, B = (of_all * own).flatten(2).flatten(0, 1), B.flatten(0, 1)
+            hidden, B = (of_all * block.mask(of_all)).flatten(2).flatten(0, 1), B.flatten(0, 1)
         else:
             hidden, B = torch.bmm(given, A[index].mT), B[index]
         result = _add_product(result, hidden, B, work.plain)
@@ -661,7 +672,7 @@ def _names_of(model: nn.Module, given: Any, there: list[str]) -> Names:
         raise ValueError(f"{given!r}: a sum is of different adapters")
     for name in names:
         if name not in (None, BASE, *there):
-            check_present(model, name)  # raises
+            check_present(model, str(name))  # raises
     return tuple(name for name in names if name is not None and (name != BASE or name in there))
 
 
@@ -688,6 +699,10 @@ def _begin(model: nn.Module, rows: list[Names], entries: bool = True) -> Block:
         for _, place in found:
             place.current = None
         for module, work in planned:
+            if work.way != "parts":
+                A = next(part.tensors["lora_A"] for part in work.place.parts.values() if "lora_A" in part.own)
+                with torch.no_grad():
+                    work.stacked(A.device, _dtype_of(module, A))
             _change(block, module, _computing(type(module), work.way), work)
         around = [model, *(module for module in all_ if module is not model and hasattr(type(module), "tie_weights"))]
         for module in around if entries else ():
@@ -697,6 +712,11 @@ def _begin(model: nn.Module, rows: list[Names], entries: bool = True) -> Block:
         block.undo()
         raise
     return block
+
+
+def _dtype_of(module: nn.Module, A: Tensor) -> torch.dtype:
+    weight = module._parameters.get("weight")
+    return A.dtype if weight is None or is_quantized(module) else weight.dtype
 
 
 def _first_names(model: nn.Module) -> dict[nn.Module, str]:
