@@ -625,6 +625,15 @@ def _parameters_of(function: Any) -> Any:
     return inspect.signature(function).parameters
 
 
+def takes_any_keyword(function: Callable) -> bool:
+    """Whether a function takes keywords that it does not name.
+
+    >>> takes_any_keyword(lambda **keywords: None), takes_any_keyword(len)
+    (True, False)
+    """
+    return any(each.kind is inspect.Parameter.VAR_KEYWORD for each in _parameters_of(function).values())
+
+
 def _cast(tensors: Any, old: torch.dtype, new: torch.dtype) -> Any:
     def cast(x: Any) -> Any:
         return x.to(new) if isinstance(x, Tensor) and x.dtype == old else x

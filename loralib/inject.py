@@ -41,7 +41,7 @@ from loralib.architectures import (
     output_layer,
     unwrapped,
 )
-from loralib.core import Adapted, InPlace, adapted, check_hyperparameters, identity
+from loralib.core import Adapted, InPlace, adapted, check_hyperparameters, identity, takes_any_keyword
 from loralib.layers import Groups, Kernel, Matrix, Table, as_booleans, check_groups, is_conv1d, matrix_shape
 from loralib.parameters import LowRank, Parameters, Rows, with_parameters
 from loralib.quantized import is_quantized, keep_gradients
@@ -395,9 +395,11 @@ def put_adapter(
     keep_gradients(model)
     modules, done = base_modules(model), set()
     copies: dict = {}
-    if hasattr(type(model), "tie_weights"):
-        own = {**own, "": own.get("", frozenset())}  # the model itself, for what it does to its embeddings
     note_parts(model, adapter_name, own, modules)
+    # Hugging Face models, for what they do to their embeddings, and what else would take `adapter_names` and ignore it.
+    for name, module in modules.items():
+        if hasattr(type(module), "tie_weights") or (module is model and takes_any_keyword(type(module).forward)):
+            own = {**own, name: own.get(name, frozenset())}
     here: dict[str, list[Plan]] = {}
     for plan in plans.values():
         here.setdefault(plan.path, []).append(plan)
