@@ -342,6 +342,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     Raises:
         ValueError: `model` has no such adapter, or it is the active one. Nothing has been changed then.
     """
+    check_one(model.modules())
     check_present(model, adapter_name)
     if adapter_name == active_adapter(model):
         raise ValueError(

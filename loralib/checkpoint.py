@@ -22,6 +22,7 @@ from loralib.adapters import (
     check_intact,
     check_not_fsdp1,
     check_not_offloaded,
+    check_one,
     check_whole,
     list_adapters,
     note_parts,
@@ -118,6 +119,7 @@ def save_lora(
     if folder and path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; give the name of a folder for format={format!r}")
     model = unwrapped(model)
+    check_one(model.modules())
     check_not_fsdp1(model.modules())
     check_intact(model)
     found = _adapted(model)

@@ -123,7 +123,7 @@ class Work:
 
     def __init__(self, block: Block, path: str, way: str, members: list[tuple[Any, Place]], plain: bool):
         self.block, self.path, self.way, self.members, self.plain = block, path, way, members, plain
-        self.cls: Any = None
+        self.classes: dict[nn.Module, Any] = {}  # outside of the block
 
     @property
     def place(self) -> Place:
@@ -350,8 +350,9 @@ def _with_adapters(work: Work, module: Any, slot: Names, args: tuple, kwargs: di
 
 
 def _with_adapter(work: Work, module: Any, name: str | None, args: tuple, kwargs: dict) -> Any:
-    several, plain = type(module), work.cls
-    change_class(module, several, plain)
+    now = [(inner, type(inner)) for inner in work.classes]
+    for inner, cls in now:
+        change_class(inner, cls, work.classes[inner])
     try:
         for member, place in work.members:
             place.put(member, name)
@@ -359,7 +360,8 @@ def _with_adapter(work: Work, module: Any, name: str | None, args: tuple, kwargs
     finally:
         for member, place in work.members:
             place.put(member, None)
-        change_class(module, plain, several)
+        for inner, cls in now:
+            change_class(inner, work.classes[inner], cls)
 
 
 def _check_dropout(work: Work, module: nn.Module) -> None:
@@ -409,6 +411,33 @@ def _computing(cls: Any, way: str) -> Any:
 
 
 _WAYS = {"linear": _linear, "lookup": _lookup}
+
+
+@core._cached  # type: ignore[untyped-decorator]
+def _within(cls: Any) -> Any:
+    """The class of a module in another one that does its work, while it is not doing it."""
+
+    def check(self: Any) -> None:
+        block = self._several.block
+        if not block.off and block.recorder is None:
+            raise ValueError(
+                f"a {cls.__name__} in {self._several.path} is used past the forward of that, where it cannot be told "
+                f"which rows are whose; {_INSTEAD}"
+            )
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check(self)
+        return cls.forward(self, *args, **kwargs)
+
+    def weight(self: Any) -> Any:
+        check(self)
+        return self._parameters["weight"]
+
+    members = _members(cls, forward)
+    if getattr(cls, "weight", None) is None:
+        members["weight"] = property(weight)
+    return types.new_class(cls.__name__, (Several, cls), exec_body=lambda body: body.update(members))
 
 
 @core._cached  # type: ignore[untyped-decorator]
@@ -667,12 +696,12 @@ def _listed(adapter_names: Any) -> list:
 
 
 def _names_of(model: nn.Module, given: Any, there: list[str]) -> Names:
-    names = [given] if given is None or isinstance(given, str) else list(given)
+    names = list(given) if isinstance(given, (list, tuple)) else [given]
     if len(set(names)) < len(names) or (len(names) > 1 and None in names):
         raise ValueError(f"{given!r}: a sum is of different adapters")
     for name in names:
         if name not in (None, BASE, *there):
-            check_present(model, str(name))  # raises
+            check_present(model, name)  # raises
     return tuple(name for name in names if name is not None and (name != BASE or name in there))
 
 
@@ -704,6 +733,9 @@ def _begin(model: nn.Module, rows: list[Names], entries: bool = True) -> Block:
                 with torch.no_grad():
                     work.stacked(A.device, _dtype_of(module, A))
             _change(block, module, _computing(type(module), work.way), work)
+            for member, _ in work.members:
+                if member is not module:
+                    _change(block, member, _within(type(member)), work)
         around = [model, *(module for module in all_ if module is not model and hasattr(type(module), "tie_weights"))]
         for module in around if entries else ():
             if "_several" not in vars(module):
@@ -734,7 +766,7 @@ def _first_names(model: nn.Module) -> dict[nn.Module, str]:
 def _change(block: Block, module: nn.Module, cls: Any, work: Any) -> None:
     block.changed.append((module, type(module)))
     if isinstance(work, Work):
-        work.cls = type(module)
+        work.classes[module] = type(module)
     change_class(module, type(module), cls)
     vars(module)["_several"] = work
 
