@@ -12,7 +12,7 @@ import copy
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -171,13 +171,13 @@ class Place:
         vars(module).pop("_disabled", None)  # what comes within disable_adapters does compute
         if self.active is not None:
             part = self.parts[self.active]
-            if isinstance(module, Adapted):
+            if isinstance(module, Adapted) and (module.merged or module._aside is not None):
                 module.unmerge()
             part.tensors = self.tensors(module, self.active)
             if isinstance(module, Adapted):
                 part.form = Form(self.now.cls, _take_settings(module))
             for key in part.tensors.keys() - self.replaced.keys():
-                delattr(module, key)
+                del module._parameters[key]
             _set_tensors(module, self.replaced)
             self.replaced = {}
         self.active = name
@@ -188,7 +188,7 @@ class Place:
             self.replaced = {key: there[key] for key in part.tensors if key in there}
             _set_tensors(module, part.tensors)
             part.tensors, form, part.form = {}, part.form or self.base, None
-        if isinstance(module, Adapted):
+        if isinstance(module, Adapted):  # made by hand, it has some as the base, too
             _take_settings(module)
         change_class(module, self.now.cls, form.cls)
         for key, value in form.settings.items():
@@ -266,12 +266,14 @@ def _set_tensors(module: nn.Module, tensors: dict[str, Any]) -> None:
 _UNWATCHED = (nn.Module.__setattr__, Adapted.__setattr__, Kernel.__setattr__)
 
 
+_SETTINGS = frozenset(Adapted.settings)
+
+
 def _take_settings(module: nn.Module) -> dict[str, Any]:
     taken = {}
-    for key in Adapted.settings:
-        for store in (vars(module), module._modules):
-            if key in store:
-                taken[key] = store.pop(key)
+    for store in (vars(module), module._modules):
+        for key in _SETTINGS & store.keys():
+            taken[key] = store.pop(key)
     return taken
 
 
@@ -315,12 +317,13 @@ def list_adapters(model: nn.Module) -> list[str]:
     ['sst2']
     """
     check_intact(model)
-    return _names(model)
+    return adapter_names(model)
 
 
-def _names(model: nn.Module) -> list[str]:
+def adapter_names(model: nn.Module) -> list[str]:
+    """Return what `list_adapters` does, without asking whether they are intact."""
     names = {name for _, place in places(model) for name in place.parts}
-    return sorted(names | ({DEFAULT_NAME} if _made_by_hand(model.modules()) else set()))
+    return sorted(names | ({DEFAULT_NAME} if _made_by_hand(all_modules(model)) else set()))
 
 
 def active_adapter(model: nn.Module) -> Any:
@@ -333,7 +336,7 @@ def active_adapter(model: nn.Module) -> Any:
         return several.block.shown
     if found:
         return found[0][1].current
-    return DEFAULT_NAME if _made_by_hand(model.modules()) else None
+    return DEFAULT_NAME if _made_by_hand(all_modules(model)) else None
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -402,9 +405,12 @@ def note_parts(model: nn.Module, name: str, own: dict[str, frozenset[str]], modu
         noted[path] = {key: tensor.shape for key, tensor in tensors.items() if key in wanted}
 
 
-def check_intact(model: nn.Module) -> None:
-    """Warn of modules whose adapter is gone because somebody replaced them; raise ValueError if one was resized."""
-    for name, noted in vars(model).get(PARTS, {}).items():
+def check_intact(model: nn.Module, names: Iterable[str | None] | None = None) -> None:
+    """Warn of modules whose adapter, of those called `names` or of all, is gone because somebody replaced them; raise
+    ValueError if one was resized."""
+    all_noted = vars(model).get(PARTS, {})
+    for name in all_noted if names is None else dict.fromkeys(names):
+        noted = all_noted.get(name, {})
         lost = []
         for path, shapes in noted.items():
             module = _submodule(model, path)
@@ -432,8 +438,11 @@ def check_intact(model: nn.Module) -> None:
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:
     module: Any = model
-    for part in path.split(".") if path else ():
-        module = None if module is None else module._modules.get(part)
+    try:
+        for part in path.split(".") if path else ():
+            module = module._modules[part]
+    except (AttributeError, KeyError):
+        return None
     return module
 
 
@@ -491,34 +500,57 @@ def of_base(names: Iterable[str]) -> dict[str, None]:
 
 def places(model: nn.Module) -> list[tuple[nn.Module, Place]]:
     """Return the modules of `model` that have a place, with it."""
-    return _places(_all_modules(model))
+    return _places(all_modules(model))
 
 
 def _places(modules: list[nn.Module]) -> list[tuple[nn.Module, Place]]:
     return [(module, module.__dict__["_place"]) for module in modules if "_place" in module.__dict__]
 
 
-def _all_modules(model: nn.Module) -> list[nn.Module]:
-    # As list(model.modules()), whose nested generators take several times as long.
-    found: dict[nn.Module, None] = {}
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if module not in found:
-            found[module] = None
-            waiting += [child for child in reversed(module._modules.values()) if child is not None]
+def all_modules(model: nn.Module) -> list[nn.Module]:
+    """Return `list(model.modules())`, whose nested generators take several times as long."""
+    found: dict[nn.Module, None] = {model: None}
+
+    def visit(module: nn.Module) -> None:
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                if child._modules:
+                    visit(child)
+
+    visit(model)
     return list(found)
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return `dict(model.named_modules())`: every module once, under its first name. See `all_modules`."""
+    names: dict[nn.Module, str] = {model: ""}
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for key, child in module._modules.items():
+            if child is not None and child not in names:
+                names[child] = name = prefix + key
+                if child._modules:
+                    visit(child, name + ".")
+
+    visit(model, "")
+    return {name: module for module, name in names.items()}
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of `model` by name, under all their names, without those that adapters have brought."""
-    modules: dict[str, nn.Module] = {}
-    layer: str | tuple = ()  # the last adapted one: its dropout is nobody's target
-    for name, module in model.named_modules(remove_duplicate=False):
-        if not name.startswith(layer):
-            modules[name] = module
-            if isinstance(module, Adapted) and module.is_leaf:
-                layer = name + "."
+    modules: dict[str, nn.Module] = {"": model}
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        if isinstance(module, Adapted) and module.is_leaf:  # its dropout is nobody's target
+            return
+        for key, child in module._modules.items():
+            if child is not None:
+                modules[prefix + key] = child
+                if child._modules:
+                    visit(child, f"{prefix}{key}.")
+
+    visit(model, "")
     return modules
 
 
@@ -538,11 +570,15 @@ def adopt(modules: Iterable[nn.Module]) -> None:
         Place(layer)
 
 
-def put(model: nn.Module, adapter_name: str | None) -> None:
-    """Put adapter `adapter_name`, or the base for None, into every place of `model`."""
-    modules = _all_modules(model)
+def put(model: nn.Module, adapter_name: str | None, modules: list[nn.Module] | None = None) -> None:
+    """Put adapter `adapter_name`, or the base for None, into every place of `model`, whose `modules` may be given."""
+    modules = all_modules(model) if modules is None else modules
     found = _places(modules)
-    adapters = frozenset(name for _, place in found for name in place.parts)
+    known = {place.adapters for _, place in found}
+    if len(known) == 1 and adapter_name in {None, *next(iter(known))}:
+        adapters = known.pop()
+    else:
+        adapters = frozenset(name for _, place in found for name in place.parts)
     changing = [(module, place) for module, place in found if place.active != adapter_name or place.suspended]
     if any(adapter_name in place.parts or place.active for _, place in changing):
         check_whole(model, modules)
@@ -559,29 +595,27 @@ def put(model: nn.Module, adapter_name: str | None) -> None:
 
 
 def _made_by_hand(modules: Iterable[nn.Module]) -> list[Adapted]:
-    return [
-        module for module in modules if isinstance(module, Adapted) and module.has_adapter and module._place is None
-    ]
+    return [m for m in modules if isinstance(m, Adapted) and m._place is None and m.has_adapter]
 
 
 def any_sharded(model: nn.Module, modules: list[nn.Module] | None = None) -> bool:
     """Whether `fully_shard` shards `model` or a part of it; just after a forward not all Parameters tell."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and imported if it is in use
-    kinds = getattr(fsdp, "FSDPModule", ())
-    for module in _all_modules(model) if modules is None else modules:
-        if isinstance(module, kinds) or any(is_sharded(tensor) for tensor in module._parameters.values()):
-            return True
-    return False
+    modules = all_modules(model) if modules is None else modules
+    if any(issubclass(kind, getattr(fsdp, "FSDPModule", ())) for kind in set(map(type, modules))):
+        return True
+    kinds = {type(tensor) for module in modules for tensor in module._parameters.values()}
+    return any(map(is_sharded, kinds))
 
 
 def check_whole(model: nn.Module, modules: list[nn.Module] | None = None) -> None:
     """Raise ValueError if the weights of `model` are not here: `fully_shard` keeps parts, accelerate offloads them."""
-    modules = _all_modules(model) if modules is None else modules
+    modules = all_modules(model) if modules is None else modules
     check_one(modules)
     check_not_reloaded(modules)
     check_not_fsdp1(modules)
     if any("_hf_hook" in module.__dict__ for module in modules):
-        check_not_offloaded({name: m for name, m in dict(model.named_modules()).items() if isinstance(m, InPlace)})
+        check_not_offloaded({name: m for name, m in named_modules(model).items() if isinstance(m, InPlace)})
     if any_sharded(model, modules):
         raise ValueError(
             f"{type(model).__name__} is sharded by fully_shard, which allows neither to replace its layers nor to "
@@ -608,19 +642,18 @@ def is_bias(name: str) -> bool:
     return name == "bias" or name.startswith("bias_") or name.endswith("_bias")
 
 
-def check_not_fsdp1(modules: Iterable[nn.Module]) -> None:
+def check_not_fsdp1(modules: Sequence[nn.Module]) -> None:
     """Raise ValueError if `FullyShardedDataParallel` has flattened the Parameters and keeps a piece of them here."""
     if "torch.distributed.fsdp" not in sys.modules:
         return
-    for module in modules:
-        if type(module).__name__ == "FullyShardedDataParallel" or any(
-            getattr(tensor, "_fsdp_flattened", False) for tensor in module._parameters.values()
-        ):
-            raise ValueError(
-                "the model is wrapped in FullyShardedDataParallel (FSDP1), which leaves each process a flat piece of "
-                "its tensors; nothing was done. Use torch.distributed.fsdp.fully_shard (FSDP2; in accelerate "
-                "fsdp_version: 2), whose adapters are saved whole"
-            )
+    wrapped = any(kind.__name__ == "FullyShardedDataParallel" for kind in set(map(type, modules)))
+    tensors = [tensor for module in modules for tensor in module._parameters.values()]
+    if wrapped or any([hasattr(tensor, "_fsdp_flattened") for tensor in tensors]):
+        raise ValueError(
+            "the model is wrapped in FullyShardedDataParallel (FSDP1), which leaves each process a flat piece of "
+            "its tensors; nothing was done. Use torch.distributed.fsdp.fully_shard (FSDP2; in accelerate "
+            "fsdp_version: 2), whose adapters are saved whole"
+        )
 
 
 def check_not_offloaded(modules: dict[str, nn.Module]) -> None:
@@ -643,6 +676,6 @@ def check_adapter_name(adapter_name: str) -> None:
 
 def check_present(model: nn.Module, adapter_name: str) -> None:
     """Raise ValueError if `model` has no adapter of that name."""
-    names = _names(model)
+    names = adapter_names(model)
     if adapter_name not in names:
         raise ValueError(f"no adapter {adapter_name!r}; the model has {', '.join(map(repr, names)) or 'none'}")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from loralib.adapters import RESIZED, input_embeddings
+from loralib.adapters import RESIZED, all_modules, input_embeddings, named_modules
 from loralib.core import _cached
 from loralib.layers import is_conv1d
 
@@ -233,19 +233,20 @@ def find_query_and_value(model: nn.Module) -> list[str]:
     found: dict[str, Any] = {}
     towers: dict[str, Any] = {}
     closed: tuple[str, ...] = ()
-    for name, module in model.named_modules():
+    modules = named_modules(model)
+    for name, module in modules.items():
         config = vars(module).get("config")
         inherited = towers.get(name.rpartition(".")[0]) if name else None
         towers[name] = type(config) if hasattr(config, "get_text_config") else inherited
         if _WITHOUT_GRADIENT.search(type(module).__name__):
             closed += (f"{name}.",)
-        elif not f"{name}.".startswith(closed):
+        elif module._modules and not f"{name}.".startswith(closed):
             found.update((f"{name}.{layer}".removeprefix("."), towers[name]) for layer in _query_and_value(module))
     get = getattr(getattr(model, "config", None), "get_text_config", None)
     language = type(get(decoder=True)) if callable(get) else None
     if language in found.values():
         found = {name: tower for name, tower in found.items() if tower is language}
-    return [name for name, _ in model.named_modules() if name in found]
+    return [name for name in modules if name in found]
 
 
 def default_target_modules(model: nn.Module) -> list[str]:
@@ -257,14 +258,14 @@ def default_target_modules(model: nn.Module) -> list[str]:
     names = find_query_and_value(model)
     names = names or [
         f"{path}.{key}".removeprefix(".")
-        for path, module in model.named_modules()
+        for path, module in named_modules(model).items()
         if isinstance(module, nn.MultiheadAttention)
         for key in ("in_proj_weight", "q_proj_weight", "v_proj_weight")
         if module._parameters.get(key) is not None
     ]
     if names:
         return names
-    kind, owners = type(model).__name__, sorted({type(m).__name__ for m in model.modules() if _has_bare_query(m)})
+    kind, owners = type(model).__name__, sorted({type(m).__name__ for m in all_modules(model) if _has_bare_query(m)})
     why = (
         f"its query and value are Parameters of {', '.join(owners)}, not layers"
         if owners
@@ -402,19 +403,26 @@ def _delta(owner: Any, turns: int | None = None) -> Layout:
 
 def _query_and_value(owner: nn.Module) -> list[str]:
     # The names, below `owner`, of the layers of its query and value, if it is an attention.
-    names = [name for name in owner._modules if _WORD.search(name) or name in _OTHER_LAYERS]
+    names = [name for name in owner._modules if _roles(name) or name in _OTHER_LAYERS]
     layers = {name: layer for name in names if (layer := _layer(name, owner._modules[name]))}
+    if not layers:
+        return []
     siblings: dict[tuple[str, str], dict[str, str]] = {}
     for name in layers:
-        for word in _WORD.finditer(name):
-            rest = name[: word.start()], name[word.end() :]
-            siblings.setdefault(rest, {})[str(word.lastgroup)] = name
+        for rest, role in _roles(name):
+            siblings.setdefault(rest, {})[role] = name
     for roles in _SETS:
         complete = [named for named in siblings.values() if named.keys() >= set(roles)]
         if complete:
             return [layers[named[role]] for named in complete for role in roles if role != "k"]
     others = [_OTHER_OWNERS[kind]] if (kind := type(owner).__name__) in _OTHER_OWNERS else _OTHER_NAMES
     return [layers[name] for name in next((names for names in others if layers.keys() >= set(names)), ())]
+
+
+@_cached  # type: ignore[untyped-decorator]
+def _roles(name: str) -> list[tuple[tuple[str, str], str]]:
+    # What the words in a name may stand for, each with the rest of the name.
+    return [((name[: word.start()], name[word.end() :]), str(word.lastgroup)) for word in _WORD.finditer(name)]
 
 
 _OTHER_LAYERS = {name for names in (*_OTHER_NAMES, *_OTHER_OWNERS.values()) for name in names}

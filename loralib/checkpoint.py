@@ -1,7 +1,9 @@
 """Save the adapter of a model to a file, and load one: what is in the file against what is in the model."""
 
+import contextlib
 import functools
 import itertools
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,7 +17,9 @@ from loralib.adapters import (
     DEFAULT_NAME,
     active_adapter,
     active_parts,
+    adapter_names,
     add_part,
+    all_modules,
     any_sharded,
     base_modules,
     check_adapter_name,
@@ -24,7 +28,7 @@ from loralib.adapters import (
     check_not_offloaded,
     check_one,
     check_whole,
-    list_adapters,
+    named_modules,
     note_parts,
     of_base,
     own_tensors,
@@ -51,7 +55,7 @@ from loralib.parameters import Parameters, Rows
 from loralib.peft_format import CONFIG, read_peft, write_peft
 from loralib.reloaded import check_not_reloaded
 from loralib.several import set_adapter
-from loralib.utils import _join, match_modules_to_save, trained_state
+from loralib.utils import _join, match_modules_to_save
 from loralib.wrappers import under_names_of, without_compiled
 
 __all__ = ["load_lora", "read_metadata", "save_lora"]
@@ -119,16 +123,18 @@ def save_lora(
     if folder and path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; give the name of a folder for format={format!r}")
     model = unwrapped(model)
-    check_one(model.modules())
-    check_not_fsdp1(model.modules())
-    check_intact(model)
+    every = all_modules(model)
+    check_one(every)
+    check_not_reloaded(every)
+    check_not_fsdp1(every)
+    check_intact(model, [active_adapter(model)])
     found = _adapted(model)
-    layers = _lora_layers(model, found)
-    if not layers and not _token_indices(model, found):
+    layers = _lora_layers(found)
+    if not layers and not _token_indices(found):
         raise ValueError(f"{type(model).__name__} has no adapters to save; call lora.inject_lora(model, ...) first")
     check_not_offloaded(dict(found))
     _warn_of_untrained(found)
-    adapter = _without_compiled(_collect(model, layers, bias, modules_to_save))
+    adapter = _without_compiled(_collect(model, found, layers, bias, modules_to_save))
     adapter.metadata = metadata or {}
     adapter.base_model = _base_model(model, format) if base_model is None else os.fspath(base_model)
     adapter.tensors = {key: whole(tensor) for key, tensor in adapter.tensors.items()}
@@ -144,7 +150,7 @@ def save_lora(
         else:
             write_native(path, adapter)
 
-    if any_sharded(model):
+    if any_sharded(model, every):
         _in_first_process(write)
     else:
         write()
@@ -196,7 +202,8 @@ def load_lora(
     modules = base_modules(model)
     name = (active_adapter(model) or DEFAULT_NAME) if adapter_name is None else adapter_name
     check_adapter_name(name)
-    if name not in list_adapters(model):
+    check_intact(model, [name, active_adapter(model)])
+    if name not in adapter_names(model):
         check_whole(model)
         adapter = _read_for(path, modules, {}, lora_alpha, enable_lora, heads)
         plans, problems = _plan(modules, adapter, merge_weights)
@@ -207,24 +214,26 @@ def load_lora(
         _refuse(path, model, problems + misfits)
         check_not_offloaded({path: modules[path] for path in own})
         put_adapter(model, name, plans, own, _untied(modules, own, adapter))
-        layers = _lora_layers(model)
+        layers = _lora_layers(_adapted(model))
     else:
-        check_not_fsdp1(model.modules())
-        check_intact(model)
+        every = all_modules(model)
+        check_not_reloaded(every)
+        check_not_fsdp1(every)
         before = active_adapter(model)
         set_adapter(model, name)
         try:
-            layers = _lora_layers(model)
+            found = _adapted(model)
+            layers = _lora_layers(found)
             adapter = _read_for(path, modules, layers, lora_alpha, enable_lora, heads)
-            there = _adapter_tensors(model)
+            there = _adapter_tensors(found)
             shapes = {path: {key: t.shape for key, t in tensors.items()} for path, tensors in there.items()}
             own, misfits = _fit(modules, shapes, adapter, heads)
             misfits += [
                 f"{key}: the model ties it to another tensor of the file, which has other values; load into a new one"
                 for key in _untied(modules, own, adapter)
             ]
-            if adapter.token_indices != _token_indices(model):
-                misfits.append(f"tokens: {adapter.token_indices} in the file, {_token_indices(model)} in the model")
+            if adapter.token_indices != _token_indices(found):
+                misfits.append(f"tokens: {adapter.token_indices} in the file, {_token_indices(found)} in the model")
             _refuse(path, model, _differences(layers, adapter.layers) + misfits)
         except BaseException:
             put(model, before)
@@ -233,14 +242,34 @@ def load_lora(
     for layer_name, layer in layers.items():
         layer.lora_alpha = adapter.layers[layer_name]["lora_alpha"]
         layer.scaling = adapter.layers[layer_name]["scaling"]
-    with quiet_state():
-        there = model.state_dict()
-    model.load_state_dict({key: _as_held(there.get(key), t) for key, t in adapter.tensors.items()}, strict=False)
-    for part in (*active_parts(modules).values(), *_adapter_tensors(model).values()):
+    if any_sharded(model):  # fully_shard shards again then, what a forward has left whole
+        with quiet_state():
+            model.state_dict()
+    targets = _adapter_tensors(_adapted(model))
+    _write(modules, own, targets, adapter.tensors)
+    for part in (*active_parts(modules).values(), *targets.values()):
         for tensor in part.values():
             if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
                 tensor.requires_grad_(trainable)
     return LayerNames(layers)
+
+
+@torch.no_grad()
+def _write(
+    modules: dict[str, nn.Module],
+    own: dict[str, frozenset[str]],
+    targets: dict[str, dict[str, Tensor]],
+    values: dict[str, Tensor],
+) -> None:
+    """Write the values of a file into the tensors that are the adapter's own."""
+    for name, keys in own.items():
+        module = modules[name]
+        with module._unmerged() if isinstance(module, Adapted) else contextlib.nullcontext():
+            there = _held(modules, {name: keys}, targets)[name]
+            for key in keys:
+                value = values.get(_join(name, key))
+                if value is not None:  # statistics that other libraries do not save
+                    there[key].copy_(_as_held(there[key], value))
 
 
 def _refuse(path: Path, model: nn.Module, problems: list[str]) -> None:
@@ -299,12 +328,16 @@ def _as_held(held: Any, tensor: Tensor) -> Tensor:
 
 
 def _collect(
-    model: nn.Module, layers: dict[str, Adapted], bias: str, modules_to_save: Sequence[str] | str | None
+    model: nn.Module,
+    found: dict[str, Adapted],
+    layers: dict[str, Adapted],
+    bias: str,
+    modules_to_save: Sequence[str] | str | None,
 ) -> Adapter:
     check_bias_mode(bias)
     modules = base_modules(model)
     own = {name: frozenset(tensors) for name, tensors in active_parts(modules).items()}
-    targets = _adapter_tensors(model)
+    targets = _adapter_tensors(found)
     saved = match_modules_to_save(model, modules_to_save) + _owned_whole(modules, own)
     for name, keys in own.items():
         if of_base(keys).keys() - STATISTICS and not any(f"{name}.".startswith(f"{whole}.") for whole in saved):
@@ -315,15 +348,22 @@ def _collect(
     if paths:
         warnings.warn(f"{why}: {', '.join(paths)} go with the adapter, whole", stacklevel=3)
     saved = list(dict.fromkeys(saved + paths))
-    everything = trained_state(model, bias, saved)
     own = own_names(modules, targets, bias, saved)
-    names = [_join(name, key) for name, keys in own.items() for key in sorted(keys)]
-    if not everything.keys() >= set(names):  # the statistics of a model that was built with its layers
+    if any_sharded(model):  # fully_shard shards again then, what a forward has left whole
         with quiet_state():
-            everything = {**model.state_dict(), **everything}
-    tensors = {name: everything[name] for name in names}
+            model.state_dict()
+    there = _held(modules, own, targets)
+    tensors = {_join(name, key): there[name][key].detach() for name, keys in own.items() for key in sorted(keys)}
     specs = {name: _spec(layer) for name, layer in layers.items()}
-    return Adapter(tensors, specs, bias, saved, token_indices=_token_indices(model))
+    return Adapter(tensors, specs, bias, saved, token_indices=_token_indices(found))
+
+
+def _held(
+    modules: dict[str, nn.Module], own: dict[str, frozenset[str]], targets: dict[str, dict[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors that an adapter has of its `own`, or that stand in their place, by module; `targets` has A and B."""
+    parts = active_parts({name: modules[name] for name in own})
+    return {name: {**own_tensors(modules[name]), **targets.get(name, {}), **parts.get(name, {})} for name in own}
 
 
 def _owned_whole(modules: dict[str, nn.Module], own: dict[str, frozenset[str]]) -> list[str]:
@@ -509,8 +549,9 @@ def _untied(modules: dict[str, nn.Module], own: dict[str, frozenset[str]], adapt
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # torch does not ask this of the narrowest dtypes.
-    return bool(tensor.to(torch.promote_types(tensor.dtype, torch.float32)).isfinite().all())
+    # NaN and infinity show in the sum, which is quicker to have, and which numbers that are too large spoil as well.
+    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))  # torch asks nothing of the narrowest dtypes
+    return math.isfinite(wide.sum().item()) or bool(wide.isfinite().all())
 
 
 def _add_own(
@@ -531,13 +572,11 @@ def _add_own(
 
 
 def _adapted(model: nn.Module) -> dict[str, Adapted]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+    return {name: module for name, module in named_modules(model).items() if isinstance(module, Adapted)}
 
 
-def _lora_layers(model: nn.Module, found: dict[str, Adapted] | None = None) -> dict[str, Any]:
+def _lora_layers(found: dict[str, Adapted]) -> dict[str, Any]:
     """What has a rank in the active adapter, by name: the LoRA layers, and updates of Parameters."""
-    check_not_reloaded(model.modules())
-    found = _adapted(model) if found is None else found
     return {
         (name + ending).removeprefix("."): update
         for name, module in found.items()
@@ -545,8 +584,7 @@ def _lora_layers(model: nn.Module, found: dict[str, Adapted] | None = None) -> d
     }
 
 
-def _adapter_tensors(model: nn.Module, found: dict[str, Adapted] | None = None) -> dict[str, dict[str, Tensor]]:
-    found = _adapted(model) if found is None else found
+def _adapter_tensors(found: dict[str, Adapted]) -> dict[str, dict[str, Tensor]]:
     return {name: tensors for name, module in found.items() if (tensors := module.adapter_tensors())}
 
 
@@ -569,10 +607,10 @@ def _warn_of_untrained(found: dict[str, Adapted]) -> None:
         )
 
 
-def _token_indices(model: nn.Module, found: dict[str, Adapted] | None = None) -> dict[str, list[int]]:
+def _token_indices(found: dict[str, Adapted]) -> dict[str, list[int]]:
     return {
         name: each.indices
-        for name, module in (_adapted(model) if found is None else found).items()
+        for name, module in found.items()
         if isinstance(module, Parameters)
         for each in vars(module).get("lora_parameters", {}).values()
         if isinstance(each, Rows)

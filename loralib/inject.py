@@ -14,15 +14,19 @@ from torch import nn
 from loralib.adapters import (
     DEFAULT_NAME,
     Form,
+    active_adapter,
+    adapter_names,
     add_part,
     adopt,
+    all_modules,
     base_modules,
     check_adapter_name,
+    check_intact,
     check_not_offloaded,
     check_whole,
     input_embeddings,
     is_bias,
-    list_adapters,
+    named_modules,
     note_parts,
     own_tensors,
     put,
@@ -184,8 +188,9 @@ def inject_lora(
         _check_arguments(spec["r"], spec["lora_alpha"], lora_dropout)
         if use_rslora:
             spec["scaling"] = spec["lora_alpha"] / math.sqrt(spec["r"])
-    present = [name for name, module in model.named_modules() if isinstance(module, Adapted)]
-    if adapter_name in list_adapters(model):
+    check_intact(model, [active_adapter(model)])
+    if adapter_name in adapter_names(model):
+        present = [name for name, module in named_modules(model).items() if isinstance(module, Adapted)]
         raise ValueError(
             f"the model already has LoRA layers of an adapter {adapter_name!r} ({_some(present)}); "
             "call lora.unload(model) first, or give another adapter_name"
@@ -291,7 +296,7 @@ def own_names(
             biases = {key for key, value in parameters.items() if value is not None and is_bias(key)}
             if biases:
                 own[name] = own.get(name, frozenset()) | biases
-        statistics = {key for key in STATISTICS if modules[name]._buffers.get(key) is not None}
+        statistics = {key for key, value in modules[name]._buffers.items() if key in STATISTICS and value is not None}
         if statistics:
             own[name] = own.get(name, frozenset()) | statistics
     for name in saved:
@@ -389,7 +394,7 @@ def put_adapter(
     The adapters of the layers get memory and are drawn. Tensors named in `apart` are copied each for itself even where
     the base ties them.
     """
-    adopt(model.modules())
+    adopt(all_modules(model))
     put(model, None)
     model.requires_grad_(False)
     keep_gradients(model)
@@ -511,7 +516,7 @@ def _target_parameters(
 
 
 def _parameters(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
-    first = {name for name, _ in model.named_modules()}
+    first = named_modules(model)
     return {
         f"{path}.{key}" if path else key: tensor
         for path, module in modules.items()
@@ -562,7 +567,7 @@ def _targets(
 ) -> tuple[list[str], list[str]]:
     """The names of what is to be adapted, and of what is left alone on purpose."""
     # A module has several names where it is used twice; the first is the one to report.
-    first = {name for name, _ in model.named_modules()}
+    first = named_modules(model)
     modules = {name: module for name, module in modules.items() if name in first}
     heads, bare = [*saved], {}
     if target_modules is None:
@@ -570,7 +575,7 @@ def _targets(
     elif target_modules in (ALL_LINEAR, ALL_LINEAR_PEFT):
         heads += find_head(model) or []
         last = output_layer(model)
-        names = [name for name, m in model.named_modules() if name in modules and m is not last]
+        names = [name for name, m in first.items() if name in modules and m is not last]
         names = [name for name in names if _is_linear(modules[name])]
         if target_modules == ALL_LINEAR:
             names = [name for name in names if not is_router(modules[name.rpartition(".")[0]], name, modules[name])]

@@ -36,7 +36,10 @@ from loralib import core
 from loralib.adapters import (
     LORA_NAMES,
     Place,
+    _places,
+    adapter_names,
     adopt,
+    all_modules,
     change_class,
     check_intact,
     check_one,
@@ -44,7 +47,6 @@ from loralib.adapters import (
     check_whole,
     list_adapters,
     own_tensors,
-    places,
     put,
 )
 from loralib.architectures import is_read_from_outside, unwrapped
@@ -624,19 +626,21 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
         ValueError: `model` has no such adapter, or is sharded by `fully_shard`; or several have a head, a bias or
             something else in one module that does not add up. Nothing has been changed then.
     """
-    several = next((vars(m)["_several"].block for m in model.modules() if "_several" in vars(m)), None)
+    modules = all_modules(model)
+    several = next((vars(m)["_several"].block for m in modules if "_several" in vars(m)), None)
     if several is not None and not several.shown:
-        check_one(model.modules())
-    names = None if isinstance(adapter_name, str) else _names_of(model, adapter_name, list_adapters(model))
-    if names is not None and not names:
+        check_one(modules)
+    names = (adapter_name,) if isinstance(adapter_name, str) else _names_of(model, adapter_name, adapter_names(model))
+    if not names:
         raise ValueError(f"adapter_name={adapter_name!r}: must be a name, or a list of them")
-    check_intact(model)
-    if names is None and not any(adapter_name in place.parts for _, place in places(model)):
-        check_present(model, adapter_name)  # type: ignore[arg-type]
+    found = _places(modules)
+    check_intact(model, [found[0][1].current, *names] if found else None)
+    if not any(names[0] in place.parts for _, place in found):
+        check_present(model, names[0])
     if several is not None:
         several.undo()
-    if names is None or len(names) == 1:
-        return put(model, adapter_name if names is None else names[0])  # type: ignore[arg-type]
+    if len(names) == 1:
+        return put(model, names[0], modules)
     try:
         _begin(model, [names], entries=False).shown = list(names)
     except Exception:

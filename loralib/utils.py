@@ -13,12 +13,14 @@ from loralib.adapters import (
     PARTS,
     RESIZED,
     active_parts,
+    all_modules,
     base_modules,
     check_not_fsdp1,
     check_one,
     check_whole,
     is_bias,
     make_plain,
+    named_modules,
     of_base,
     places,
     put,
@@ -100,7 +102,7 @@ def lora_state_dict(
     Raises:
         ValueError: as `mark_only_lora_as_trainable`.
     """
-    check_not_fsdp1(model.modules())
+    check_not_fsdp1(all_modules(model))
     return {name: whole(tensor) for name, tensor in trained_state(model, bias, modules_to_save).items()}
 
 
@@ -118,7 +120,7 @@ def merge_lora_weights(model: nn.Module) -> nn.Module:
     """
     check_whole(model)
     _check_finite(model)
-    for path, layer in model.named_modules():
+    for path, layer in named_modules(model).items():
         if isinstance(layer, Adapted) and not merges(layer):
             raise ValueError(
                 f"{path} is a quantised {type(layer).__name__}, whose weight has no place for a sum; nothing was "
@@ -166,7 +168,7 @@ def merge_and_unload(model: nn.Module, dequantize: bool = False) -> nn.Module:
     """
     check_whole(model)
     _check_finite(model)
-    for path, layer in model.named_modules():
+    for path, layer in named_modules(model).items():
         if isinstance(layer, Adapted) and layer.has_adapter and is_quantized(layer) and not dequantize:
             raise ValueError(
                 f"{path}: the weight is quantised ({_stored_as(layer)}), and the sum would have to be rounded to it; "
@@ -316,8 +318,9 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def _lora_layers(model: nn.Module) -> list[Adapted]:
-    check_not_reloaded(model.modules())
-    return [module for module in model.modules() if isinstance(module, Adapted)]
+    modules = all_modules(model)
+    check_not_reloaded(modules)
+    return [module for module in modules if isinstance(module, Adapted)]
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -390,7 +393,7 @@ def match_modules_to_save(model: nn.Module, modules_to_save: Sequence[str] | str
 @torch.no_grad()
 def _check_finite(model: nn.Module) -> None:
     found: dict[torch.device, dict[str, Tensor]] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules(model).items():
         if isinstance(module, Adapted):
             for name, tensor in module.adapter_tensors().items():
                 found.setdefault(tensor.device, {})[_join(prefix, name)] = tensor

@@ -19,6 +19,7 @@ BENCHMARKS = ROOT / "examples" / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 import against_peft  # noqa: E402
 import base_dtypes  # noqa: E402
+import growth  # noqa: E402
 import measure  # noqa: E402
 import run_benchmarks  # noqa: E402
 import systems  # noqa: E402
@@ -225,7 +226,7 @@ SMALL = systems.Work(layers=1, batch=1, length=4)
 @pytest.fixture
 def small(monkeypatch):
     """The same benchmark on one layer."""
-    suite = run_benchmarks.Suite({"gpt2_qv": SMALL}, {"generation_all": SMALL}, SMALL)
+    suite = run_benchmarks.Suite({"gpt2_qv": SMALL}, {"generation_all": SMALL}, {"compiled_all": SMALL}, SMALL)
     monkeypatch.setattr(run_benchmarks, "SMALL", suite)
     monkeypatch.setattr(run_benchmarks, "NEW", 2)
     monkeypatch.setattr(run_benchmarks, "SHAPES", {"q, k, v": (24, 72, True)})
@@ -241,7 +242,9 @@ def test_the_whole_on_one_layer(small, tmp_path, capsys):
     threads = torch.get_num_threads()
     try:
         record = run_benchmarks.measure_all(
-            run_benchmarks.Knobs(rounds=1, systems="floor,peft,full", output_dir=str(tmp_path), precisions="fp32")
+            run_benchmarks.Knobs(
+                rounds=1, systems="floor,peft,full", output_dir=str(tmp_path), precisions="fp32", allow_busy=True
+            )
         )
     finally:
         torch.set_num_threads(threads)
@@ -299,7 +302,7 @@ def test_without_upstream_the_command_that_gets_it_is_told(tmp_path, monkeypatch
 def test_the_dtypes_of_a_base_are_measured_beside_float32(llama, tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install '.[test]'")
     knobs = base_dtypes.Knobs(model=str(llama), base_dtypes="nf4", precisions="fp32", rounds=2, length=5)
-    record = base_dtypes.measure_all(dataclasses.replace(knobs, threads=1, output_dir=str(tmp_path)))
+    record = base_dtypes.measure_all(dataclasses.replace(knobs, threads=1, allow_busy=True, output_dir=str(tmp_path)))
     assert json.loads((tmp_path / "base_dtypes.json").read_text()) == record
     assert list(record["bases"]) == ["float32", "nf4"] and record["quantizers"].keys() == {"bitsandbytes"}
     base, four = record["bases"].values()
@@ -317,6 +320,7 @@ def test_a_dtype_that_is_none_is_refused(tmp_path):
 def test_steps_are_measured_beside_peft(tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install '.[test]'")
     small = {"hidden_size": 64, "num_layers": 1, "batch_size": 2, "length": 5, "lora_dim": 4, "rounds": 2, "threads": 1}
+    small["allow_busy"] = True
     record = against_peft.measure_all(against_peft.Knobs(**small, output_dir=str(tmp_path)))
     assert json.loads((tmp_path / "against_peft.json").read_text()) == record
     assert list(record["cases"]) == ["nf4", "experts"]
@@ -325,3 +329,36 @@ def test_steps_are_measured_beside_peft(tmp_path):
     assert len(tables.against_peft_rows(record)) == 4
     with pytest.raises(cli.UserError, match="--cases int8: must be one of nf4, experts"):
         against_peft.measure_all(against_peft.Knobs(cases="int8", output_dir=str(tmp_path)))
+
+
+def test_growth_is_measured_along_every_axis(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(growth, "AXES", {"layers": [1, 2], "adapters": [1, 3], "rank": [2, 4]})
+    monkeypatch.setattr(growth, "FIXED", {"layers": 1, "adapters": 1, "rank": 2})
+    monkeypatch.setattr(growth, "WIDTH", 16)
+    record = growth.measure_all(growth.Knobs(rounds=2, threads=1, allow_busy=True, output_dir=str(tmp_path)))
+    assert json.loads((tmp_path / "growth.json").read_text()) == record
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    # The adapters of q and v: A (2 r, 16) and B (32, r) in float32; what a forward keeps does not know of others.
+    one, three = (point["memory"] for point in record["axes"]["adapters"]["points"])
+    assert three - one == 2 * 4 * (2 * 2 * 16 + 32 * 2)
+    assert all(set(axis["exponents"]) == set(axis["points"][0]) for axis in record["axes"].values())
+    assert "layers: exponent" in capsys.readouterr().out and len(tables.growth_rows(record)) == 11
+    with pytest.raises(cli.UserError, match="--axes depth: must be one of layers, adapters, rank"):
+        growth.measure_all(growth.Knobs(axes="depth"))
+
+
+def test_an_exponent_is_the_slope_between_the_last_points():
+    points = [{"step": 1.0, "save": 5.0}, {"step": 3.0, "save": 5.0}, {"step": 12.0, "save": 5.0}]
+    assert growth.exponents([1, 10, 20], points) == {"step": 2.0, "save": 0.0}
+
+
+def test_a_busy_machine_is_waited_for_and_refused(monkeypatch, capsys):
+    loads, slept = [1.5, 0.9, 0.1], []
+    monkeypatch.setattr(measure.os, "getloadavg", lambda: (loads.pop(0), 0, 0))
+    monkeypatch.setattr(measure.time, "sleep", slept.append)
+    measure.require_quiet(growth.Knobs())
+    assert slept == [1, 1] and capsys.readouterr().err == "the load is 1.50; waiting for 0.3\n"
+    monkeypatch.setattr(measure.os, "getloadavg", lambda: (1.5, 0, 0))
+    with pytest.raises(cli.UserError, match="the load of this machine is 1.50, above 0.3.*--allow_busy"):
+        measure.require_quiet(growth.Knobs())
+    measure.require_quiet(growth.Knobs(allow_busy=True))

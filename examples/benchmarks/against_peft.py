@@ -49,6 +49,7 @@ class Knobs:
     num_layers: int = knob(4, "and their depth")
     rounds: int = knob(9, "how often each library makes a step")
     threads: int = knob(2, "of the CPU")
+    allow_busy: bool = knob(False, "measure though the machine does something else, too")
     output_dir: str = knob(str(HERE / "output"), "folder for what is written")
     record: str | None = knob(None, "name under which examples/results/ gets the record, too")
 
@@ -119,6 +120,7 @@ def check(knobs):
 def measure_all(knobs):
     """Measure, print, write and return the record."""
     cases = check(knobs)
+    measure.require_quiet(knobs)
     torch.set_num_threads(knobs.threads)
     found = {}
     for case in cases:
@@ -143,13 +145,8 @@ def measure_all(knobs):
         "environment": results.environment(CPU),
         "versions": {name: metadata.version(name) for name in ("peft", "bitsandbytes", "transformers")},
     }
-    output_dir = Path(knobs.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    results.write_json(output_dir / "against_peft.json", record)
-    if knobs.record:
-        results.write_json(results.RESULTS / f"{knobs.record}.json", record)
     print(tables.aligned(tables.in_lists(tables.against_peft_rows(record))))
-    print(f"written to {output_dir}: against_peft.json")
+    measure.write(record, knobs, "against_peft")
     return record
 
 

@@ -45,6 +45,7 @@ class Knobs:
     lora_dim: int = knob(8, "rank, on all linear layers")
     rounds: int = knob(9, "how often each base makes a step")
     threads: int = knob(2, "of the CPU")
+    allow_busy: bool = knob(False, "measure though the machine does something else, too")
     output_dir: str = knob(str(HERE / "output"), "folder for what is written")
     record: str | None = knob(None, "name under which examples/results/ gets the record, too")
 
@@ -106,6 +107,7 @@ def check(knobs):
 def measure_all(knobs):
     """Measure, print, write and return the record."""
     dtypes, precisions = check(knobs)
+    measure.require_quiet(knobs)
     torch.set_num_threads(knobs.threads)
     found = {dtype: {"seconds": {}, "ratio": {}, "peak_bytes": {}} for dtype in dtypes}
     for precision in precisions:
@@ -131,13 +133,8 @@ def measure_all(knobs):
         "environment": results.environment(CPU),
         "quantizers": {name: metadata.version(name) for name in sorted(packages)},
     }
-    output_dir = Path(knobs.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    results.write_json(output_dir / "base_dtypes.json", record)
-    if knobs.record:
-        results.write_json(results.RESULTS / f"{knobs.record}.json", record)
     print(tables.aligned(tables.in_lists(tables.base_rows(record))))
-    print(f"written to {output_dir}: base_dtypes.json")
+    measure.write(record, knobs, "base_dtypes")
     return record
 
 

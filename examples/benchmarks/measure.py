@@ -2,15 +2,20 @@
 
 import concurrent.futures
 import gc
+import itertools
 import json
 import multiprocessing
+import os
 import random
 import statistics
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import torch
 from common import results
+from common.cli import UserError
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +24,8 @@ from tqdm import tqdm
 
 # A timed stretch has at least so many seconds: short calls are repeated within it.
 STRETCH = 0.02
+# The load, in processes that run, that a machine at rest does not have; and how many seconds to wait for it to sink.
+QUIET, PATIENCE = 0.3, 240
 
 
 def in_turn(calls, rounds, device, title):
@@ -26,11 +33,11 @@ def in_turn(calls, rounds, device, title):
     repeats = {}
     for name, call in calls.items():
         call()  # allocates, and compiles kernels
-        repeats[name] = max(1, round(STRETCH / max(_seconds(call, 1, device), 1e-7)))
+        repeats[name] = max(1, round(STRETCH / max(seconds(call, 1, device), 1e-7)))
     draw, times = random.Random(0), {name: [] for name in calls}
     for _ in tqdm(range(rounds), title, unit="round", leave=False):
         for name in draw.sample(list(calls), len(calls)):
-            times[name].append(_seconds(calls[name], repeats[name], device) / repeats[name])
+            times[name].append(seconds(calls[name], repeats[name], device) / repeats[name])
     return times
 
 
@@ -41,13 +48,43 @@ def prepared(calls, rounds, device, title):
         for name in draw.sample(list(calls), len(calls)):
             prepare, call = calls[name]
             argument = prepare()
-            seconds = _seconds(lambda call=call, argument=argument: call(argument), 1, device)
+            taken = seconds(lambda call=call, argument=argument: call(argument), 1, device)
             if number:  # the first loads what is loaded once
-                times[name].append(seconds)
+                times[name].append(taken)
     return times
 
 
-def _seconds(call, repeats, device):
+def require_quiet(knobs):
+    """Wait for the machine to do nothing else; raise a UserError if it does not come to rest."""
+    if knobs.allow_busy or not hasattr(os, "getloadavg"):
+        return
+    for waited in itertools.count():
+        load = os.getloadavg()[0]
+        if load <= QUIET:
+            return
+        if waited == PATIENCE:
+            raise UserError(
+                f"the load of this machine is {load:.2f}, above {QUIET}: another program runs, and the times would be "
+                "its as well; stop it, or pass --allow_busy for times that nobody should quote"
+            )
+        if not waited:
+            print(f"the load is {load:.2f}; waiting for {QUIET}", file=sys.stderr, flush=True)
+        time.sleep(1)
+
+
+def write(record, knobs, name):
+    """Write the record of a benchmark, to --output_dir and, if it is to be kept, to results; return the folder."""
+    output_dir = Path(knobs.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    results.write_json(output_dir / f"{name}.json", record)
+    if knobs.record:
+        results.write_json(results.RESULTS / f"{knobs.record}.json", record)
+    print(f"written to {output_dir}: {name}.json")
+    return output_dir
+
+
+def seconds(call, repeats, device):
+    """The seconds of so many calls."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):

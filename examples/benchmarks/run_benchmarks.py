@@ -15,6 +15,7 @@ benchmark.json, benchmark.png.
     convolutions  one convolution, forward and backward: kernels of 1, 3 and 7, 32 to 512 channels
     steps       a training step: forward, backward and fused AdamW of GPT-2 and RoBERTa, on CUDA GPT-2 and Llama
     generation  32 tokens, one by one, with the adapter beside the weights and merged into them
+    compiled    a training step under torch.compile, and how often 20 steps of two adapters in turn compile anew
     operations  putting an adapter into GPT-2, merging, saving, loading and switching it
     import      what `import` costs after `import torch`
 """
@@ -58,6 +59,7 @@ class Suite(NamedTuple):
 
     steps: dict[str, Work]
     generations: dict[str, Work]
+    compiled: dict[str, Work]
     adapted: Work  # what the operations are of
 
 
@@ -73,6 +75,7 @@ SMALL = Suite(
         "generation_qv": Work(batch=1, length=PROMPT),
         "generation_all": Work(batch=1, length=PROMPT, targets="all-linear", r=16),
     },
+    {"compiled_all": Work(layers=2, targets="all-linear", r=16)},
     Work(),
 )
 # On a GPU, which the small ones would leave waiting for the CPU.
@@ -93,6 +96,7 @@ LARGE = Suite(
         "generation_medium_all": replace(_MEDIUM, batch=1, length=PROMPT, targets="all-linear", r=16),
         "generation_llama_all": replace(_LLAMA, batch=1, length=PROMPT, dtype="bfloat16"),
     },
+    {"compiled_llama_all": replace(_LLAMA, layers=4, dtype="bfloat16")},
     _MEDIUM,
 )
 # (in, out, whether it is a fused q, k, v of which q and v are adapted)
@@ -116,28 +120,36 @@ class Bar(NamedTuple):
 BARS = [
     Bar("GPT-2 small, query and value, r=4: step", "gpt2_qv", "floor", 1.03),
     Bar("GPT-2 small, query and value, r=4: step", "gpt2_qv", "upstream", 0.88),
-    Bar("4 layers, all linear, r=16: step", "gpt2_all", "floor", 1.02),
+    Bar("4 layers, all linear, r=16: step", "gpt2_all", "floor", 1.03),
     Bar("4 layers, all linear, r=16, dropout 0.05: step", "gpt2_all_dropout", "peft", 0.95),
     Bar("4 layers, all linear, r=16, dropout 0.05: saved", "gpt2_all_dropout", "peft", 0.85, "saved_bytes"),
     Bar("one MergedLinear, forward and backward", "q, k, v, r=4, 1024 tokens, fp32", "upstream", 0.50),
     Bar("a tiny layer, forward", "tiny", "peft", 0.60),
+    Bar("a tiny layer, forward", "tiny", "floor", 2.2),
     Bar("merged generation", "generation_all merged", "floor", 1.0),
-    Bar("unmerged generation", "generation_all", "peft", 0.85),
-    *(Bar(what, what, "peft", 0.7) for what in ("inject", "merge", "save", "load")),
-    Bar("switch", "switch", "peft", 1.0),
+    Bar("unmerged generation", "generation_all", "peft", 0.93),
+    Bar("2 layers, compiled: step", "compiled_all", "peft", 0.9),
+    *(Bar(what, what, "peft", 0.6) for what in ("inject", "load", "save", "switch", "merge", "unmerge")),
     *(
-        Bar(f"one Conv2d, {case}: forward and backward", f"Conv2d, {case}", "upstream", 1.05)
-        for case in (f"k={k}, {channels} channels" for k in KERNELS for channels in SIDES)
+        Bar(f"one Conv2d, {channels} channels, k={k}: {what}", f"Conv2d, k={k}, {channels} channels{mode}", rival, most)
+        for k in KERNELS
+        for channels in SIDES
+        for mode, what in (("", "forward and backward"), (", eval", "forward in eval"))
+        for rival, most in (("upstream", 1.05), ("peft", 0.9))
     ),
     Bar("import beyond torch", "import", None, 0.05),
     *(
         Bar(f"{work.title}: {title}", case, "peft", most, what)
         for case, work in LARGE.steps.items()
-        for title, most, what in (("step", 0.90, "seconds"), ("peak memory", 0.85, "peak_bytes"))
+        for title, most, what in (("step", 0.90, "seconds"), ("peak memory", 0.90, "peak_bytes"))
     ),
+    Bar("all linear on a 1B Llama in bf16: step", "llama_bf16_all", "floor", 1.10),
+    Bar("all linear on a 1B Llama in bf16, dropout: step", "llama_bf16_all_dropout", "floor", 1.15),
+    Bar("all linear on 4 layers of that, compiled: step", "compiled_llama_all", "peft", 0.9),
+    Bar("unmerged generation", "generation_llama_all", "floor", 1.3),
 ]
 PRECISIONS = ("fp32", "bf16")
-LEVELS = ("layers", "convolutions", "steps", "generation", "operations", "import")
+LEVELS = ("layers", "convolutions", "steps", "generation", "compiled", "operations", "import")
 
 
 @dataclass
@@ -149,6 +161,7 @@ class Knobs:
     rounds: int = knob(9, "how often each system does each piece of work")
     threads: int = knob(2, "of a CPU")
     device: str = knob("auto", "auto, cpu, cuda or mps")
+    allow_busy: bool = knob(False, "measure though the machine does something else, too")
     output_dir: str = knob(str(HERE / "output"), "folder for what is written")
     record: str | None = knob(None, "name under which examples/results/ gets the record, too")
 
@@ -220,16 +233,20 @@ def layers(knobs, device, names, precisions):
 
 
 def convolutions(knobs, device, names):
-    """One convolution of as many channels as it reads, r=8: forward, and backward to the input and the adapter."""
+    """One convolution of as many channels as it reads, r=8: forward, and backward to the input and the adapter, and a
+    forward in evaluation mode, not merged."""
     cases = {}
     for k, (channels, side) in itertools.product(KERNELS, SIDES.items()):
         x = torch.randn(4, channels, side, side, device=device, requires_grad=True)
-        calls = {}
-        for name in names:
-            layer = systems.convolution_of(name, channels, k, 8).to(device)
-            calls[name] = functools.partial(forward_and_backward, layer, x, "fp32")
-        title = f"Conv2d, k={k}, {channels} channels"
-        cases[title] = compare(title, calls, knobs, device, batch=4, side=side, r=8)
+        made = {name: systems.convolution_of(name, channels, k, 8).to(device) for name in names}
+        title, facts = f"Conv2d, k={k}, {channels} channels", {"batch": 4, "side": side, "r": 8}
+        calls = {name: functools.partial(forward_and_backward, layer, x, "fp32") for name, layer in made.items()}
+        cases[title] = compare(title, calls, knobs, device, **facts)
+        for layer in made.values():
+            keep_apart(layer)
+            layer.eval()
+        calls = {name: functools.partial(without_gradient, layer, x) for name, layer in made.items()}
+        cases[f"{title}, eval"] = compare(f"{title}, eval", calls, knobs, device, **facts)
     return cases
 
 
@@ -239,6 +256,11 @@ def forward_and_backward(layer, x, precision):
     y.backward(y.detach())
     x.grad = None
     layer.zero_grad()
+
+
+@torch.no_grad()
+def without_gradient(layer, x):
+    layer(x)
 
 
 def steps(knobs, device, names, works):
@@ -308,6 +330,42 @@ def generate(model, ids, precision):
         model.generate(ids, **options)
 
 
+def compiled(knobs, device, names, works):
+    """A training step under torch.compile, and how many graphs are made when adapters of unlike alpha take turns."""
+    cases, autocast = {}, knobs.step_precision == "bf16"
+    for key, work in works.items():
+        made = {name: Step(name, work, device, autocast) for name in names if name in ("floor", "ours", "peft")}
+        systems.share_frozen([step.model for step in made.values()])
+        for step in made.values():
+            step.compile()
+        case = compare(f"{work.title}, compiled", made, knobs, device, work=asdict(work))
+        for name in made.keys() - {"floor"}:
+            case["systems"][name]["recompilations"] = recompilations(name, made[name], work)
+        cases[key] = case
+        del made, step
+        gc.collect()
+        torch.compiler.reset()
+    return cases
+
+
+def recompilations(name, step, work):
+    """How many graphs 20 steps make, in which two adapters take turns, after the first of each."""
+    if name == "ours":
+        systems.ours(step.model, work, lora_alpha=2 * systems.ALPHA, adapter_name="second")
+        switch = functools.partial(lora.set_adapter, step.model)
+    else:
+        config = copy.copy(step.model.peft_config["default"])
+        config.lora_alpha *= 2
+        step.model.add_adapter("second", config)
+        switch = step.model.set_adapter
+    graphs = []
+    for turn in range(22):
+        switch(("second", "default")[turn % 2])
+        step.forward().backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    return graphs[-1] - graphs[1]
+
+
 def merged(name, model):
     if name == "ours":
         return lora.merge_and_unload(model)
@@ -367,7 +425,7 @@ def operations(knobs, device, names, work):
                 "merge for good": (adapted_by_peft, lambda model: model.merge_and_unload()),
                 "save": (adapted_by_peft, lambda model: model.save_pretrained(folder)),
                 "load": (copied, lambda model: peft.PeftModel.from_pretrained(model, folder)),
-                "switch": (two_by_peft, lambda model: model.set_adapter("default")),
+                "switch": (two_by_peft, lambda model: model.set_adapter("second")),
             },
         }
         cases = {}
@@ -469,15 +527,16 @@ def plot(record, path):
 def measure_all(knobs):
     """Measure the levels, print, write and return the record."""
     levels, precisions, names = check(knobs)
+    measure.require_quiet(knobs)
     torch.set_num_threads(knobs.threads)
-    device, output_dir = training.choose_device(knobs.device), Path(knobs.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    device = training.choose_device(knobs.device)
     suite = LARGE if device.type == "cuda" else SMALL
     calls = {
         "layers": lambda: layers(knobs, device, names, precisions),
         "convolutions": lambda: convolutions(knobs, device, names),
         "steps": lambda: steps(knobs, device, names, suite.steps),
         "generation": lambda: generation(knobs, device, names, suite.generations),
+        "compiled": lambda: compiled(knobs, device, names, suite.compiled),
         "operations": lambda: operations(knobs, device, names, suite.adapted),
         "import": lambda: imports(knobs, names),
     }
@@ -491,12 +550,8 @@ def measure_all(knobs):
         "environment": results.environment(device),
         "rivals": versions | ({"loralib": "0.1.2"} if "upstream" in names else {}),
     }
-    results.write_json(output_dir / "benchmark.json", record)
-    if knobs.record:
-        results.write_json(results.RESULTS / f"{knobs.record}.json", record)
-    plot(record, output_dir / "benchmark.png")
     report(record)
-    print(f"written to {output_dir}: benchmark.json, benchmark.png")
+    plot(record, measure.write(record, knobs, "benchmark") / "benchmark.png")
     return record
 
 

@@ -106,9 +106,9 @@ def full(model, work):
     return model
 
 
-def ours(model, work):
+def ours(model, work, **more):
     targets = None if work.targets == "query, value" else work.targets
-    options = {"r": work.r, "lora_alpha": ALPHA, "lora_dropout": work.dropout, "modules_to_save": []}
+    options = {"r": work.r, "lora_alpha": ALPHA, "lora_dropout": work.dropout, "modules_to_save": [], **more}
     lora.inject_lora(model, target_modules=targets, **options)
     return model
 
@@ -187,11 +187,15 @@ class Step:
     def __init__(self, system, work, device, autocast):
         self.model, self.batch, self.autocast = build(system, work, device), batch_of(work, device), autocast
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.called = self.model
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
 
     def forward(self):
         with torch.autocast(self.batch["input_ids"].device.type, torch.bfloat16, enabled=self.autocast):
-            return self.model(**self.batch).loss
+            return self.called(**self.batch).loss
+
+    def compile(self):
+        self.called = torch.compile(self.model)
 
     def __call__(self):
         self.forward().backward()

@@ -37,7 +37,7 @@ MULTI_TASK = "nlu_multi_task"
 OFFICIAL_GLUE = ["nlu_sst2_minilm", "nlu_mrpc_minilm", "nlu_stsb_minilm", "nlu_cola_smollm2", "nlu_rte_smollm2"]
 
 BENCHMARK, BENCHMARK_CUDA, BENCHMARK_BASE = "benchmark", "benchmark_cuda", "benchmark_base"
-BENCHMARK_PEFT = "benchmark_against_peft"
+BENCHMARK_PEFT, BENCHMARK_GROWTH = "benchmark_against_peft", "benchmark_growth"
 # The same training on bases stored in different dtypes.
 BASES = ["nlg_smollm2_all_2e-3", "nlg_smollm2_all_2e-3_nf4"]
 SYSTEMS = {"floor": "no adapter", "ours": "loralib", "upstream": "loralib 0.1.2", "peft": "PEFT", "full": "full"}
@@ -287,8 +287,31 @@ def against_peft_rows(record):
     return rows
 
 
+def growth(folder):
+    """A row for each axis along which a model grows."""
+    if not (folder / f"{BENCHMARK_GROWTH}.json").is_file():
+        command = f"python examples/benchmarks/growth.py --record {BENCHMARK_GROWTH}"
+        return {"": ["growth"], "---": ["---"], "all axes": [f"not measured: `{command}`"]}
+    return growth_rows(read(BENCHMARK_GROWTH, folder))
+
+
+def growth_rows(record):
+    """The rows of what benchmarks/growth.py measures: for each axis its ends, and the exponents."""
+    whats = next(iter(record["axes"].values()))["points"][0]
+    rows = {"": [f"{what}, MiB" if what == "memory" else f"{what}, ms" for what in whats]}
+    rows["---"] = ["---:"] * len(whats)
+    for axis, found in record["axes"].items():
+        for number, point in zip(found["numbers"], found["points"], strict=True):
+            rows[f"{axis}: {number:,}", number] = [
+                f"{point[what] / 2**20:,.1f}" if what == "memory" else f"{1e3 * point[what]:,.2f}" for what in whats
+            ]
+        rows[f"{axis}: exponent", None] = [f"{found['exponents'].get(what, 0):.2f}" for what in whats]
+    return rows
+
+
 TABLES = {
     "against_peft": against_peft,
+    "growth": growth,
     "bases": bases,
     "base_dtypes": base_dtypes,
     "bars": bars,
