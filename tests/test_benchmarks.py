@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import sys
+import warnings
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 
 BENCHMARKS = ROOT / "examples" / "benchmarks"
 sys.path.append(str(BENCHMARKS))
+import adapters_per_row  # noqa: E402
 import against_peft  # noqa: E402
 import base_dtypes  # noqa: E402
 import growth  # noqa: E402
@@ -362,3 +364,19 @@ def test_a_busy_machine_is_waited_for_and_refused(monkeypatch, capsys):
     with pytest.raises(cli.UserError, match="the load of this machine is 1.50, above 0.3.*--allow_busy"):
         measure.require_quiet(growth.Knobs())
     measure.require_quiet(growth.Knobs(allow_busy=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the memory of a process")
+def test_rows_of_different_adapters_are_measured_beside_peft(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapters_per_row, "MANY", 3)
+    small = {"hidden_size": 64, "num_layers": 1, "length": 5, "lora_dim": 4, "rounds": 2, "threads": 1}
+    knobs = adapters_per_row.Knobs(**small, adapters="2", rows="1,3", allow_busy=True, output_dir=str(tmp_path))
+    with warnings.catch_warnings():
+        record = adapters_per_row.measure_all(knobs)
+    assert json.loads((tmp_path / "adapters_per_row.json").read_text()) == record
+    assert [(cell["adapters"], cell["rows"]) for cell in record["cells"]] == [(2, 1), (2, 3)]
+    for cell in record["cells"]:
+        assert max(cell["error"].values()) < 1e-5 and cell["token"]["ratio"]["median"] > 0
+    assert len(tables.adapters_per_row_rows(record)) == 4
+    with pytest.raises(cli.UserError, match="--rows 1,x: must be positive numbers, comma separated"):
+        adapters_per_row.measure_all(adapters_per_row.Knobs(rows="1,x"))

@@ -38,6 +38,7 @@ OFFICIAL_GLUE = ["nlu_sst2_minilm", "nlu_mrpc_minilm", "nlu_stsb_minilm", "nlu_c
 
 BENCHMARK, BENCHMARK_CUDA, BENCHMARK_BASE = "benchmark", "benchmark_cuda", "benchmark_base"
 BENCHMARK_PEFT, BENCHMARK_GROWTH = "benchmark_against_peft", "benchmark_growth"
+BENCHMARK_ROWS = "benchmark_adapters_per_row"
 # The same training on bases stored in different dtypes.
 BASES = ["nlg_smollm2_all_2e-3", "nlg_smollm2_all_2e-3_nf4"]
 SYSTEMS = {"floor": "no adapter", "ours": "loralib", "upstream": "loralib 0.1.2", "peft": "PEFT", "full": "full"}
@@ -309,7 +310,35 @@ def growth_rows(record):
     return rows
 
 
+def adapters_per_row(folder):
+    """A row for each batch of mixed adapters that is measured beside PEFT."""
+    if not (folder / f"{BENCHMARK_ROWS}.json").is_file():
+        command = f"python examples/benchmarks/adapters_per_row.py --record {BENCHMARK_ROWS}"
+        return {"": ["time and error"], "---": ["---"], "all batches": [f"not measured: `{command}`"]}
+    return adapters_per_row_rows(read(BENCHMARK_ROWS, folder))
+
+
+def adapters_per_row_rows(record):
+    """The rows of what benchmarks/adapters_per_row.py measures."""
+    titles = [f"{step}: {what}" for step in ("a text", "a token") for what in ("ours / PEFT", "added, ms: ours, PEFT")]
+    rows = {"": [*titles, "a token within generate", "error: ours, PEFT"], "---": ["---:"] * 6}
+    for cell in record["cells"]:
+        columns = []
+        for step in ("text", "token"):
+            columns.append(_spread(cell[step]["ratio"]))
+            columns.append(", ".join(f"{1000 * seconds:.1f}" for seconds in cell[step]["added"].values()))
+        columns.append(_spread(cell["tokens"]["ratio"]))
+        columns.append(", ".join(f"{error:.0e}" for error in cell["error"].values()))
+        rows[f"{cell['adapters']} adapters, {cell['rows']} rows"] = columns
+    return rows
+
+
+def _spread(ratio):
+    return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
 TABLES = {
+    "adapters_per_row": adapters_per_row,
     "against_peft": against_peft,
     "growth": growth,
     "bases": bases,
