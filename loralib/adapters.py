@@ -71,12 +71,13 @@ class Place:
         replaced: the tensors of the base that the active adapter's stand in for.
         suspended: whether heads and biases are exchanged for a while: `replaced` then holds the adapter's.
         adapters, current: the adapters of the whole model, and the one that it computes with.
-        layout, tried: how the rows of a batch lie in what the module is given, and by which calls that was tried.
+        layouts, tried: how the rows of a batch lie in what the module is given, by the call of the model, and by which
+            calls that was tried.
         stacked: the tensors of several adapters in one, and what they were made of.
     """
 
     stacked: tuple | None = None
-    layout: tuple | None = None
+    layouts: dict[tuple, Any] = {}
     tried: frozenset = frozenset()
 
     def __init__(self, module: nn.Module):

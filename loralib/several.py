@@ -68,6 +68,7 @@ class Block:
         slots: the different ones: names of adapters, none for the base, several for their sum.
         rows: for each row the number of its slot.
         off: whether adapters are disabled for a while.
+        given: the names of what the model is called with.
         beams: whether each row may stand for several, one after the other, as the beams of `generate` do.
     """
 
@@ -79,6 +80,7 @@ class Block:
         self.own: Tensor | None = None
         self.off = self.beams = self.entered = False
         self.dropless = True
+        self.given: tuple = ()
         self.recorder: _Recorder | None = None
         self.changed: list[tuple[nn.Module, type]] = []
         self.shown: list[str] | None = None
@@ -126,6 +128,8 @@ class Work:
     def __init__(self, block: Block, path: str, way: str, members: list[tuple[Any, Place]], plain: bool):
         self.block, self.path, self.way, self.members, self.plain = block, path, way, members, plain
         self.classes: dict[nn.Module, Any] = {}  # outside of the block
+        self.tensors: list[Tensor] | None = None
+        self.scalings: list[float] = []
 
     @property
     def place(self) -> Place:
@@ -136,11 +140,19 @@ class Work:
         """Those adapters of a slot that have something here."""
         return tuple(name for name in slot if any(name in place.parts for _, place in self.members))
 
+    def is_open(self) -> bool:
+        """Whether it is not known how rows lie in what the module is given by such a call of the model."""
+        layouts = self.place.layouts
+        # What is the same for all rows in one call, such as positions, may be each row's own in another.
+        known = layouts and not any(SHARED in layout.given[:1] for layout in layouts.values())
+        return not known and self.block.given not in {*layouts, *self.place.tried}
+
     def axis(self, leaf: int, x: Tensor) -> int | None:
         """The axis of `x`, the input of that number, that has the rows of the batch; None if it is the same for all."""
         if self.block.single:
             return None
-        layout: Any = self.place.layout
+        layouts = self.place.layouts
+        layout = layouts.get(self.block.given, next(iter(layouts.values()), None))
         if layout is None or leaf >= len(layout.given):
             raise ValueError(
                 f"{self.path} was not called, or otherwise, when it was tried which rows of its input are whose; call "
@@ -149,7 +161,7 @@ class Work:
         axis, count = layout.given[leaf], len(self.block.rows)
         if isinstance(axis, int) and x.shape[axis] % count == 0:
             return axis
-        if axis == SHARED:
+        if axis == SHARED and (leaf or x.shape[0] == 1):
             return None
         raise ValueError(
             f"{self.path} got {tuple(x.shape)} for a batch of {count}: which rows are whose cannot be told; {_INSTEAD}"
@@ -158,20 +170,23 @@ class Work:
     def stacked(self, device: torch.device, dtype: torch.dtype) -> tuple:
         """A, B and biases of all slots, in one tensor each (`_stack`)."""
         (module, place), slots, grad = self.members[0], self.block.slots, torch.is_grad_enabled()
-        if torch.compiler.is_compiling() and not grad:  # nor could it see what has changed since the block began
-            A, B, bias = place.stacked[2]  # type: ignore[index]
+        if torch.compiler.is_compiling():
+            if grad:
+                return _stack(module, place, slots, device, dtype)
+            A, B, bias = place.stacked[2]  # type: ignore[index]  # what has changed since, it could not see
             return *(x if x is None else x.to(device, dtype) for x in (A, B)), bias
-        tensors = [t for slot in slots for name in self.names_in(slot) for t in place.parts[name].tensors.values()]
-        if torch.compiler.is_compiling() or (grad and any(tensor.requires_grad for tensor in tensors)):
+        if self.tensors is None:
+            parts = [place.parts[name] for slot in slots for name in self.names_in(slot)]
+            self.tensors = [tensor for part in parts for tensor in part.tensors.values()]
+            self.scalings = [part.form.settings["scaling"] for part in parts if part.form]
+        if grad and any(tensor.requires_grad for tensor in self.tensors):
             return _stack(module, place, slots, device, dtype)
-        parts = [place.parts[name] for slot in slots for name in self.names_in(slot)]
-        scalings = [part.form.settings["scaling"] if part.form else 0 for part in parts]
-        of = slots, device, dtype, scalings, [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-        kept = place.stacked
-        if kept is None or kept[0] != of or not all(map(operator.is_, kept[1], tensors)):
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in self.tensors]
+        of, kept = (slots, self.scalings, device, dtype, versions), place.stacked
+        if kept is None or kept[0] != of or not all(map(operator.is_, kept[1], self.tensors)):
             # Outside inference mode, so that the tensors can be used in and out of it.
             with torch.inference_mode(False), torch.no_grad():
-                place.stacked = kept = of, tensors, _stack(module, place, slots, device, dtype)
+                place.stacked = kept = of, self.tensors, _stack(module, place, slots, device, dtype)
         return kept[2]
 
 
@@ -320,7 +335,8 @@ def _by_parts(work: Work, module: Any, args: tuple, kwargs: dict) -> Any:
         ]
         outputs.append((len(rows), _with_adapters(work, module, block.slots[slot], *_unflatten(chosen, form))))
     inverse = [order.index(row) for row in range(count)]
-    layout: Any = work.place.layout
+    layouts = work.place.layouts
+    layout = layouts.get(block.given, next(iter(layouts.values())))
     axes = [0 if axis == SHARED else axis for axis in layout.output]
     each, forms = zip(*(_flatten(output) for _, output in outputs), strict=True)
     whole = [
@@ -380,8 +396,8 @@ class Several(InPlace):
     _several: Work | None = None
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
-        if self._place is not None:
-            self._place.stacked = None
+        if isinstance(self._several, Work):
+            self._several.tensors = None
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -455,6 +471,7 @@ def _entered(cls: Any) -> Any:
         fits = size == len(block.rows) or (block.beams and size % len(block.rows) == 0)
         if not fits:
             raise ValueError(f"{len(block.rows)} names of adapters for a batch of {size}: give one for each row")
+        block.given = len(args), *sorted(key for key, value in kwargs.items() if value is not None)
         if torch.compiler.is_compiling():
             return cls.forward(self, *args, **kwargs)
         if not block.single:
@@ -508,11 +525,8 @@ class _Recorder:
 
 def _try_rows(block: Block, model: Any, forward: Any, args: tuple, kwargs: dict, size: int) -> None:
     """Find out how the rows lie in what modules are given, if that is not known for all."""
-    given = frozenset(key for key, value in kwargs.items() if value is not None), len(args)
-    works = [vars(module)["_several"] for module, _ in block.changed]
-    open_ = [
-        work for work in works if isinstance(work, Work) and work.place.layout is None and given not in work.place.tried
-    ]
+    works = dict.fromkeys(vars(module)["_several"] for module, _ in block.changed)
+    open_ = [work for work in works if isinstance(work, Work) and work.is_open()]
     if not open_:
         return
     beams = size // len(block.rows)
@@ -538,9 +552,9 @@ def _try_rows(block: Block, model: Any, forward: Any, args: tuple, kwargs: dict,
             module.training = True
     layouts = {work: _layout(work, [calls.get(work, []) for calls in seen], len(block.rows)) for work in open_}
     for work, layout in layouts.items():
-        work.place.tried |= {given}
+        work.place.tried |= {block.given}
         if layout is not None:
-            work.place.layout = layout
+            work.place.layouts = {**work.place.layouts, block.given: layout}
 
 
 def _taken(leaf: Any, rows: Any, size: int) -> Any:

@@ -298,6 +298,28 @@ def test_what_has_changed_since_is_seen():
             close(model(X.double())[:1], wanted.double())
 
 
+def test_a_base_in_four_bits():
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install '.[test]'")
+    torch.manual_seed(0)
+    model = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32), nn.Tanh())
+    model, x = with_adapters(model.to("cpu"), ["0"]), torch.randn(4, 3, 64)
+    wanted = torch.cat(alone(model, lambda i: model(x[i : i + 1])))
+    with torch.no_grad(), lora.adapters_per_row(model, NAMES):
+        close(model(x), wanted)
+
+
+def test_half_precision_and_autocast():
+    model = two()
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = torch.cat(alone(model, lambda i: model(X[i : i + 1])))
+        with torch.no_grad(), lora.adapters_per_row(model, NAMES):
+            assert (model(X) - wanted).abs().max() < 0.02 * wanted.abs().max()
+    model, x = two().bfloat16(), X.bfloat16()
+    wanted = torch.cat(alone(model, lambda i: model(x[i : i + 1])))
+    with torch.no_grad(), lora.adapters_per_row(model, NAMES):
+        assert (model(x) - wanted).abs().max() < 0.02 * wanted.abs().max()
+
+
 # Sums.
 
 
