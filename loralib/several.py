@@ -76,8 +76,9 @@ class Block:
         self.slots: list[Names] = [(), *sorted({names for names in rows if names})]
         self.rows = [self.slots.index(names) for names in rows]
         self.single = len(set(self.rows)) == 1
-        self.index = torch.tensor(self.rows)
-        self.own: Tensor | None = None
+        with torch.inference_mode(False):  # to be used in and out of it
+            self.index = torch.tensor(self.rows)
+            self.own = F.one_hot(self.index, len(self.slots)).float()[:, None, :, None]
         self.off = self.beams = self.entered = False
         self.dropless = True
         self.given: tuple = ()
@@ -94,9 +95,7 @@ class Block:
 
     def mask(self, like: Tensor) -> Tensor:
         """1 for each row's slot, 0 for the others: (rows, 1, slots, 1)."""
-        if self.own is None or self.own.device != like.device or self.own.dtype != like.dtype:
-            self.own = F.one_hot(self.index_on(like.device), len(self.slots)).to(like.dtype)[:, None, :, None]
-        return self.own
+        return self.own.to(like.device, like.dtype)
 
 
 class Layout(NamedTuple):
@@ -474,6 +473,11 @@ def _entered(cls: Any) -> Any:
         block.given = len(args), *sorted(key for key, value in kwargs.items() if value is not None)
         if torch.compiler.is_compiling():
             return cls.forward(self, *args, **kwargs)
+        if torch.is_grad_enabled() and any(_computes_anew(module) for module in self.modules()):
+            raise RuntimeError(
+                "gradient checkpointing computes anew in the backward pass, when the block may be over; call "
+                "model.gradient_checkpointing_disable(), or torch.no_grad()"
+            )
         if not block.single:
             _try_rows(block, self, cls.forward, args, kwargs, size)
         block.entered = True
@@ -500,6 +504,10 @@ def _entered(cls: Any) -> Any:
 
 def _members(cls: Any, forward: Any) -> dict:
     return {"__module__": __name__, "__doc__": cls.__doc__, "forward": forward, "__new__": core._constructor(cls)}
+
+
+def _computes_anew(module: nn.Module) -> bool:
+    return module.training and getattr(module, "gradient_checkpointing", False) is True
 
 
 def _batch_size(model: Any, args: tuple, kwargs: dict) -> int:
@@ -530,7 +538,7 @@ def _try_rows(block: Block, model: Any, forward: Any, args: tuple, kwargs: dict,
     if not open_:
         return
     beams = size // len(block.rows)
-    seen = []
+    seen, devices = [], [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:  # not by eval(), which merges
@@ -538,7 +546,7 @@ def _try_rows(block: Block, model: Any, forward: Any, args: tuple, kwargs: dict,
         for rows in (range(beams), range(size - beams, size), None):
             block.recorder = _Recorder()
             own, named = torch.utils._pytree.tree_map(functools.partial(_taken, rows=rows, size=size), (args, kwargs))
-            with torch.no_grad(), torch.random.fork_rng(), core.quiet_state():
+            with torch.no_grad(), torch.random.fork_rng(devices):
                 forward(model, *own, **named)
             seen.append(block.recorder.calls)
     except Exception as error:

@@ -13,7 +13,14 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import loralib as lora
 
@@ -411,6 +418,14 @@ def test_generate(kind, beams):
     assert torch.equal(model.generate(ids, adapter_names=list(NAMES), **options), wanted)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_gradient_checkpointing_is_refused():
+    model = with_adapters(llama(), ["q_proj"]).train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(RuntimeError, match="gradient checkpointing computes anew in the backward pass"):
+        model(torch.randint(1, 64, (4, 5)), adapter_names=NAMES)
+
+
 class Anything(nn.Module):
     def __init__(self):
         super().__init__()
@@ -530,6 +545,22 @@ def mixed(kind, name):
                 if (own - one).abs().max() > 1e-4 * one.abs().max() + 2 * (usual - one).abs().max():
                     return f"row {i} of output {k} is not what it is alone"
     return "right"
+
+
+def test_positions_that_are_given_later():
+    """The same for all rows at first, each row's own in another call."""
+    model, ids = with_adapters(small_gpt2(), ["wpe", "c_attn"]), torch.randint(1, 64, (4, 5))
+    wanted = torch.cat(alone(model, lambda i: model(ids[i : i + 1]).logits))
+    with torch.no_grad(), lora.adapters_per_row(model, NAMES):
+        close(model(ids).logits, wanted)
+        close(model(ids, position_ids=torch.arange(5).expand(4, 5)).logits, wanted)
+        close(model(ids).logits, wanted)
+
+
+def small_gpt2():
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 64}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
 
 
 FAST = ["gpt2", "switch_transformers", "fsmt", "mixtral", "squeezebert", "albert"]
