@@ -36,6 +36,7 @@ SERVING = {
     "switch to another task, ms": (("seconds", "switch"), ",.3f", 1e-3),
     "texts a second, tasks in turns": (("texts_per_second", "in turns"), ",.0f", 1),
     "texts a second, task after task": (("texts_per_second", "task after task"), ",.0f", 1),
+    "texts a second, all tasks at once": (("texts_per_second", "at once"), ",.0f", 1),
 }
 NOTES = """Ratios are LoRA / full. The peak of a process holds Python, the libraries and the activations, too:
 nearly all of it for a small model. Seconds of two runs are of different times: where other work shared the machine they

@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from loralib import layers, pretrained, utils  # noqa: F401 (pretrained registers how models are saved)
-from loralib.adapters import active_adapter, delete_adapter, list_adapters, set_adapter
+from loralib.adapters import active_adapter, delete_adapter, list_adapters
 from loralib.checkpoint import load_lora, read_metadata, save_lora
 from loralib.combine import combine_adapters
 from loralib.core import LoRALayer
@@ -31,6 +31,7 @@ from loralib.inject import inject_lora
 from loralib.layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Embedding, Linear, MergedLinear
 from loralib.loraplus import create_loraplus_optimizer
 from loralib.reference import reference_model
+from loralib.several import adapters_per_row, set_adapter, share_base
 from loralib.utils import (
     count_parameters,
     disable_adapters,
@@ -57,6 +58,7 @@ __all__ = [
     "MergedLinear",
     "active_adapter",
     "combine_adapters",
+    "adapters_per_row",
     "count_parameters",
     "create_loraplus_optimizer",
     "delete_adapter",
@@ -73,6 +75,7 @@ __all__ = [
     "reference_model",
     "save_lora",
     "set_adapter",
+    "share_base",
     "unload",
     "unmerge_lora_weights",
 ]

@@ -23,7 +23,7 @@ from loralib.layers import Kernel
 from loralib.quantized import is_quantized
 from loralib.reloaded import check_not_reloaded
 
-__all__ = ["active_adapter", "delete_adapter", "list_adapters", "set_adapter"]
+__all__ = ["active_adapter", "delete_adapter", "list_adapters"]
 
 DEFAULT_NAME = "default"
 LORA_NAMES = frozenset({"lora_A", "lora_B"})
@@ -71,7 +71,14 @@ class Place:
         replaced: the tensors of the base that the active adapter's stand in for.
         suspended: whether heads and biases are exchanged for a while: `replaced` then holds the adapter's.
         adapters, current: the adapters of the whole model, and the one that it computes with.
+        layouts, tried: how the rows of a batch lie in what the module is given, by the call of the model, and by which
+            calls that was tried.
+        stacked: the tensors of several adapters in one, and what they were made of.
     """
+
+    stacked: tuple | None = None
+    layouts: dict[tuple, Any] = {}
+    tried: frozenset = frozenset()
 
     def __init__(self, module: nn.Module):
         self.plain = Form(type(module))
@@ -118,6 +125,10 @@ class Place:
             return {} if form is None else form.settings
         there = {**vars(module), **module._modules}
         return {key: there[key] for key in Adapted.settings if key in there}
+
+    def form_of(self, name: str) -> Form:
+        """The form of the module while adapter `name` is active, without its settings if it is."""
+        return self.now if name == self.active else self.parts[name].form or self.base
 
     def base_tensors(self) -> dict[str, Tensor]:
         """The tensors of the base that are not in the module at present."""
@@ -208,7 +219,7 @@ class Place:
         """Put a copy of the place into the state of its module, with the adapter's heads and biases in theirs."""
         place = copy.copy(self)
         place.parts = {name: Part(part.own, dict(part.tensors), part.form) for name, part in self.parts.items()}
-        place.replaced, place.suspended = dict(self.replaced), False
+        place.replaced, place.suspended, place.stacked = dict(self.replaced), False, None
         if self.suspended:
             for kind in ("_parameters", "_buffers"):
                 for key in state[kind].keys() & self.replaced.keys():
@@ -228,6 +239,7 @@ class Place:
 
     def follow(self, fn: Callable) -> None:
         """Do to the tensors that are not in the module what `nn.Module._apply` does to those that are."""
+        self.stacked = None
         for store in (self.replaced, *(part.tensors for part in self.parts.values())):
             holder = nn.Module()
             for key, tensor in store.items():
@@ -323,31 +335,20 @@ def list_adapters(model: nn.Module) -> list[str]:
 def adapter_names(model: nn.Module) -> list[str]:
     """Return what `list_adapters` does, without asking whether they are intact."""
     names = {name for _, place in places(model) for name in place.parts}
-    return sorted(names | ({DEFAULT_NAME} if _made_by_hand(model) else set()))
+    return sorted(names | ({DEFAULT_NAME} if _made_by_hand(all_modules(model)) else set()))
 
 
-def active_adapter(model: nn.Module) -> str | None:
-    """Return the name of the adapter that `model` computes with; None if it has none. Example: `list_adapters`."""
+def active_adapter(model: nn.Module) -> Any:
+    """Return the name of the adapter that `model` computes with, or the list of those that it adds up; None if it has
+    none, or rows have adapters of their own just now. Example: `list_adapters`.
+    """
     found = places(model)
+    several = next((vars(module)["_several"] for module, _ in found if "_several" in vars(module)), None)
+    if several is not None:
+        return several.block.shown
     if found:
         return found[0][1].current
-    return DEFAULT_NAME if _made_by_hand(model) else None
-
-
-def set_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Make `adapter_name` the adapter that `model` computes with, trains and saves, its head and biases included.
-
-    Nothing is copied or loaded; the modes (training, merged) carry over. Example: see `list_adapters`.
-
-    Raises:
-        ValueError: `model` has no such adapter, or is sharded by `fully_shard`. Nothing has been changed then.
-    """
-    modules = all_modules(model)
-    found = _places(modules)
-    check_intact(model, [found[0][1].current, adapter_name] if found else None)
-    if not any(adapter_name in place.parts for _, place in found):
-        check_present(model, adapter_name)
-    put(model, adapter_name, modules)
+    return DEFAULT_NAME if _made_by_hand(all_modules(model)) else None
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -356,6 +357,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     Raises:
         ValueError: `model` has no such adapter, or it is the active one. Nothing has been changed then.
     """
+    check_one(model.modules())
     check_present(model, adapter_name)
     if adapter_name == active_adapter(model):
         others = [name for name in list_adapters(model) if name != adapter_name]
@@ -364,6 +366,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     for module, place in places(model):
         place.parts.pop(adapter_name, None)
         place.adapters -= {adapter_name}
+        place.stacked = None
         if not place.parts:
             place.leave(module)
     vars(model).get(PARTS, {}).pop(adapter_name, None)
@@ -572,9 +575,9 @@ def active_parts(modules: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def adopt(model: nn.Module) -> None:
-    """Make places for the LoRA layers that `model` was built with, so that other adapters can take their place."""
-    for layer in _made_by_hand(model):
+def adopt(modules: Iterable[nn.Module]) -> None:
+    """Make places for those LoRA layers that a model was built with, so that other adapters can take their place."""
+    for layer in _made_by_hand(modules):
         Place(layer)
 
 
@@ -606,8 +609,8 @@ def put(model: nn.Module, adapter_name: str | None, modules: list[nn.Module] | N
             module.merge()
 
 
-def _made_by_hand(model: nn.Module) -> list[Adapted]:
-    return [m for m in all_modules(model) if isinstance(m, Adapted) and m._place is None and m.has_adapter]
+def _made_by_hand(modules: Iterable[nn.Module]) -> list[Adapted]:
+    return [m for m in modules if isinstance(m, Adapted) and m._place is None and m.has_adapter]
 
 
 def any_sharded(model: nn.Module, modules: list[nn.Module] | None = None) -> bool:
@@ -623,6 +626,7 @@ def any_sharded(model: nn.Module, modules: list[nn.Module] | None = None) -> boo
 def check_whole(model: nn.Module, modules: list[nn.Module] | None = None) -> None:
     """Raise ValueError if the weights of `model` are not here: `fully_shard` keeps parts, accelerate offloads them."""
     modules = all_modules(model) if modules is None else modules
+    check_one(modules)
     check_not_reloaded(modules)
     check_not_fsdp1(modules)
     if any("_hf_hook" in module.__dict__ for module in modules):
@@ -644,6 +648,19 @@ def check_not_partitioned(modules: Iterable[nn.Module]) -> None:
         raise ValueError(
             "the weights are partitioned by DeepSpeed (ZeRO-3), and not here; nothing was done. Use ZeRO-2, or "
             "torch.distributed.fsdp.fully_shard (FSDP2; in accelerate fsdp_version: 2)"
+        )
+
+
+def check_one(modules: Iterable[nn.Module]) -> None:
+    """Raise ValueError if several adapters compute at once in `modules`."""
+    several = next((vars(module)["_several"] for module in modules if "_several" in vars(module)), None)
+    if several is not None:
+        shown = several.block.shown
+        raise ValueError(
+            f"the model computes with the sum of {' and '.join(map(repr, shown))}; call lora.set_adapter(model, ...) "
+            "with one of them first, or make one adapter of them with lora.combine_adapters"
+            if shown
+            else "each row has an adapter of its own just now; do that outside of lora.adapters_per_row"
         )
 
 

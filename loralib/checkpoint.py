@@ -27,13 +27,13 @@ from loralib.adapters import (
     check_not_fsdp1,
     check_not_offloaded,
     check_not_partitioned,
+    check_one,
     check_whole,
     named_modules,
     note_parts,
     of_base,
     own_tensors,
     put,
-    set_adapter,
 )
 from loralib.architectures import group_spec, resized_embeddings, unwrapped
 from loralib.core import Adapted, is_sharded, quiet_state, whole
@@ -64,6 +64,7 @@ from loralib.layers import Table
 from loralib.parameters import Parameters, Rows
 from loralib.peft_format import CONFIG, read_peft, write_peft
 from loralib.reloaded import check_not_reloaded
+from loralib.several import set_adapter
 from loralib.utils import _join, match_modules_to_save
 from loralib.wrappers import prefix_of_wrappers, under_names_of, without_compiled
 
@@ -162,6 +163,7 @@ def gather(
     `state` is a state dict of the model, if somebody has put one together from its shards, whose values count then.
     """
     every = all_modules(model)
+    check_one(every)
     check_not_reloaded(every)
     check_not_fsdp1(every)
     if not state:

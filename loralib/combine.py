@@ -33,6 +33,7 @@ from loralib.adapters import (
     check_adapter_name,
     check_intact,
     check_not_offloaded,
+    check_one,
     check_present,
     check_whole,
     list_adapters,
@@ -100,12 +101,13 @@ def combine_adapters(
     """
     check_adapter_name(adapter_name)
     model = unwrapped(model)
+    check_one(model.modules())
     check_whole(model)
     names, weights = _check_adapters(model, adapters, weights)
     how = _check_method(method, r, density, majority_sign_method, generator)
     if adapter_name in list_adapters(model):
         raise ValueError(f"adapter_name={adapter_name!r}: the model has that adapter; delete it or take another name")
-    adopt(model)
+    adopt(base_modules(model).values())
     sources = [_read(model, name) for name in names]
     modules = base_modules(model)
     _check_together(names, sources)

@@ -14,6 +14,7 @@ shows after the next `eval()` or merge.
 
 import contextlib
 import functools
+import inspect
 import math
 import numbers
 import sys
@@ -31,6 +32,8 @@ from loralib.quantized import dequantized, is_quantized, merges
 PUBLIC: dict[tuple[type, type], Any] = {}
 # What makes further members for the class of a module that holds tensors of adapters, of its own class.
 IN_PLACE: list[Callable[[Any], dict]] = []
+# What gives each row of a batch an adapter of its own: `loralib.several.adapters_per_row`.
+per_row: list[Callable] = []
 # Plain, because mypy does not take a class of modules for hashable.
 _cached: Any = functools.cache
 _Layer = TypeVar("_Layer", bound="InPlace")
@@ -570,8 +573,14 @@ def _constructor(cls: Any) -> Callable:
 def _members_in_place(cls: Any) -> dict:
     """What a class has whose modules hold tensors of adapters: for `adapted`."""
 
+    named = ADAPTER_NAMES in _parameters_of(cls.forward)
+
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if ADAPTER_NAMES in kwargs and not named:
+            names = kwargs.pop(ADAPTER_NAMES)
+            with contextlib.nullcontext() if names is None else per_row[0](self, names):
+                return self.forward(*args, **kwargs)
         narrow = None if self._place is None else self._place.narrow(self)
         if narrow is None:
             return cls.forward(self, *args, **kwargs)
@@ -582,6 +591,15 @@ def _members_in_place(cls: Any) -> dict:
     members: dict = {"__new__": _constructor(cls)}
     if cls.forward is not nn.Module.forward:
         members["forward"] = forward
+    if hasattr(cls, "generate") and ADAPTER_NAMES not in _parameters_of(cls.generate):
+
+        @functools.wraps(cls.generate)
+        def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+            names = kwargs.pop(ADAPTER_NAMES, None)
+            with contextlib.nullcontext() if names is None else per_row[0](self, names):
+                return cls.generate(self, *args, **kwargs) if names is None else self.generate(*args, **kwargs)
+
+        members["generate"] = generate
     if hasattr(cls, "tie_weights"):
 
         @functools.wraps(cls.tie_weights)
@@ -602,6 +620,23 @@ def _members_in_place(cls: Any) -> dict:
     for more in IN_PLACE:
         members.update(more(cls))
     return members
+
+
+# PEFT's argument of a forward and of `generate`: an adapter for each row.
+ADAPTER_NAMES = "adapter_names"
+
+
+def _parameters_of(function: Any) -> Any:
+    return inspect.signature(function).parameters
+
+
+def takes_any_keyword(function: Callable) -> bool:
+    """Whether a function takes keywords that it does not name.
+
+    >>> takes_any_keyword(lambda **keywords: None), takes_any_keyword(len)
+    (True, False)
+    """
+    return any(each.kind is inspect.Parameter.VAR_KEYWORD for each in _parameters_of(function).values())
 
 
 def _cast(tensors: Any, old: torch.dtype, new: torch.dtype) -> Any:

@@ -18,6 +18,7 @@ from loralib.adapters import (
     base_modules,
     check_adapter_name,
     check_intact,
+    check_one,
     check_whole,
     is_bias,
     list_adapters,
@@ -156,6 +157,7 @@ def extract_lora(
     if enable_lora is not None and len(as_booleans(enable_lora)) != 3:
         raise ValueError(f"enable_lora={list(enable_lora)}: must be three booleans, for q, k and v")
     model = unwrapped(model)
+    check_one(model.modules())
     check_whole(model)
     if adapter_name in list_adapters(model):
         raise ValueError(f"adapter_name={adapter_name!r}: the model has that adapter; delete it or take another name")

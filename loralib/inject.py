@@ -18,6 +18,7 @@ from loralib.adapters import (
     adapter_names,
     add_part,
     adopt,
+    all_modules,
     base_modules,
     check_adapter_name,
     check_intact,
@@ -48,7 +49,7 @@ from loralib.architectures import (
     what_to_name,
     without_gradient,
 )
-from loralib.core import Adapted, InPlace, adapted, check_hyperparameters, identity
+from loralib.core import Adapted, InPlace, adapted, check_hyperparameters, identity, takes_any_keyword
 from loralib.layers import Groups, Kernel, Matrix, Table, as_booleans, check_groups, is_conv1d, matrix_shape
 from loralib.parameters import LowRank, Parameters, Rows, with_parameters
 from loralib.quantized import is_quantized, keep_gradients
@@ -398,17 +399,19 @@ def put_adapter(
     The adapters of the layers get memory and are drawn. Tensors named in `apart` are copied each for itself even where
     the base ties them.
     """
-    adopt(model)
+    adopt(all_modules(model))
     put(model, None)
     model.requires_grad_(False)
     keep_gradients(model)
     modules, done = base_modules(model), set()
     copies: dict = {}
-    for name, module in modules.items():  # models, for what they do to their embeddings and how they are saved
-        inside = f"{name}." if name else ""
-        if is_pretrained(_plain_class(module)) and any(f"{path}.".startswith(inside) for path in own):
-            own = {**own, name: own.get(name, frozenset())}
     note_parts(model, adapter_name, own, modules)
+    # Models, for what they do to their embeddings and how they are saved; and what would ignore `adapter_names`.
+    for name, module in modules.items():
+        cls, inside = _plain_class(module), f"{name}." if name else ""
+        within = is_pretrained(cls) and any(f"{path}.".startswith(inside) for path in own)
+        if within or (module is model and takes_any_keyword(cls.forward)):
+            own = {**own, name: own.get(name, frozenset())}
     here: dict[str, list[Plan]] = {}
     for plan in plans.values():
         here.setdefault(plan.path, []).append(plan)

@@ -7,7 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from loralib.adapters import active_adapter, check_not_offloaded, check_whole, delete_adapter, list_adapters, places
+from loralib.adapters import (
+    active_adapter,
+    check_not_offloaded,
+    check_one,
+    check_whole,
+    delete_adapter,
+    list_adapters,
+    places,
+)
 from loralib.architectures import unwrapped
 from loralib.core import Adapted
 from loralib.quantized import is_quantized
@@ -41,6 +49,7 @@ def reference_model(model: nn.Module) -> nn.Module:
             one that would go on to call it.
     """
     model = unwrapped(model)
+    check_one(model.modules())
     check_whole(model)
     check_not_offloaded(dict(model.named_modules()))
     modules, found = list(model.modules()), places(model)

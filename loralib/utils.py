@@ -16,6 +16,7 @@ from loralib.adapters import (
     all_modules,
     base_modules,
     check_not_fsdp1,
+    check_one,
     check_whole,
     is_bias,
     make_plain,
@@ -258,9 +259,13 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """
     layers = [layer for layer in _lora_layers(model) if not layer._disabled]
     heads = [(module, place) for module, place in places(model) if place.replaced and not place.suspended]
+    blocks = {vars(module)["_several"].block for module in model.modules() if "_several" in vars(module)}
+    blocks = {block for block in blocks if not block.off}
     if heads:
         check_whole(model)
     try:
+        for block in blocks:
+            block.off = True
         for layer in layers:
             merged = layer.merged
             layer.unmerge()
@@ -270,6 +275,8 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
             place.suspend(module)
         yield model
     finally:
+        for block in blocks:
+            block.off = False
         for module, place in heads:
             place.resume(module)
         for layer in layers:
@@ -335,6 +342,7 @@ def is_lora_name(name: str) -> bool:
 def trained_names(model: nn.Module, bias: str, modules_to_save: Sequence[str] | str | None) -> set[str]:
     """Return the state-dict names of what `mark_only_lora_as_trainable` trains and `lora_state_dict` holds."""
     check_bias_mode(bias)
+    check_one(model.modules())
     modules = dict(model.named_modules(remove_duplicate=False))
     tensors = {
         (prefix, name)

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import sys
+import warnings
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 
 BENCHMARKS = ROOT / "examples" / "benchmarks"
 sys.path.append(str(BENCHMARKS))
+import adapters_per_row  # noqa: E402
 import against_peft  # noqa: E402
 import base_dtypes  # noqa: E402
 import extraction  # noqa: E402
@@ -388,3 +390,19 @@ def test_what_ranks_keep_of_a_full_fine_tune_is_measured(task, tmp_path):
 def test_what_cannot_be_extracted_is_refused(options, message, tmp_path):
     with pytest.raises(cli.UserError, match=message):
         extraction.measure_all(extraction.Knobs(**options, output_dir=str(tmp_path)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the memory of a process")
+def test_rows_of_different_adapters_are_measured_beside_peft(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapters_per_row, "MANY", 3)
+    small = {"hidden_size": 64, "num_layers": 1, "length": 5, "lora_dim": 4, "rounds": 2, "threads": 1}
+    knobs = adapters_per_row.Knobs(**small, adapters="2", rows="1,3", allow_busy=True, output_dir=str(tmp_path))
+    with warnings.catch_warnings():
+        record = adapters_per_row.measure_all(knobs)
+    assert json.loads((tmp_path / "adapters_per_row.json").read_text()) == record
+    assert [(cell["adapters"], cell["rows"]) for cell in record["cells"]] == [(2, 1), (2, 3)]
+    for cell in record["cells"]:
+        assert max(cell["error"].values()) < 1e-5 and cell["token"]["ratio"]["median"] > 0
+    assert len(tables.adapters_per_row_rows(record)) == 4
+    with pytest.raises(cli.UserError, match="--rows 1,x: must be positive numbers, comma separated"):
+        adapters_per_row.measure_all(adapters_per_row.Knobs(rows="1,x"))

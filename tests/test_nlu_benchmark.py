@@ -156,6 +156,25 @@ def test_all_tasks_share_one_encoder_and_switching_gives_each_its_adapter(benchm
         assert all(torch.equal(active[name], saved[name]) for name in saved), task.name
 
 
+def test_texts_of_all_tasks_at_once_are_answered_as_in_turns(benchmarked):
+    _, options, comparison = benchmarked
+    assert list(comparison["served"]["lora"]["texts_per_second"]) == ["in turns", "task after task", "at once"]
+    assert list(comparison["served"]["full"]["texts_per_second"]) == ["in turns", "task after task"]
+    tasks, knobs = [glue.task_of(name) for name in TASKS], serving.Knobs(**options)
+    models, tokenizer, switch = serving.build_on_one_base(knobs, tasks, CPU)
+    turn = {}
+    for task in tasks:
+        examples = glue.read_examples(glue.find_files(knobs.data_dir, task)["dev"], task)[:5]
+        turn[task] = serving.run_training_nlu.encode_examples(examples, tokenizer, knobs.seq_len)
+    answers = serving.answer_at_once(models, turn | {tasks[0]: None}, knobs, tokenizer)
+    assert answers.keys() == set(tasks[1:])
+    answers = serving.answer_at_once(models, turn, knobs, tokenizer)
+    for task in tasks:
+        switch(task)
+        wanted = serving.classification.predict(models[task], turn[task], knobs, tokenizer)
+        torch.testing.assert_close(answers[task], wanted, rtol=1e-4, atol=1e-5)
+
+
 def metadata_of(file):
     with safetensors.safe_open(file, "pt") as opened:
         return opened.metadata()
@@ -169,7 +188,7 @@ def test_the_benchmark_is_written_and_printed(benchmarked, capsys):
     assert (folder / "multi_task.png").read_bytes().startswith(PNG)
     for served in comparison["served"].values():
         assert served["texts"] == 900
-        for way in ("in turns", "task after task"):
+        for way in served["texts_per_second"]:
             assert served["texts_per_second"][way] == 900 / statistics.median(served["seconds"][way])
             assert len(served["seconds"][way]) == 1
         assert served["seconds"]["load"] > served["seconds"]["switch"] > 0

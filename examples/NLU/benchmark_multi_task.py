@@ -119,10 +119,16 @@ def serve(knobs, tasks, method):
     texts = sum(map(len, samples.values()))
 
     serving = replace(knobs, eval_batch_size=size)
-    outputs, seconds = {}, {"in turns": [], "task after task": []}
-    bar = tqdm(total=2 * knobs.rounds * len(in_turns), desc=f"serving, {METHODS[method]}", unit="batch")
+    outputs, seconds = {}, {"in turns": [], "task after task": []} | ({"at once": []} if method == "lora" else {})
+    bar = tqdm(total=len(seconds) * knobs.rounds * len(in_turns), desc=f"serving, {METHODS[method]}", unit="batch")
     with bar:
         for _ in range(knobs.rounds):
+            if method == "lora":
+                started = time.perf_counter()
+                for turn in itertools.zip_longest(*batches.values()):
+                    answer_at_once(models, dict(zip(tasks, turn, strict=True)), serving, tokenizer)
+                    bar.update(sum(batch is not None for batch in turn))
+                seconds["at once"].append(time.perf_counter() - started)
             for way, order in (("in turns", in_turns), ("task after task", by_task)):
                 answers, started = {task: [] for task in tasks}, time.perf_counter()
                 for task, batch in order:
@@ -144,6 +150,21 @@ def serve(knobs, tasks, method):
             for task in tasks
         },
     }
+
+
+def answer_at_once(models, turn, knobs, tokenizer):
+    """The outputs of a batch of each task, {task: batch or None}, by task: a call for each of the models."""
+    outputs = {}
+    for model in {id(model): model for model in models.values()}.values():
+        texts = [(task, text) for task, batch in turn.items() if models[task] is model for text in batch or ()]
+        texts.sort(key=lambda pair: len(pair[1]["input_ids"]))  # in the order that predict would give them
+        if texts:
+            with lora.adapters_per_row(model, [task.name for task, _ in texts]):
+                samples = [{key: value for key, value in text.items() if key != "label"} for _, text in texts]
+                rows = classification.predict(model, samples, replace(knobs, eval_batch_size=len(texts)), tokenizer)
+            for (task, text), row in zip(texts, rows, strict=True):
+                outputs.setdefault(task, {})[id(text)] = row
+    return {task: torch.stack([outputs[task][id(text)] for text in batch]) for task, batch in turn.items() if batch}
 
 
 def build_on_one_base(knobs, tasks, device):
@@ -268,11 +289,12 @@ def report(comparison):
         "switch, ms": [1000 * served[method]["seconds"]["switch"] for method in METHODS],
         "texts/s, tasks in turns": [served[method]["texts_per_second"]["in turns"] for method in METHODS],
         "texts/s, task after task": [served[method]["texts_per_second"]["task after task"] for method in METHODS],
+        "texts/s, all tasks at once": [served[method]["texts_per_second"].get("at once") for method in METHODS],
     }
     print(f"\n{'':<34} " + " ".join(f"{title:>20}" for title in METHODS.values()) + f" {'ratio':>8}")
     for title, (one, other) in rows.items():
-        ratio = f"{one / other:>8.3f}" if other > 1e-3 else ""
-        print(f"{title:<34} {one:>20,.2f} {other:>20,.2f} {ratio}".rstrip())
+        ratio = f"{one / other:>8.3f}" if other and other > 1e-3 else ""
+        print(f"{title:<34} {one:>20,.2f} {'-' if other is None else f'{other:,.2f}':>20} {ratio}".rstrip())
 
 
 def plot(comparison, path):

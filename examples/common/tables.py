@@ -40,6 +40,7 @@ BENCHMARK, BENCHMARK_CUDA, BENCHMARK_BASE = "benchmark", "benchmark_cuda", "benc
 BENCHMARK_PEFT, BENCHMARK_GROWTH = "benchmark_against_peft", "benchmark_growth"
 EXTRACTION = "extraction"
 INTEGRATIONS = "integrations"
+BENCHMARK_ROWS = "benchmark_adapters_per_row"
 # The same training on bases stored in different dtypes.
 BASES = ["nlg_smollm2_all_2e-3", "nlg_smollm2_all_2e-3_nf4"]
 SYSTEMS = {"floor": "no adapter", "ours": "loralib", "upstream": "loralib 0.1.2", "peft": "PEFT", "full": "full"}
@@ -130,7 +131,11 @@ def serving(folder):
         "texts a second, task after task": (*(s["texts_per_second"]["task after task"] for s in (one, each)), ".0f"),
     }
     rows = {"": [f"one base, {len(benchmark['tasks'])} adapters", "a model each"], "---": ["---:", "---:"]}
-    return rows | {title: [f"{left:{form}}", f"{right:{form}}"] for title, (left, right, form) in pairs.items()}
+    cells = {title: [f"{left:{form}}", f"{right:{form}}"] for title, (left, right, form) in pairs.items()}
+    if "at once" in one["texts_per_second"]:  # not in the first records
+        mixed = f"{one['texts_per_second']['at once']:.0f}"
+        return rows | cells | {"texts a second, all tasks at once": [mixed, "-"]}
+    return rows | cells
 
 
 def official_glue(folder):
@@ -362,9 +367,37 @@ def _outcome_cells(outcome):
     return ["yes" if outcome["trains"] else "no", f"{outcome['checkpoint_bytes']:,}", *differences]
 
 
+def adapters_per_row(folder):
+    """A row for each batch of mixed adapters that is measured beside PEFT."""
+    if not (folder / f"{BENCHMARK_ROWS}.json").is_file():
+        command = f"python examples/benchmarks/adapters_per_row.py --record {BENCHMARK_ROWS}"
+        return {"": ["time and error"], "---": ["---"], "all batches": [f"not measured: `{command}`"]}
+    return adapters_per_row_rows(read(BENCHMARK_ROWS, folder))
+
+
+def adapters_per_row_rows(record):
+    """The rows of what benchmarks/adapters_per_row.py measures."""
+    titles = [f"{step}: {what}" for step in ("a text", "a token") for what in ("ours / PEFT", "added, ms: ours, PEFT")]
+    rows = {"": [*titles, "a token within generate", "error: ours, PEFT"], "---": ["---:"] * 6}
+    for cell in record["cells"]:
+        columns = []
+        for step in ("text", "token"):
+            columns.append(_spread(cell[step]["ratio"]))
+            columns.append(", ".join(f"{1000 * seconds:.1f}" for seconds in cell[step]["added"].values()))
+        columns.append(_spread(cell["tokens"]["ratio"]))
+        columns.append(", ".join(f"{error:.0e}" for error in cell["error"].values()))
+        rows[f"{cell['adapters']} adapters, {cell['rows']} rows"] = columns
+    return rows
+
+
+def _spread(ratio):
+    return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
 TABLES = {
     "extraction": extraction,
     "integrations": integrations,
+    "adapters_per_row": adapters_per_row,
     "against_peft": against_peft,
     "growth": growth,
     "bases": bases,
