@@ -61,6 +61,7 @@ _POOLING_HEAD = re.compile("^(Siglip2?|Aimv2|Phi4MultimodalVision)\\w*PoolingHea
 _UNREAD = {
     "CanineFor(SequenceClassification|MultipleChoice)": r"canine\.(?:final_char_encoder|projection)\..*",
     "Lilt": r".*layer\.(\d+)\.(?:.*\.layout_(?:value|output\.dense)|layout_(?:intermediate|output)\.dense)",
+    "LayoutLMv3": r".*encoder\.rel_pos_(?:[xy]_)?bias",  # looked up under `torch.no_grad`
     "PI0": r".*vlm\.language_model\.layers\.(\d+)\.(?:self_attn\.[qo]_proj|mlp\..*)",  # it reads keys and values
 }
 
@@ -119,13 +120,17 @@ def is_read_from_outside(modules: dict[str, nn.Module], name: str, key: str = "w
 @_cached  # type: ignore[untyped-decorator]
 def _weights_read_by(cls: type, key: str) -> frozenset[str]:
     read: set[str] = set()
+    codes: dict[str, types.CodeType] = {}
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for name, member in vars(base).items():
             member = getattr(member, "fget", None) or getattr(member, "__func__", member)
             code = getattr(inspect.unwrap(member) if inspect.isfunction(member) else member, "__code__", None)
             if code is not None and not any(part in name for part in _NO_FORWARD):
+                codes.setdefault(name, code)
                 read |= _weights_read_in(code, key)
-    return frozenset(read)
+    # What a method is given it reads, too: any attribute of where it is called may be that.
+    given = {name for name, code in codes.items() if read & {*code.co_varnames[1 : code.co_argcount]}}
+    return frozenset(read.union(*(code.co_names for code in codes.values() if given & {*code.co_names})))
 
 
 def _weights_read_in(code: types.CodeType, weight: str) -> set[str]:
@@ -139,7 +144,7 @@ def _weights_read_in(code: types.CodeType, weight: str) -> set[str]:
     steps = [(step.opname, step.argval) for step in dis.get_instructions(code) if step.opname not in skipped]
     for i, (operation, key) in enumerate(steps[1:-1], 1):
         before, after = steps[i - 1], steps[i + 1]
-        if (operation, key) != ("LOAD_ATTR", weight) or before[0] != "LOAD_ATTR":
+        if (operation, key) != ("LOAD_ATTR", weight) or before[0] not in ("LOAD_ATTR", "LOAD_FAST", "LOAD_FAST_BORROW"):
             continue
         start = next(k for k in range(i, -1, -1) if steps[k][0] != "LOAD_ATTR")
         asked = after[0] in ("LOAD_ATTR", "LOAD_METHOD") and (after[1] in _HARMLESS or after[1].endswith("_"))
@@ -415,8 +420,8 @@ def _find_head(model: nn.Module) -> list[str] | None:
         pretrained = {n for n, child in children.items() if hasattr(child, "base_model_prefix")}
     if not pretrained:
         return None
-    known = {id(parameter) for name in pretrained for parameter in children[name].parameters()}  # T5 shares its table
-    return [n for n, child in children.items() if n not in pretrained and {*map(id, child.parameters())} - known]
+    pretrained |= {n for n, child in children.items() if isinstance(child, nn.Embedding)}  # T5 keeps its table outside
+    return [n for n, child in children.items() if n not in pretrained and next(child.parameters(), None) is not None]
 
 
 def default_modules_to_save(model: nn.Module) -> list[str]:
