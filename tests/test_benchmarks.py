@@ -6,6 +6,7 @@ Upstream's package is an optional download; the tests that need it skip without 
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -218,8 +219,11 @@ def test_a_bar_names_a_case_that_is_measured():
     keys = set()
     for suite in (run_benchmarks.SMALL, run_benchmarks.LARGE):
         keys |= set(suite.steps) | {key + side for key in suite.generations for side in ("", " merged")}
-    keys |= {"tiny", "import", "inject", "merge", "save", "load", "switch", "q, k, v, r=4, 1024 tokens, fp32"}
-    keys |= {f"Conv2d, k={k}, {c} channels" for k in run_benchmarks.KERNELS for c in run_benchmarks.SIDES}
+        keys |= set(suite.compiled)
+    keys |= {"tiny", "import", "inject", "merge", "unmerge", "save", "load", "switch"}
+    keys |= {"q, k, v, r=4, 1024 tokens, fp32"}
+    for k, c, mode in itertools.product(run_benchmarks.KERNELS, run_benchmarks.SIDES, ("", ", eval")):
+        keys.add(f"Conv2d, k={k}, {c} channels{mode}")
     assert {bar.case for bar in run_benchmarks.BARS} <= keys
 
 
@@ -243,10 +247,16 @@ def small(monkeypatch):
 
 def test_the_whole_on_one_layer(small, tmp_path, capsys):
     threads = torch.get_num_threads()
+    levels = ",".join(level for level in run_benchmarks.LEVELS if level != "compiled")
     try:
         record = run_benchmarks.measure_all(
             run_benchmarks.Knobs(
-                rounds=1, systems="floor,peft,full", output_dir=str(tmp_path), precisions="fp32", allow_busy=True
+                rounds=1,
+                systems="floor,peft,full",
+                output_dir=str(tmp_path),
+                precisions="fp32",
+                allow_busy=True,
+                levels=levels,
             )
         )
     finally:
@@ -257,7 +267,7 @@ def test_the_whole_on_one_layer(small, tmp_path, capsys):
     assert set(cases) == {
         *("q, k, v, r=4, 1024 tokens, fp32", "tiny", "gpt2_qv", "generation_all", "generation_all merged"),
         *("inject", "merge", "unmerge", "merge for good", "save", "load", "switch", "import"),
-        "Conv2d, k=1, 32 channels",
+        *("Conv2d, k=1, 32 channels", "Conv2d, k=1, 32 channels, eval"),
     }
     step = cases["gpt2_qv"]["systems"]
     assert list(step) == ["floor", "ours", "peft", "full"]
@@ -273,12 +283,20 @@ def test_the_whole_on_one_layer(small, tmp_path, capsys):
     assert dataclasses.asdict(SMALL) == cases["gpt2_qv"]["work"]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_compiled_step_is_made_once_for_adapters_in_turn(small):
+    knobs = run_benchmarks.Knobs(rounds=1, systems="floor,peft")
+    case = run_benchmarks.compiled(knobs, CPU, ["floor", "ours", "peft"], {"compiled_all": SMALL})["compiled_all"]
+    assert case["systems"]["ours"]["recompilations"] == 0 and set(case["ratios"]) == {"floor", "peft"}
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         (
             {"levels": "layers,stairs"},
-            "--levels stairs: must be one of layers, convolutions, steps, generation, operations, import",
+            "--levels stairs: must be one of layers, convolutions, steps, generation, compiled, operations, import",
         ),
         ({"systems": "theirs"}, "--systems theirs: must be one of floor, ours, upstream, peft, full"),
         ({"precisions": "fp16"}, "--precisions fp16: must be one of fp32, bf16"),

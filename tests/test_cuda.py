@@ -163,4 +163,4 @@ def test_the_library_on_models_sharded_over_nccl(tmp_path):
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     outcomes = json.loads((tmp_path / "outcomes.json").read_text(encoding="utf-8"))
-    assert len(outcomes) == 8 and not any(outcomes.values()), "\n".join(filter(None, outcomes.values()))
+    assert len(outcomes) == 9 and not any(outcomes.values()), "\n".join(filter(None, outcomes.values()))

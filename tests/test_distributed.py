@@ -173,7 +173,7 @@ def test_one_process_evaluates_to_the_same_bits(one, several):
 def test_the_library_on_sharded_models(processes, tmp_path):
     torchrun(processes, "sharded_checks.py", "cpu", tmp_path / "outcomes.json")
     outcomes = json.loads((tmp_path / "outcomes.json").read_text(encoding="utf-8"))
-    assert len(outcomes) == 8
+    assert len(outcomes) == 9
     assert not any(outcomes.values()), "\n".join(filter(None, outcomes.values()))
 
 
