@@ -284,7 +284,7 @@ def test_the_whole_on_one_layer(small, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler
 def test_a_compiled_step_is_made_once_for_adapters_in_turn(small):
     knobs = run_benchmarks.Knobs(rounds=1, systems="floor,peft")
     case = run_benchmarks.compiled(knobs, CPU, ["floor", "ours", "peft"], {"compiled_all": SMALL})["compiled_all"]
