@@ -72,11 +72,9 @@ class Place:
         suspended: whether heads and biases are exchanged for a while: `replaced` then holds the adapter's.
         adapters, current: the adapters of the whole model, and the one that it computes with.
         layouts, tried: how the rows of a batch lie in what the module is given, by the call of the model, and by which
-            calls that was tried.
-        stacked: the tensors of several adapters in one, and what they were made of.
+            calls that was tried in vain.
     """
 
-    stacked: tuple | None = None
     layouts: dict[tuple, Any] = {}
     tried: frozenset = frozenset()
 
@@ -219,7 +217,7 @@ class Place:
         """Put a copy of the place into the state of its module, with the adapter's heads and biases in theirs."""
         place = copy.copy(self)
         place.parts = {name: Part(part.own, dict(part.tensors), part.form) for name, part in self.parts.items()}
-        place.replaced, place.suspended, place.stacked = dict(self.replaced), False, None
+        place.replaced, place.suspended = dict(self.replaced), False
         if self.suspended:
             for kind in ("_parameters", "_buffers"):
                 for key in state[kind].keys() & self.replaced.keys():
@@ -239,7 +237,6 @@ class Place:
 
     def follow(self, fn: Callable) -> None:
         """Do to the tensors that are not in the module what `nn.Module._apply` does to those that are."""
-        self.stacked = None
         for store in (self.replaced, *(part.tensors for part in self.parts.values())):
             holder = nn.Module()
             for key, tensor in store.items():
@@ -366,7 +363,6 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     for module, place in places(model):
         place.parts.pop(adapter_name, None)
         place.adapters -= {adapter_name}
-        place.stacked = None
         if not place.parts:
             place.leave(module)
     vars(model).get(PARTS, {}).pop(adapter_name, None)

@@ -12,18 +12,18 @@ rows that are that adapter's (`_several`: a `Work`). Three ways:
 The ranks of a stack are filled up with zeros to the largest, and it has the scalings in it.
 
 Which rows of what a module is given belong to which row of the batch cannot be told from sizes: a batch of four texts
-of four tokens looks the same with time first. So it is tried, once for each module: at the first call the model runs
-its first row alone, its last row alone, and all, as its base, and what a module is given and gives has to be, at its
-beginning and its end, what it is of these rows alone. That holds for windows and flattened tokens, too; what is the
-same for any number of rows, such as positions, is used for each. All else is refused by name, and so are experts that
-are given the tokens that chose them, as those differ from call to call.
+of four tokens looks the same with time first. So it is tried, once for each way to call the model: it runs its first
+row alone, all rows, and all in reverse, as its base. What a module is given and gives has to begin with what it is of
+the first row alone, and to be reversed with the rows. That holds for windows and flattened tokens, too; what is the
+same for any number of rows, such as positions, is used for each. How much of it each row has must not change
+afterwards, or it is tried anew. All else is refused by name, and so are experts that are given the tokens that chose
+them, as those differ from call to call.
 """
 
 import contextlib
 import copy
 import functools
 import itertools
-import operator
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -68,7 +68,9 @@ class Block:
         slots: the different ones: names of adapters, none for the base, several for their sum.
         rows: for each row the number of its slot.
         off: whether adapters are disabled for a while.
-        given: the names of what the model is called with.
+        given: how the model is called: the names of what it is given, and which flags.
+        shape: that of a row of its main input.
+        size: the number of rows in this call, beams included.
         beams: whether each row may stand for several, one after the other, as the beams of `generate` do.
     """
 
@@ -82,6 +84,8 @@ class Block:
         self.off = self.beams = self.entered = False
         self.dropless = True
         self.given: tuple = ()
+        self.shape: tuple[int, ...] = ()
+        self.size = len(self.rows)
         self.recorder: _Recorder | None = None
         self.changed: list[tuple[nn.Module, type]] = []
         self.shown: list[str] | None = None
@@ -99,13 +103,18 @@ class Block:
 
 
 class Layout(NamedTuple):
-    """How the rows of a batch lie in what a module is given and gives, tensor by tensor: the axis, SHARED or OTHER."""
+    """How the rows of a batch lie in what a module is given and gives, tensor by tensor: the axis, SHARED or OTHER.
+
+    And how much of that axis is of one row: so many, or TOKENS, as many as the input has.
+    """
 
     given: tuple
     output: tuple
+    sizes: tuple = ()
 
 
 SHARED, OTHER = "shared", "other"  # the same for any rows; no tensor
+TOKENS = -1
 
 
 class Around:
@@ -128,7 +137,7 @@ class Work:
         self.block, self.path, self.way, self.members, self.plain = block, path, way, members, plain
         self.classes: dict[nn.Module, Any] = {}  # outside of the block
         self.tensors: list[Tensor] | None = None
-        self.scalings: list[float] = []
+        self.kept: tuple | None = None  # what `_stack` made, and of what
 
     @property
     def place(self) -> Place:
@@ -139,31 +148,38 @@ class Work:
         """Those adapters of a slot that have something here."""
         return tuple(name for name in slot if any(name in place.parts for _, place in self.members))
 
+    def layout(self) -> Layout | None:
+        """How rows lie in what the module is given by such a call of the model, if that is known."""
+        block, layouts = self.block, self.place.layouts
+        return layouts.get((block.given, None)) or layouts.get((block.given, block.shape))
+
     def is_open(self) -> bool:
-        """Whether it is not known how rows lie in what the module is given by such a call of the model."""
-        layouts = self.place.layouts
-        # What is the same for all rows in one call, such as positions, may be each row's own in another.
-        known = layouts and not any(SHARED in layout.given[:1] for layout in layouts.values())
-        return not known and self.block.given not in {*layouts, *self.place.tried}
+        """Whether that has still to be tried."""
+        return self.layout() is None and self.block.given not in self.place.tried
 
     def axis(self, leaf: int, x: Tensor) -> int | None:
         """The axis of `x`, the input of that number, that has the rows of the batch; None if it is the same for all."""
-        if self.block.single:
+        block, compiling = self.block, torch.compiler.is_compiling()
+        if block.single:
             return None
-        layouts = self.place.layouts
-        layout = layouts.get(self.block.given, next(iter(layouts.values()), None))
+        layout, whole = self.layout(), block.entered or compiling
+        if layout is None and (compiling or not whole or block.given in self.place.tried):
+            layout = next(iter(self.place.layouts.values()), None)
         if layout is None or leaf >= len(layout.given):
             raise ValueError(
                 f"{self.path} was not called, or otherwise, when it was tried which rows of its input are whose; call "
                 "the model as a whole, and not compiled the first time, in lora.adapters_per_row"
             )
-        axis, count = layout.given[leaf], len(self.block.rows)
-        if isinstance(axis, int) and x.shape[axis] % count == 0:
-            return axis
-        if axis == SHARED and (leaf or x.shape[0] == 1):
+        axis, size = layout.given[leaf], layout.sizes[leaf]
+        if isinstance(axis, int):
+            each = _tokens(block.shape) if size == TOKENS else size
+            if x.shape[axis] == (each * block.size if whole else len(block.rows)):
+                return axis
+        elif axis == SHARED and (leaf or x.shape[0] == 1):
             return None
         raise ValueError(
-            f"{self.path} got {tuple(x.shape)} for a batch of {count}: which rows are whose cannot be told; {_INSTEAD}"
+            f"{self.path} got {tuple(x.shape)} for a batch of {block.size if whole else len(block.rows)}: which rows "
+            f"are whose cannot be told; {_INSTEAD}"
         )
 
     def stacked(self, device: torch.device, dtype: torch.dtype) -> tuple:
@@ -172,21 +188,20 @@ class Work:
         if torch.compiler.is_compiling():
             if grad:
                 return _stack(module, place, slots, device, dtype)
-            A, B, bias = place.stacked[2]  # type: ignore[index]  # what has changed since, it could not see
+            A, B, bias = self.kept[1]  # type: ignore[index]  # what has changed since, it could not see
             return *(x if x is None else x.to(device, dtype) for x in (A, B)), bias
         if self.tensors is None:
             parts = [place.parts[name] for slot in slots for name in self.names_in(slot)]
             self.tensors = [tensor for part in parts for tensor in part.tensors.values()]
-            self.scalings = [part.form.settings["scaling"] for part in parts if part.form]
         if grad and any(tensor.requires_grad for tensor in self.tensors):
             return _stack(module, place, slots, device, dtype)
         versions = [0 if tensor.is_inference() else tensor._version for tensor in self.tensors]
-        of, kept = (slots, self.scalings, device, dtype, versions), place.stacked
-        if kept is None or kept[0] != of or not all(map(operator.is_, kept[1], self.tensors)):
+        of, kept = (device, dtype, versions), self.kept
+        if kept is None or kept[0] != of:
             # Outside inference mode, so that the tensors can be used in and out of it.
             with torch.inference_mode(False), torch.no_grad():
-                place.stacked = kept = of, self.tensors, _stack(module, place, slots, device, dtype)
-        return kept[2]
+                self.kept = kept = of, _stack(module, place, slots, device, dtype)
+        return kept[1]
 
 
 _INSTEAD = "run the rows of each adapter by themselves, with lora.set_adapter"
@@ -334,8 +349,7 @@ def _by_parts(work: Work, module: Any, args: tuple, kwargs: dict) -> Any:
         ]
         outputs.append((len(rows), _with_adapters(work, module, block.slots[slot], *_unflatten(chosen, form))))
     inverse = [order.index(row) for row in range(count)]
-    layouts = work.place.layouts
-    layout = layouts.get(block.given, next(iter(layouts.values())))
+    layout = work.layout() or next(iter(work.place.layouts.values()))
     axes = [0 if axis == SHARED else axis for axis in layout.output]
     each, forms = zip(*(_flatten(output) for _, output in outputs), strict=True)
     whole = [
@@ -466,11 +480,13 @@ def _entered(cls: Any) -> Any:
         block = self._several.block
         if block.off or block.entered or block.recorder is not None:
             return cls.forward(self, *args, **kwargs)
-        size = _batch_size(self, args, kwargs)
+        size, *shape = _main_shape(self, args, kwargs)
         fits = size == len(block.rows) or (block.beams and size % len(block.rows) == 0)
         if not fits:
             raise ValueError(f"{len(block.rows)} names of adapters for a batch of {size}: give one for each row")
-        block.given = len(args), *sorted(key for key, value in kwargs.items() if value is not None)
+        given = [*enumerate(args), *sorted(kwargs.items())]
+        block.given = tuple((key, _flag(value)) for key, value in given if value is not None)
+        block.size, block.shape = size, tuple(shape)
         if torch.compiler.is_compiling():
             return cls.forward(self, *args, **kwargs)
         if torch.is_grad_enabled() and any(_computes_anew(module) for module in self.modules()):
@@ -510,12 +526,20 @@ def _computes_anew(module: nn.Module) -> bool:
     return module.training and getattr(module, "gradient_checkpointing", False) is True
 
 
-def _batch_size(model: Any, args: tuple, kwargs: dict) -> int:
+def _flag(value: Any) -> Any:
+    return value if isinstance(value, (bool, str)) else None
+
+
+def _main_shape(model: Any, args: tuple, kwargs: dict) -> torch.Size:
     main = kwargs.get(getattr(model, "main_input_name", ""))
     for leaf in [main, *args, *_flatten(kwargs)[0]]:
         if isinstance(leaf, Tensor) and leaf.dim():
-            return leaf.shape[0]
+            return leaf.shape
     raise ValueError(f"{type(model).__name__} got no tensor whose rows the adapters could be for")
+
+
+def _tokens(shape: tuple[int, ...]) -> int:
+    return shape[0] if shape else 1
 
 
 # Which rows are whose.
@@ -538,18 +562,23 @@ def _try_rows(block: Block, model: Any, forward: Any, args: tuple, kwargs: dict,
     if not open_:
         return
     beams = size // len(block.rows)
+    reverse = [row * beams + beam for row in reversed(range(len(block.rows))) for beam in range(beams)]
     seen, devices = [], [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:  # not by eval(), which merges
             module.training = False
-        for rows in (range(beams), range(size - beams, size), None):
+        for rows in (range(beams), reverse, None):
             block.recorder = _Recorder()
             own, named = torch.utils._pytree.tree_map(functools.partial(_taken, rows=rows, size=size), (args, kwargs))
             with torch.no_grad(), torch.random.fork_rng(devices):
                 forward(model, *own, **named)
             seen.append(block.recorder.calls)
     except Exception as error:
+        if all(work.place.layouts for work in open_):  # a cache that cannot be taken apart, after the first token
+            for work in open_:
+                work.place.tried |= {block.given}
+            return
         raise ValueError(
             "which rows are whose is tried by running one row alone, and that failed with "
             f"{type(error).__name__}: {error}; {_INSTEAD}"
@@ -560,9 +589,14 @@ def _try_rows(block: Block, model: Any, forward: Any, args: tuple, kwargs: dict,
             module.training = True
     layouts = {work: _layout(work, [calls.get(work, []) for calls in seen], len(block.rows)) for work in open_}
     for work, layout in layouts.items():
-        work.place.tried |= {block.given}
-        if layout is not None:
-            work.place.layouts = {**work.place.layouts, block.given: layout}
+        if layout is None:
+            work.place.tried |= {block.given}
+            continue
+        sizes = tuple(size if size is None else size // beams for size in layout.sizes)
+        shape, tokens = block.shape, _tokens(block.shape)
+        if tokens > 1 and {*sizes} <= {None, 1, tokens}:  # of inputs of any length
+            shape, sizes = None, tuple(TOKENS if size == tokens else size for size in sizes)
+        work.place.layouts = {**work.place.layouts, (block.given, shape): layout._replace(sizes=sizes)}
 
 
 def _taken(leaf: Any, rows: Any, size: int) -> Any:
@@ -576,23 +610,24 @@ def _taken(leaf: Any, rows: Any, size: int) -> Any:
 
 def _layout(work: Work, seen: list[list], rows: int) -> Layout | None:
     """How the rows lie in what a module is given and gives; None if it is not called."""
-    first, last, whole = seen
+    first, reverse, whole = seen
     if not any(seen):
         return None
     found = set()
-    for calls in zip(first, last, whole, strict=False):
-        (given, output) = [
+    for calls in zip(first, reverse, whole, strict=False):
+        given, output = [
             [_kind(*leaves, rows) for leaves in zip(*each, strict=False)] for each in zip(*calls, strict=True)
         ]
-        found.add(Layout(tuple(given), tuple(output)))
-    layout = found.pop() if len(found) == 1 and len(first) == len(last) == len(whole) else Layout((None,), (None,))
-    given, output = ([kind for kind in kinds if kind != OTHER] for kinds in layout)
+        sizes = [x.shape[axis] if isinstance(axis, int) else None for axis, x in zip(given, calls[0][0], strict=False)]
+        found.add(Layout(tuple(given), tuple(output), tuple(sizes)))
+    layout = found.pop() if len(found) == 1 and len(first) == len(reverse) == len(whole) else Layout((None,), (None,))
+    given, output = ([kind for kind in kinds if kind != OTHER] for kinds in layout[:2])
     # Of what is the same for all, what is computed gets a first axis for the rows: there has to be room for it.
     alike = set(given) == set(output) == {SHARED} and all(
         len(x) == 1 for x in whole[0][0] + whole[0][1] if isinstance(x, Tensor)
     )
     if None in given or not given or not (alike or (given[0] != SHARED and not {None, SHARED} & set(output))):
-        of = ", ".join(str(tuple(x.shape)) for x in (whole or first or last)[0][0] if isinstance(x, Tensor))
+        of = ", ".join(str(tuple(x.shape)) for x in (whole or first or reverse)[0][0] if isinstance(x, Tensor))
         raise ValueError(
             f"{work.path} is given {of or 'no tensor'} for a batch of {rows} rows, and which of it is whose cannot be "
             f"told; {_INSTEAD}"
@@ -600,17 +635,17 @@ def _layout(work: Work, seen: list[list], rows: int) -> Layout | None:
     return layout
 
 
-def _kind(first: Any, last: Any, whole: Any, rows: int) -> Any:
+def _kind(first: Any, reverse: Any, whole: Any, rows: int) -> Any:
     if not isinstance(whole, Tensor):
         return OTHER
     for axis in range(min(2, whole.dim())):
         size = first.shape[axis]
-        if first.shape == last.shape and whole.shape[axis] == rows * size:
-            begin, end = whole.narrow(axis, 0, size), whole.narrow(axis, whole.shape[axis] - size, size)
-            if _close(begin, first) and _close(end, last):
+        if whole.shape == reverse.shape and whole.shape[axis] == rows * size:
+            there, back = _rows_of(whole, axis, rows), _rows_of(reverse, axis, rows)
+            if _close(there[0], first.movedim(axis, 0)) and _close(there.flip(0), back):
                 return axis
-    same = first.shape == last.shape == whole.shape
-    return SHARED if same and _close(whole, first) and _close(whole, last) else None
+    same = first.shape == reverse.shape == whole.shape
+    return SHARED if same and _close(whole, first) and _close(whole, reverse) else None
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
@@ -691,9 +726,9 @@ def adapters_per_row(model: nn.Module, adapter_names: Sequence[str | None | Sequ
     `model.generate(..., adapter_names=[...])`; in `generate` each row's beams are computed with the row's adapter.
 
     Heads, biases and statistics of the adapters are used, too, if their shapes agree. The first call runs the model
-    three times more, on its first row, its last row and all rows, to find out how the rows of the batch lie in what
-    each layer is given (windows of an image, flattened tokens); that is remembered. Nothing is merged within the
-    block. Gradients reach the tensors of each adapter, which `model.parameters()` does not list there. Not for several
+    three times more, on its first row, all rows and all in reverse, to find out how the rows of the batch lie in what
+    each layer is given (windows of an image, flattened tokens); that is remembered for calls with the same arguments
+    and flags. Nothing is merged within the block. Gradients reach the tensors of each adapter, which `model.parameters()` does not list there. Not for several
     threads at once on one model: see `share_base`.
 
     Args:
