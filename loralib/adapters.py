@@ -31,6 +31,7 @@ _OWN_PREFIXES = (*LORA_NAMES, "lora_rows_")
 # What a model that was given adapters knows: by adapter and module the shapes of the base's tensors; and whether its
 # embeddings were resized since.
 PARTS, RESIZED = "_lora_parts", "_lora_resized"
+SHARED_BASE = "_lora_shared"  # an attribute of Parameters that several models have
 
 
 class Form:

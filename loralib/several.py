@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from loralib import core
 from loralib.adapters import (
     LORA_NAMES,
+    SHARED_BASE,
     Place,
     _places,
     adapter_names,
@@ -186,14 +187,16 @@ class Work:
         """A, B and biases of all slots, in one tensor each (`_stack`)."""
         (module, place), slots, grad = self.members[0], self.block.slots, torch.is_grad_enabled()
         if torch.compiler.is_compiling():
-            if grad:
+            if grad or self.kept is None:
+                self.kept = None  # they train
                 return _stack(module, place, slots, device, dtype)
-            A, B, bias = self.kept[1]  # type: ignore[index]  # what has changed since, it could not see
+            A, B, bias = self.kept[1]  # what has been written into them since, it could not see
             return *(x if x is None else x.to(device, dtype) for x in (A, B)), bias
         if self.tensors is None:
             parts = [place.parts[name] for slot in slots for name in self.names_in(slot)]
             self.tensors = [tensor for part in parts for tensor in part.tensors.values()]
         if grad and any(tensor.requires_grad for tensor in self.tensors):
+            self.kept = None
             return _stack(module, place, slots, device, dtype)
         versions = [0 if tensor.is_inference() else tensor._version for tensor in self.tensors]
         of, kept = (device, dtype, versions), self.kept
@@ -594,9 +597,11 @@ def _try_rows(block: Block, model: Any, forward: Any, args: tuple, kwargs: dict,
             continue
         sizes = tuple(size if size is None else size // beams for size in layout.sizes)
         shape, tokens = block.shape, _tokens(block.shape)
-        if tokens > 1 and {*sizes} <= {None, 1, tokens}:  # of inputs of any length
-            shape, sizes = None, tuple(TOKENS if size == tokens else size for size in sizes)
-        work.place.layouts = {**work.place.layouts, (block.given, shape): layout._replace(sizes=sizes)}
+        # So it is for any length, but not for images, which have more windows if they are larger.
+        if any_length := tokens > 1 and len(shape) < 3 and {*sizes} <= {None, 1, tokens}:
+            sizes = tuple(TOKENS if size == tokens else size for size in sizes)
+        call = block.given, None if any_length else shape
+        work.place.layouts = {**work.place.layouts, call: layout._replace(sizes=sizes)}
 
 
 def _taken(leaf: Any, rows: Any, size: int) -> Any:
@@ -728,8 +733,8 @@ def adapters_per_row(model: nn.Module, adapter_names: Sequence[str | None | Sequ
     Heads, biases and statistics of the adapters are used, too, if their shapes agree. The first call runs the model
     three times more, on its first row, all rows and all in reverse, to find out how the rows of the batch lie in what
     each layer is given (windows of an image, flattened tokens); that is remembered for calls with the same arguments
-    and flags. Nothing is merged within the block. Gradients reach the tensors of each adapter, which `model.parameters()` does not list there. Not for several
-    threads at once on one model: see `share_base`.
+    and flags. Nothing is merged within the block. Gradients reach the tensors of each adapter, which
+    `model.parameters()` does not list there. Not for several threads at once on one model: see `share_base`.
 
     Args:
         model: a model with adapters; called as a whole, or by a part of it that is a Hugging Face model.
@@ -934,9 +939,9 @@ def _check_work(block: Block, model: nn.Module, modules: dict[str, nn.Module], w
 def share_base(model: nn.Module) -> nn.Module:
     """Return a copy of `model` with adapters of its own and the very Parameters of its base, which take no memory anew.
 
-    For threads: each serves on a copy of its own, switches it, and loads adapters into it as it likes. What is not
+    For threads: each serves on a copy of its own, switches it, loads adapters into it and merges it, for good, too. Not
     safe is one model in two threads while one of them switches, merges, or is in `adapters_per_row`; and to train the
-    base's Parameters, or to move or cast one of the copies by `to`, which changes them for all.
+    base's Parameters, to load a state dict, or to move or cast one of the copies by `to`, which changes them for all.
 
     >>> import loralib as lora
     >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -950,6 +955,8 @@ def share_base(model: nn.Module) -> nn.Module:
     for module in model.modules():
         base = own_tensors(module) if isinstance(module, InPlace) else module._parameters
         memo.update((id(tensor), tensor) for tensor in base.values() if isinstance(tensor, nn.Parameter))
+    for tensor in memo.values():
+        setattr(tensor, SHARED_BASE, True)
     return copy.deepcopy(model, memo)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from loralib.adapters import (
     PARTS,
     RESIZED,
+    SHARED_BASE,
     active_parts,
     all_modules,
     base_modules,
@@ -148,8 +149,8 @@ def merge_and_unload(model: nn.Module, dequantize: bool = False) -> nn.Module:
     """Add the active adapter to the base for good and put plain layers back; return the model.
 
     The layers have their original classes and Parameter objects, and heads and biases of the adapter its values; no
-    LoRA parameters, no second copy of the weights and no other adapters remain. A weight that another layer uses too
-    stays with that layer, and the adapted one gets a weight of its own.
+    LoRA parameters, no second copy of the weights and no other adapters remain. A weight that another layer uses too,
+    or another model (`share_base`), stays as it is there, and the adapted layer gets a weight of its own.
 
     >>> import loralib as lora
     >>> lora.merge_and_unload(nn.Sequential(lora.Linear(8, 8, r=2)))
@@ -423,6 +424,7 @@ def _add_to_base(model: nn.Module) -> None:
     put(model, None)
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     held = [module._parameters.get(name, module._buffers.get(name)) for module, name, _ in values]
+    fresh: dict[int, nn.Parameter] = {}
     for (module, name, value), tensor in zip(values, held, strict=True):
         if tensor is None:  # torch.nn.utils.parametrize computes it, and takes what it is to be
             setattr(module, name, value)
@@ -432,6 +434,10 @@ def _add_to_base(model: nn.Module) -> None:
             value = value.detach().to(tensor.dtype, copy=True)
             setattr(module, name, nn.Parameter(value, requires_grad=tensor.requires_grad))
             _untie(model)
+        elif hasattr(tensor, SHARED_BASE):  # by other models, too
+            if id(tensor) not in fresh:
+                fresh[id(tensor)] = nn.Parameter(value.detach().to(tensor.dtype, copy=True), tensor.requires_grad)
+            setattr(module, name, fresh[id(tensor)])
         else:
             tensor.copy_(value)
 

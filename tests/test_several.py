@@ -207,6 +207,75 @@ def test_rows_that_cannot_be_told_apart_are_refused(kind):
         assert message in str(error.value)
 
 
+def some_tokens(self, x):
+    kept = x[..., 0] > -5
+    result = torch.zeros_like(x)
+    result[kept] = self.a(x[kept])
+    return result
+
+
+def of_lengths(*lengths):
+    x = torch.randn(len(lengths), max(lengths), 8, generator=torch.Generator().manual_seed(2))
+    for row, length in enumerate(lengths):
+        x[row, length:, 0] = -10
+    return x
+
+
+@pytest.mark.parametrize("lengths", [[(4, 3, 5, 4)], [(4, 4, 4, 4), (6, 2, 4, 4)], [(4, 4, 4, 4), (2, 1, 2, 3)]])
+def test_tokens_of_rows_of_different_lengths_are_refused(lengths):
+    model = with_adapters(Called(some_tokens, a=nn.Linear(8, 8)), ["a"])
+    with lora.adapters_per_row(model, NAMES), torch.no_grad():
+        for right in lengths[:-1]:
+            model(of_lengths(*right))
+        with pytest.raises(ValueError, match=r"^a .*which .* whose cannot be told"):
+            model(of_lengths(*lengths[-1]))
+
+
+class WithAFlag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x, time_first=None):
+        return self.a(x.transpose(0, 1)).transpose(0, 1) if time_first else self.a(x)
+
+
+@pytest.mark.parametrize("before", [{}, {"time_first": False}])
+def test_another_way_to_call_the_model_is_tried_anew(before):
+    model = with_adapters(WithAFlag(), ["a"])
+    wanted = torch.cat(alone(model, lambda i: model(X[i : i + 1])))
+    with lora.adapters_per_row(model, NAMES), torch.no_grad():
+        for flags in (before, {"time_first": True}, before):
+            close(model(X, **flags), wanted)
+
+
+def test_windows_of_images_of_any_size():
+    model = with_adapters(nn.Sequential(nn.Flatten(0, 1), nn.Linear(8, 8)), ["1"])
+    for time in (1, 3, 1, 2, 4):
+        x = torch.randn(4, time, 8)
+        rows = []
+        for row, name in zip(x, NAMES, strict=True):
+            if name is None:
+                with lora.disable_adapters(model):
+                    rows.append(model[1](row))
+            else:
+                lora.set_adapter(model, name)
+                rows.append(model[1](row))
+        wanted = torch.stack(rows)
+        with lora.adapters_per_row(model, NAMES):
+            close(model(x), wanted.flatten(0, 1))
+
+
+def test_a_layer_called_past_the_model():
+    model = two()
+    with lora.adapters_per_row(model, NAMES), torch.no_grad():
+        wanted = model(X)
+        hidden = model[1](model[0](X))
+        close(model[2](hidden), wanted)
+        with pytest.raises(ValueError, match=r"2 got \(16, 8\) for a batch of 4"):
+            model[2](hidden.flatten(0, 1))
+
+
 def two():
     torch.manual_seed(0)
     return with_adapters(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)), ["0", "2"])
@@ -303,6 +372,10 @@ def test_what_has_changed_since_is_seen():
             close(model(X)[:1], wanted)
             model.double()
             close(model(X.double())[:1], wanted.double())
+        model[0].lora_B.data.mul_(2)  # which leaves no trace
+        wanted = model(X[:1].double())
+        with lora.adapters_per_row(model, NAMES):
+            close(model(X.double())[:1], wanted)
 
 
 def test_a_base_in_four_bits():
@@ -465,6 +538,22 @@ def test_compiled_once_for_all_assignments():
             torch.compile(model, backend="eager", fullgraph=True)(IMAGES)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_was_trained_is_seen_without_gradients(compiled):
+    model = two()
+    call = torch.compile(model, backend="eager") if compiled else model
+    lora.set_adapter(model, ["a", "b"])
+    with torch.no_grad():
+        call(X)
+    tensors = [tensor for part in vars(model[0])["_place"].parts.values() for tensor in part.tensors.values()]
+    optimizer = torch.optim.SGD(tensors, lr=0.1)
+    call(X).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        found = call(X)
+    close(found, model(X).detach())
+
+
 def test_parts_that_are_called_past_the_forward_are_refused():
     class Owner(nn.Module):
         def __init__(self):
@@ -510,6 +599,28 @@ def test_threads_on_one_base():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("kind", ["heads", "biases", "attention", "recurrent", "tokens", "conv", "merged"])
+def test_merging_a_copy_for_good_leaves_the_others(kind):
+    torch.manual_seed(0)
+    make, x, targets, options = RIGHT[kind]
+    model = with_adapters(make(), targets, **options)
+    with torch.no_grad():
+        wanted = model(x)
+        one = lora.share_base(model)
+        two = lora.share_base(one)
+        close(lora.merge_and_unload(one)(x), wanted)
+        assert torch.equal(model(x), wanted) and torch.equal(two(x), wanted)
+
+
+def test_a_copy_that_is_merged_for_good_still_shares_the_rest():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    lora.inject_lora(model, r=2, target_modules=["0"], bias="lora_only")
+    one = lora.share_base(model)
+    lora.merge_and_unload(one)
+    assert one[2].weight is model[0].weight and one[0].bias is not model[0].bias
 
 
 # Every architecture.
