@@ -234,8 +234,10 @@ def _stack(module: Any, place: Place, slots: list[Names], device: torch.device, 
 
 
 def _filled(tensors: list[Tensor], rank: int, like: Tensor) -> Tensor:
-    there = sum(map(len, tensors))
-    return torch.cat([*tensors, like.new_zeros(rank - there, like.shape[1])])
+    missing = rank - sum(map(len, tensors))
+    if missing:
+        tensors = [*tensors, like.new_zeros(missing, like.shape[1])]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _factors(part: Any) -> tuple[Tensor, Tensor]:

@@ -538,6 +538,7 @@ def test_compiled_once_for_all_assignments():
             torch.compile(model, backend="eager", fullgraph=True)(IMAGES)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own
 @pytest.mark.parametrize("compiled", [False, True])
 def test_what_was_trained_is_seen_without_gradients(compiled):
     model = two()
