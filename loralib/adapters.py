@@ -74,8 +74,11 @@ class Place:
         adapters, current: the adapters of the whole model, and the one that it computes with.
         layouts, tried: how the rows of a batch lie in what the module is given, by the call of the model, and by which
             calls that was tried in vain.
+        stacked: the tensors of several adapters in one, and what they were made of: of the last block, until an adapter
+            is deleted or the model is moved.
     """
 
+    stacked: tuple | None = None
     layouts: dict[tuple, Any] = {}
     tried: frozenset = frozenset()
 
@@ -218,7 +221,7 @@ class Place:
         """Put a copy of the place into the state of its module, with the adapter's heads and biases in theirs."""
         place = copy.copy(self)
         place.parts = {name: Part(part.own, dict(part.tensors), part.form) for name, part in self.parts.items()}
-        place.replaced, place.suspended = dict(self.replaced), False
+        place.replaced, place.suspended, place.stacked = dict(self.replaced), False, None
         if self.suspended:
             for kind in ("_parameters", "_buffers"):
                 for key in state[kind].keys() & self.replaced.keys():
@@ -238,6 +241,7 @@ class Place:
 
     def follow(self, fn: Callable) -> None:
         """Do to the tensors that are not in the module what `nn.Module._apply` does to those that are."""
+        self.stacked = None
         for store in (self.replaced, *(part.tensors for part in self.parts.values())):
             holder = nn.Module()
             for key, tensor in store.items():
@@ -364,6 +368,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     for module, place in places(model):
         place.parts.pop(adapter_name, None)
         place.adapters -= {adapter_name}
+        place.stacked = None
         if not place.parts:
             place.leave(module)
     vars(model).get(PARTS, {}).pop(adapter_name, None)

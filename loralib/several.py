@@ -24,6 +24,7 @@ import contextlib
 import copy
 import functools
 import itertools
+import operator
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -138,7 +139,8 @@ class Work:
         self.block, self.path, self.way, self.members, self.plain = block, path, way, members, plain
         self.classes: dict[nn.Module, Any] = {}  # outside of the block
         self.tensors: list[Tensor] | None = None
-        self.kept: tuple | None = None  # what `_stack` made, and of what
+        self.scalings: list[float] = []
+        self.norms: list[float] = []
 
     @property
     def place(self) -> Place:
@@ -187,24 +189,39 @@ class Work:
         """A, B and biases of all slots, in one tensor each (`_stack`)."""
         (module, place), slots, grad = self.members[0], self.block.slots, torch.is_grad_enabled()
         if torch.compiler.is_compiling():
-            if grad or self.kept is None:
-                self.kept = None  # they train
+            if grad or place.stacked is None:
+                place.stacked = None  # they train
                 return _stack(module, place, slots, device, dtype)
-            A, B, bias = self.kept[1]  # what has been written into them since, it could not see
+            A, B, bias = place.stacked[2]  # what has been written into them since, it could not see
             return *(x if x is None else x.to(device, dtype) for x in (A, B)), bias
-        if self.tensors is None:
-            parts = [place.parts[name] for slot in slots for name in self.names_in(slot)]
-            self.tensors = [tensor for part in parts for tensor in part.tensors.values()]
-        if grad and any(tensor.requires_grad for tensor in self.tensors):
-            self.kept = None
+        tensors = self.own_tensors()
+        if grad and any(tensor.requires_grad for tensor in tensors):
+            place.stacked = None
             return _stack(module, place, slots, device, dtype)
-        versions = [0 if tensor.is_inference() else tensor._version for tensor in self.tensors]
-        of, kept = (device, dtype, versions), self.kept
-        if kept is None or kept[0] != of:
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        of, kept = (slots, self.scalings, device, dtype, versions, self.norms), place.stacked
+        if kept is None or kept[0] != of or not all(map(operator.is_, kept[1], tensors)):
             # Outside inference mode, so that the tensors can be used in and out of it.
             with torch.inference_mode(False), torch.no_grad():
-                self.kept = kept = of, _stack(module, place, slots, device, dtype)
-        return kept[1]
+                place.stacked = kept = of, tensors, _stack(module, place, slots, device, dtype)
+        return kept[2]
+
+    def own_tensors(self) -> list[Tensor]:
+        """The tensors of the adapters that are stacked."""
+        if self.tensors is None:
+            parts = [self.place.parts[name] for slot in self.block.slots for name in self.names_in(slot)]
+            self.tensors = [tensor for part in parts for tensor in part.tensors.values()]
+            self.scalings = [part.form.settings["scaling"] for part in parts if part.form]
+        return self.tensors
+
+
+def _note_norms(works: list[Work]) -> None:
+    """Note what tells of writes through `.data`, which leave no trace, since an earlier block."""
+    tensors = [tensor.detach().float() for work in works for tensor in work.own_tensors()]
+    if tensors and not any(tensor.is_meta for tensor in tensors):
+        norms = iter(torch.stack([x.to(tensors[0].device) for x in torch._foreach_norm(tensors)]).tolist())
+        for work in works:
+            work.norms = list(itertools.islice(norms, len(work.own_tensors())))
 
 
 _INSTEAD = "run the rows of each adapter by themselves, with lora.set_adapter"
@@ -795,6 +812,7 @@ def _begin(model: nn.Module, rows: list[Names], entries: bool = True) -> Block:
             place.put(module, None)
         for _, place in found:
             place.current = None
+        _note_norms([work for _, work in planned if work.way != "parts"])
         for module, work in planned:
             if work.way != "parts":
                 A = next(part.tensors["lora_A"] for part in work.place.parts.values() if "lora_A" in part.own)
