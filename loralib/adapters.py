@@ -31,6 +31,8 @@ _OWN_PREFIXES = (*LORA_NAMES, "lora_rows_")
 # What a model that was given adapters knows: by adapter and module the shapes of the base's tensors; and whether its
 # embeddings were resized since.
 PARTS, RESIZED = "_lora_parts", "_lora_resized"
+# The name of a Hugging Face model whose base is another one by now, as an adapter was merged into it.
+MERGED = "_lora_merged"
 
 
 class Form:

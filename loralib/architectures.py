@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from loralib.adapters import RESIZED, input_embeddings, named_modules
+from loralib.adapters import MERGED, RESIZED, input_embeddings, named_modules
 from loralib.core import _cached
 from loralib.layers import is_conv1d
 
@@ -425,7 +425,8 @@ def _find_head(model: nn.Module) -> list[str] | None:
 
 
 def default_modules_to_save(model: nn.Module) -> list[str]:
-    """Return the full names of the modules to train whole when none are named: the head of a classifier."""
+    """Return the full names of the modules to train whole when none are named: the head of a classifier, and what else
+    of it the checkpoint that it was loaded from does not have, such as the pooler in a BERT of masked words."""
     head = find_head(model)
     if head is None:
         classifier = next(each for each in pretrained_models(model).values() if _find_head(each) is None)
@@ -439,7 +440,33 @@ def default_modules_to_save(model: nn.Module) -> list[str]:
             f"the head of {type(model).__name__} is {', '.join(model._parameters)}, Parameters of the model itself, "
             "which modules_to_save cannot name; pass modules_to_save=[] to leave them as they are"
         )
-    return head
+    inside = tuple(f"{name}." for name in head)
+    return head + [name for name in drawn_anew(model) if head and not f"{name}.".startswith(inside)]
+
+
+def drawn_anew(model: nn.Module) -> list[str]:
+    """Return the full names of the modules whose Parameters transformers, since version 5, drew while it loaded a
+    model; every further load draws other ones."""
+    found = []
+    for path, each in pretrained_models(model).items():
+        of_file = {name: getattr(p, "_is_hf_initialized", False) for name, p in each.named_parameters()}
+        if any(of_file.values()):
+            owners = dict.fromkeys(name.rpartition(".")[0] for name, known in of_file.items() if not known)
+            found += [f"{path}.{name}".strip(".") for name in owners]
+    return found
+
+
+def base_name(model: nn.Module) -> str | None:
+    """Return where a Hugging Face model was loaded from; None if that is not known, or its base is another one now."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    return None if name == vars(model).get(MERGED) else name
+
+
+def note_merged(model: nn.Module) -> None:
+    """Note that the base of the Hugging Face models in `model` is no longer what they were loaded from."""
+    for module in model.modules():
+        if hasattr(type(module), "base_model_prefix"):
+            vars(module)[MERGED] = base_name(module) or vars(module).get(MERGED)
 
 
 def output_layers(model: nn.Module) -> list[nn.Module]:

@@ -35,7 +35,7 @@ from loralib.adapters import (
     own_tensors,
     put,
 )
-from loralib.architectures import group_spec, resized_embeddings, unwrapped
+from loralib.architectures import base_name, group_spec, resized_embeddings, unwrapped
 from loralib.core import Adapted, is_sharded, quiet_state, whole
 from loralib.diffusers_format import FILE, is_of_diffusers, read_diffusers, write_diffusers
 from loralib.formats import (
@@ -671,7 +671,7 @@ def _token_indices(found: dict[str, Adapted]) -> dict[str, list[int]]:
 
 
 def _base_model(model: nn.Module, format: str) -> str | None:
-    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    name = base_name(model)
     if format == "peft":  # where transformers looks for the base
         return name
     # The folders around a local model are this machine's and nobody else's business.
