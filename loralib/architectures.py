@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from loralib.adapters import MERGED, RESIZED, input_embeddings, named_modules
+from loralib.adapters import MERGED, RESIZED, base_modules, input_embeddings, named_modules, own_tensors
 from loralib.core import _cached
 from loralib.layers import is_conv1d
+from loralib.quantized import is_quantized
 
 # What makes an attention, whose query and value section 4.2 of the paper adapts: siblings whose names differ in one
 # word only, query, key and value, or one layer that is called by all three. The words, and the sets of them in the
@@ -447,12 +448,14 @@ def default_modules_to_save(model: nn.Module) -> list[str]:
 def drawn_anew(model: nn.Module) -> list[str]:
     """Return the full names of the modules whose Parameters transformers, since version 5, drew while it loaded a
     model; every further load draws other ones."""
-    found = []
+    found: list[str] = []
     for path, each in pretrained_models(model).items():
-        of_file = {name: getattr(p, "_is_hf_initialized", False) for name, p in each.named_parameters()}
-        if any(of_file.values()):
-            owners = dict.fromkeys(name.rpartition(".")[0] for name, known in of_file.items() if not known)
-            found += [f"{path}.{name}".strip(".") for name in owners]
+        owners: dict[bool, dict[str, None]] = {True: {}, False: {}}  # of what was loaded, and of what was drawn
+        for name, module in base_modules(each).items():
+            for tensor in own_tensors(module).values():
+                if isinstance(tensor, nn.Parameter) and not is_quantized(module):
+                    owners[getattr(tensor, "_is_hf_initialized", False)][f"{path}.{name}".strip(".")] = None
+        found += owners[False] if owners[True] else []
     return found
 
 

@@ -20,7 +20,11 @@ def local_path(path: str, revision: str | None) -> Path:
         ValueError: there is a `revision`, which `path` cannot have.
     """
     here = Path(path)
-    if here.exists() or not _REPOSITORY.fullmatch(path) or here.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+    if (
+        here.exists()
+        or not _REPOSITORY.fullmatch(path)
+        or here.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+    ):
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for an adapter on the Hub ('user/name'), which {path} is not")
         return here
