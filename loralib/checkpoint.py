@@ -215,10 +215,10 @@ def load_lora(
     Args:
         model: the base model, or one with LoRA layers, in any state (merged, in eval, on any device).
         path: a file of `save_lora`; a folder of PEFT; a safetensors file of diffusers or of kohya's scripts, of which
-            the part for this model is taken; a .bin, .pt or .pth file of upstream's `lora_state_dict`; a checkpoint of the
-            whole adapted model, as a file, of Lightning, say, or a folder of transformers, of which the adapter is
-            taken, and what else differs from this base, a head, say; or "user/name" of an adapter on the Hugging Face Hub, which
-            huggingface_hub downloads. Nothing in any of them is executed.
+            the part for this model is taken; a .bin, .pt or .pth file of upstream's `lora_state_dict`; a checkpoint of
+            the whole adapted model, as a file (of Lightning, say) or a folder of transformers, of which the adapter is
+            taken, and what else differs from this base, a head, say; or "user/name" of an adapter on the Hugging Face
+            Hub, which huggingface_hub downloads. Nothing in any of them is executed.
             Where only wrappers (`module.`, `_orig_mod.`, `model.`, `0.auto_model.`) tell the names in it from those in
             the model, they match.
         adapter_name: which adapter to load into; a new name makes a new adapter beside those that are there. None means
