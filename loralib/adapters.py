@@ -31,7 +31,12 @@ _OWN_PREFIXES = (*LORA_NAMES, "lora_rows_")
 # What a model that was given adapters knows: by adapter and module the shapes of the base's tensors; and whether its
 # embeddings were resized since.
 PARTS, RESIZED = "_lora_parts", "_lora_resized"
+<<<<<<< HEAD
 SHARED_BASE = "_lora_shared"  # an attribute of Parameters that several models have
+=======
+# The name of a Hugging Face model whose base is another one by now, as an adapter was merged into it.
+MERGED = "_lora_merged"
+>>>>>>> e64e5dabbaa11e7f36a70ee6b9246be6332a4fb1
 
 
 class Form:
@@ -630,6 +635,7 @@ def check_whole(model: nn.Module, modules: list[nn.Module] | None = None) -> Non
     modules = all_modules(model) if modules is None else modules
     check_one(modules)
     check_not_reloaded(modules)
+    check_not_of_peft(modules)
     check_not_fsdp1(modules)
     if any("_hf_hook" in module.__dict__ for module in modules):
         check_not_offloaded({name: m for name, m in named_modules(model).items() if isinstance(m, InPlace)})
@@ -640,6 +646,16 @@ def check_whole(model: nn.Module, modules: list[nn.Module] | None = None) -> Non
             "merge them; nothing was changed. Inject, load, switch or unload adapters before fully_shard; to merge, "
             "save the adapter with lora.save_lora and load it in one process that has the whole base"
         )
+
+
+def check_not_of_peft(modules: Iterable[nn.Module]) -> None:
+    """Raise ValueError if PEFT has put an adapter in, which nothing that is saved of ours would hold."""
+    for kind in {type(module) for module in modules}:
+        if kind.__module__.startswith("peft.tuners.") and hasattr(kind, "get_base_layer"):
+            raise ValueError(
+                f"the model has an adapter of PEFT in it ({kind.__module__}.{kind.__name__}); nothing was changed. "
+                "Load the base alone, and the adapter with lora.load_lora(model, folder), or merge it with PEFT first"
+            )
 
 
 def check_not_partitioned(modules: Iterable[nn.Module]) -> None:

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from loralib.adapters import RESIZED, input_embeddings, named_modules
+from loralib.adapters import MERGED, RESIZED, base_modules, input_embeddings, named_modules, own_tensors
 from loralib.core import _cached
 from loralib.layers import is_conv1d
+from loralib.quantized import is_quantized
 
 # What makes an attention, whose query and value section 4.2 of the paper adapts: siblings whose names differ in one
 # word only, query, key and value, or one layer that is called by all three. The words, and the sets of them in the
@@ -425,7 +426,8 @@ def _find_head(model: nn.Module) -> list[str] | None:
 
 
 def default_modules_to_save(model: nn.Module) -> list[str]:
-    """Return the full names of the modules to train whole when none are named: the head of a classifier."""
+    """Return the full names of the modules to train whole when none are named: the head of a classifier, and what else
+    of it the checkpoint that it was loaded from does not have, such as the pooler in a BERT of masked words."""
     head = find_head(model)
     if head is None:
         classifier = next(each for each in pretrained_models(model).values() if _find_head(each) is None)
@@ -439,7 +441,35 @@ def default_modules_to_save(model: nn.Module) -> list[str]:
             f"the head of {type(model).__name__} is {', '.join(model._parameters)}, Parameters of the model itself, "
             "which modules_to_save cannot name; pass modules_to_save=[] to leave them as they are"
         )
-    return head
+    inside = tuple(f"{name}." for name in head)
+    return head + [name for name in drawn_anew(model) if head and not f"{name}.".startswith(inside)]
+
+
+def drawn_anew(model: nn.Module) -> list[str]:
+    """Return the full names of the modules whose Parameters transformers, since version 5, drew while it loaded a
+    model; every further load draws other ones."""
+    found: list[str] = []
+    for path, each in pretrained_models(model).items():
+        owners: dict[bool, dict[str, None]] = {True: {}, False: {}}  # of what was loaded, and of what was drawn
+        for name, module in base_modules(each).items():
+            for tensor in own_tensors(module).values():
+                if isinstance(tensor, nn.Parameter) and not is_quantized(module):
+                    owners[getattr(tensor, "_is_hf_initialized", False)][f"{path}.{name}".strip(".")] = None
+        found += owners[False] if owners[True] else []
+    return found
+
+
+def base_name(model: nn.Module) -> str | None:
+    """Return where a Hugging Face model was loaded from; None if that is not known, or its base is another one now."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    return None if name == vars(model).get(MERGED) else name
+
+
+def note_merged(model: nn.Module) -> None:
+    """Note that the base of the Hugging Face models in `model` is no longer what they were loaded from."""
+    for module in model.modules():
+        if hasattr(type(module), "base_model_prefix"):
+            vars(module)[MERGED] = base_name(module) or vars(module).get(MERGED)
 
 
 def output_layers(model: nn.Module) -> list[nn.Module]:

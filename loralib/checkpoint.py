@@ -35,7 +35,7 @@ from loralib.adapters import (
     own_tensors,
     put,
 )
-from loralib.architectures import group_spec, resized_embeddings, unwrapped
+from loralib.architectures import base_name, group_spec, resized_embeddings, unwrapped
 from loralib.core import Adapted, is_sharded, quiet_state, whole
 from loralib.diffusers_format import FILE, is_of_diffusers, read_diffusers, write_diffusers
 from loralib.formats import (
@@ -70,7 +70,7 @@ from loralib.wrappers import prefix_of_wrappers, under_names_of, without_compile
 
 __all__ = ["load_lora", "read_metadata", "save_lora"]
 
-UPSTREAM_SUFFIXES = (".bin", ".pt", ".pth")
+UPSTREAM_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def save_lora(
@@ -216,14 +216,15 @@ def load_lora(
         model: the base model, or one with LoRA layers, in any state (merged, in eval, on any device).
         path: a file of `save_lora`; a folder of PEFT; a safetensors file of diffusers or of kohya's scripts, of which
             the part for this model is taken; a .bin, .pt or .pth file of upstream's `lora_state_dict`; a checkpoint of
-            the whole adapted model, as a file or a folder of transformers, of which the adapter is taken, and what else
-            differs from this base, a head, say; or "user/name" of an adapter on the Hugging Face Hub, which
-            huggingface_hub downloads. Nothing in any of them is executed.
+            the whole adapted model, as a file (of Lightning, say) or a folder of transformers, of which the adapter is
+            taken, and what else differs from this base, a head, say; or "user/name" of an adapter on the Hugging Face
+            Hub, which huggingface_hub downloads. Nothing in any of them is executed.
             Where only wrappers (`module.`, `_orig_mod.`, `model.`, `0.auto_model.`) tell the names in it from those in
             the model, they match.
         adapter_name: which adapter to load into; a new name makes a new adapter beside those that are there. None means
             the active one, or else "default".
-        lora_alpha: for upstream's files and whole checkpoints, which do not carry it, and for no others.
+        lora_alpha: for upstream's files and whole checkpoints, which do not carry it, and for no others. Of a training
+            with `use_rslora` it is alpha times the root of the rank.
         enable_lora: for upstream's files, which do not carry it: the groups of a fused projection that are adapted,
             where the shapes leave it open and the model has no such layer yet.
         merge_weights: whether `eval()` merges layers made here.
@@ -671,7 +672,7 @@ def _token_indices(found: dict[str, Adapted]) -> dict[str, list[int]]:
 
 
 def _base_model(model: nn.Module, format: str) -> str | None:
-    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    name = base_name(model)
     if format == "peft":  # where transformers looks for the base
         return name
     # The folders around a local model are this machine's and nobody else's business.

@@ -173,8 +173,9 @@ def read_torch(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # of whatever kind: torch lets through what its parts raise on damaged bytes
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} cannot be read as a dict of tensors, and nothing in it was run: {reason}") from error
-    if isinstance(content, dict) and isinstance(content.get("model_state_dict"), dict):  # upstream's NLG scripts
-        content = content["model_state_dict"]
+    for key in ("model_state_dict", "state_dict"):  # upstream's NLG scripts, Lightning
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
     ):
@@ -298,9 +299,11 @@ def _without_base(
     differ = {name for name, tensor in of_base.items() if not _equals(tensor, _tensor(modules, name))}
     others = sorted(differ & {f"{name}.weight" for name in names})
     if others:
+        theirs, here = {of_base[name].dtype for name in others}, {_tensor(modules, name).dtype for name in others}
+        types = "" if theirs == here else f" ({_listed(theirs)} there, {_listed(here)} here)"
         raise ValueError(
-            f"{path} is a checkpoint of a whole model with another base than this one: {', '.join(others[:8])} differ; "
-            "load the adapter into the base that it was trained on"
+            f"{path} is a checkpoint of a whole model with another base than this one: {', '.join(others[:8])} differ"
+            f"{types}; load the adapter into the base that it was trained on, in the same dtype"
         )
     heads = {name.rpartition(".")[0] for name in differ if not is_bias(name.rpartition(".")[2])}
     biases = {name.rpartition(".")[0] for name in differ} - heads
@@ -310,6 +313,10 @@ def _without_base(
         if owner in heads or with_bias:
             left[name] = tensor
     return left
+
+
+def _listed(dtypes: set[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def _tensor(modules: dict[str, nn.Module], name: str) -> Tensor:

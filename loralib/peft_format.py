@@ -170,6 +170,11 @@ def to_peft(
     if len(dropouts) > 1:
         message = f"PEFT has one lora_dropout for all layers: of {sorted(dropouts)} the largest was written"
         warnings.warn(f"{message}, which matters to further training only", stacklevel=5)
+    if not layers:
+        warnings.warn(
+            "PEFT, and so from_pretrained, reads no adapter of token rows alone; lora.load_lora reads the folder",
+            stacklevel=5,
+        )
     differs = [name for name, layer in layers.items() if getattr(layer, "computes_weight", False)]
     differs += [
         name

@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
-from loralib.adapters import active_adapter, any_sharded, list_adapters
-from loralib.architectures import saves_itself
+from loralib.adapters import active_adapter, active_parts, any_sharded, base_modules, list_adapters, own_tensors
+from loralib.architectures import base_name, saves_itself
 from loralib.checkpoint import gather, in_first_process, lora_layers
 from loralib.core import IN_PLACE, quiet_state
 from loralib.formats import SCALINGS, Adapter, scalings_of, to_bytes, write_atomically
@@ -35,6 +35,7 @@ _FLAG = "_hf_peft_config_loaded"
 _INSTEAD = {
     "active_adapters": "lora.active_adapter(model)",
     "add_adapter": "lora.inject_lora(model, adapter_name=...)",
+    "dequantize": "lora.merge_and_unload(model, dequantize=True)",
     "delete_adapter": "lora.delete_adapter(model, ...)",
     "disable_adapters": "with lora.disable_adapters(model): ...",
     "enable_adapters": "with lora.disable_adapters(model): ...",
@@ -83,8 +84,11 @@ def _saving(cls: Any) -> Callable:
                 "lora.set_adapter",
                 stacklevel=2,
             )
-        _, adapter, layers, modules = gather(self, state=state_dict)
-        adapter.base_model = getattr(self.config, "_name_or_path", None) or None
+        also = _trained_beside(self)
+        if also:
+            warnings.warn(f"{', '.join(also[:8])}: trained, and goes with the adapter, whole", stacklevel=2)
+        _, adapter, layers, modules = gather(self, modules_to_save=also or None, state=state_dict)
+        adapter.base_model = base_name(self)
         there = Path(adapter.base_model or "")
         is_base = adapter.base_model is not None and there.is_dir() and folder.is_dir() and there.samefile(folder)
         alone = _is_known(adapter.base_model) and not (folder / MODEL_CONFIG).exists()
@@ -144,12 +148,25 @@ def _loading(cls: Any) -> Callable:
                 f"the checkpoint is of another adapter than {type(self).__name__} has; nothing was loaded. Give it the"
             )
             raise ValueError("\n  ".join([f"{what} ranks, alphas, layers and heads of that training:", *problems[:8]]))
-        result = cls.load_state_dict(self, state, strict and not state.keys() <= set(ours.values()), assign)
-        if state.keys() <= set(ours.values()):  # the base is not meant to be there
+        with quiet_state():
+            alone = bool(self.state_dict().keys() - state.keys())
+        result = cls.load_state_dict(self, state, strict and not alone, assign)
+        if alone:  # the base is not meant to be there
             result.missing_keys.clear()
         return result
 
     return load_state_dict
+
+
+def _trained_beside(model: Any) -> list[str]:
+    """The modules that have Parameters which somebody has unfrozen, beside those of the adapter."""
+    modules = base_modules(model)
+    parts = active_parts(modules)
+    return [
+        name
+        for name, module in modules.items()
+        if any(tensor.requires_grad for key, tensor in own_tensors(module).items() if key not in parts.get(name, {}))
+    ]
 
 
 def _for_trainer(adapter: Adapter, state: dict[str, Tensor] | None) -> dict[str, Tensor]:
@@ -181,7 +198,7 @@ def _refusing(cls: Any, library: str) -> Callable:
 def _of_peft(name: str) -> Callable:
     def method(self: Any, *args: Any, **kwargs: Any) -> None:
         raise ValueError(
-            f"{type(self).__name__}.{name} is for adapters of PEFT, and those of this model are loralib's: "
+            f"{type(self).__name__}.{name} does not know the adapters of this model, which are loralib's: use "
             f"{_INSTEAD[name]}"
         )
 

@@ -18,6 +18,7 @@ from loralib.adapters import (
 )
 from loralib.architectures import unwrapped
 from loralib.core import Adapted
+from loralib.inject import STATISTICS
 from loralib.quantized import is_quantized
 from loralib.utils import unload
 
@@ -77,7 +78,8 @@ def _shared(modules: list[nn.Module]) -> dict[int, Any]:
     kept: list[Any] = []
     own: set[int] = set()
     for module in modules:
-        kept += [*module._parameters.values(), *module._buffers.values()]
+        kept += module._parameters.values()
+        kept += [buffer for key, buffer in module._buffers.items() if key not in STATISTICS]
         place = vars(module).get("_place")
         if place is not None:
             kept += place.replaced.values()

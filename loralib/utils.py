@@ -26,7 +26,7 @@ from loralib.adapters import (
     places,
     put,
 )
-from loralib.architectures import find_query_and_value
+from loralib.architectures import find_query_and_value, note_merged
 from loralib.core import Adapted, LoRALayer, quiet_state, whole
 from loralib.inject import check_bias_mode, inject_lora, match_names
 from loralib.quantized import allow_packing, count, dequantized, is_quantized, make_float, merges, tells
@@ -184,6 +184,7 @@ def merge_and_unload(model: nn.Module, dequantize: bool = False) -> nn.Module:
     if dequantize:
         _dequantize(model)
     _add_to_base(model)
+    note_merged(model)
     return unload(model)
 
 

@@ -106,3 +106,11 @@ def test_with_hooks_of_accelerate():
     reference, expected = lora.reference_model(model), model(INDEX).detach()
     nn.init.ones_(model.first.lora_B)
     assert torch.equal(reference(INDEX), expected)
+
+
+def test_statistics_of_a_model_without_adapters_are_copied():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    x = torch.randn(8, 4)
+    before, reference = copy.deepcopy(model).eval(), lora.reference_model(model)
+    model.train()(x)
+    assert torch.equal(reference(x), before(x))

@@ -6,6 +6,7 @@ The oracles are the model in memory, the uninterrupted training, and PEFT in the
 (examples/benchmarks/integrations_trainer.py).
 """
 
+import contextlib
 import copy
 import json
 import logging
@@ -232,6 +233,82 @@ def test_an_earlier_whole_model_in_the_folder_is_replaced(base, tmp_path):
     assert torch.equal(output(AutoModelForSequenceClassification.from_pretrained(tmp_path / "old")), output(model))
 
 
+def merged_before(model):
+    lora.merge_and_unload(draw(classifier_of(model)))
+    return classifier_of(copy.deepcopy(model))
+
+
+def unfrozen(model):
+    model = classifier_of(model)
+    for part in (model.roberta.encoder.layer[0].output.LayerNorm, model.roberta.encoder.layer[1].attention.self.query):
+        part.requires_grad_(True)
+    return model
+
+
+def classifier_of(model):
+    lora.inject_lora(model, r=2)
+    return model
+
+
+@pytest.mark.parametrize("change", [merged_before, unfrozen])
+def test_what_the_base_does_not_have_is_saved(base, tmp_path, change):
+    """An earlier adapter that was merged; layers that were unfrozen by hand."""
+    model = draw(change(AutoModelForSequenceClassification.from_pretrained(base)))
+    said = pytest.warns(UserWarning, match="LayerNorm, .*query: trained, and goes with the adapter, whole")
+    with said if change is unfrozen else contextlib.nullcontext():
+        model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(output(AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")), output(model))
+    resumed = AutoModelForSequenceClassification.from_pretrained(base)
+    resumed = unfrozen(resumed) if change is unfrozen else classifier_of(resumed)
+    result = resumed.load_state_dict(load_file(tmp_path / "saved" / "model.safetensors"), strict=False)
+    assert torch.equal(output(resumed), output(model)) and not result.missing_keys and not result.unexpected_keys
+    if change is unfrozen:
+        again = AutoModelForSequenceClassification.from_pretrained(base)
+        lora.load_lora(again, tmp_path / "saved")
+        assert torch.equal(output(again), output(model))
+    else:
+        lora.save_lora(model, tmp_path / "peft", format="peft")
+        assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+
+
+def test_a_pooler_that_the_base_does_not_have_is_trained(tmp_path):
+    """Each load draws it anew."""
+    config = transformers.BertConfig(**SMALL)
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        pytest.skip("transformers before version 5 does not tell what it drew")
+    path = runs.base(tmp_path, transformers.AutoModelForMaskedLM, config)
+    model = classifier(path)
+    assert (
+        model.bert.pooler.dense.weight.requires_grad and not model.bert.embeddings.word_embeddings.weight.requires_grad
+    )
+    draw(model).save_pretrained(tmp_path / "saved")
+    again = AutoModelForSequenceClassification.from_pretrained(path)
+    lora.load_lora(again, tmp_path / "saved")
+    for each in (again, AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")):
+        assert torch.equal(output(each), output(model))
+    lora.merge_and_unload(model).save_pretrained(tmp_path / "whole")  # which has one
+    assert not classifier(tmp_path / "whole").bert.pooler.dense.weight.requires_grad
+
+
+@pytest.mark.parametrize("form", ["of transformers", "of PEFT"])
+def test_adapters_of_peft_in_the_model_are_refused(base, tmp_path, form):
+    """Nothing that is saved of ours would hold them."""
+    draw(classifier(base)).save_pretrained(tmp_path / "saved")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "saved" if form == "of transformers" else base
+    )
+    if form == "of PEFT":
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"]))
+    for put in (
+        lambda: lora.inject_lora(model, target_modules=["key"]),
+        lambda: lora.load_lora(model, tmp_path / "saved"),
+    ):
+        with pytest.raises(
+            ValueError, match="has an adapter of PEFT in it .*; nothing was changed. Load the base alone"
+        ):
+            put()
+
+
 # States.
 
 STATES = {
@@ -351,10 +428,14 @@ def test_transformers_knows_the_class(base):
     model.set_attn_implementation("eager")
 
 
-@pytest.mark.parametrize("name", ["add_adapter", "disable_adapters", "load_adapter", "set_adapter", "active_adapters"])
+@pytest.mark.parametrize(
+    "name", ["add_adapter", "disable_adapters", "load_adapter", "set_adapter", "active_adapters", "dequantize"]
+)
 def test_methods_for_adapters_of_peft_are_refused(base, name):
     model = classifier(base)
-    with pytest.raises(ValueError, match=f"{name} is for adapters of PEFT, and those .* are loralib's: .*lora\\."):
+    with pytest.raises(
+        ValueError, match=f"{name} does not know the adapters of this model, .* loralib's: use .*lora\\."
+    ):
         getattr(model, name)("x")
     with pytest.raises((ValueError, TypeError, OSError)) as caught:
         getattr(lora.unload(model), name)("x")

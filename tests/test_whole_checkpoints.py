@@ -10,6 +10,7 @@ import torch
 from reference import randomize
 from safetensors.torch import save_file
 from small_model import INDEX, TARGETS, assert_unchanged, small_model, snapshot
+from torch import nn
 
 import loralib as lora
 
@@ -154,6 +155,17 @@ def test_another_base_is_refused(tmp_path):
     with pytest.raises(ValueError, match="with another base than this one: first.weight differ; load the adapter into"):
         lora.load_lora(other, single(model, tmp_path / "saved", "model.safetensors"), lora_alpha=6)
     assert lora.list_adapters(other) == []
+    torch.save(model.half().state_dict(), tmp_path / "half.pt")
+    with pytest.raises(ValueError, match=r"differ \(float16 there, float32 here\); .*, in the same dtype"):
+        lora.load_lora(small_model(), tmp_path / "half.pt", lora_alpha=6)
+
+
+def test_a_checkpoint_of_lightning(tmp_path):
+    model, base = adapted(), small_model()
+    state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"epoch": 1, "state_dict": state, "callbacks": {}}, tmp_path / "a.ckpt")
+    lora.load_lora(nn.ModuleDict({"net": base}), tmp_path / "a.ckpt", lora_alpha=6)
+    assert torch.equal(base(INDEX), model(INDEX))
 
 
 def test_a_folder_without_an_adapter(tmp_path):
