@@ -31,12 +31,9 @@ _OWN_PREFIXES = (*LORA_NAMES, "lora_rows_")
 # What a model that was given adapters knows: by adapter and module the shapes of the base's tensors; and whether its
 # embeddings were resized since.
 PARTS, RESIZED = "_lora_parts", "_lora_resized"
-<<<<<<< HEAD
 SHARED_BASE = "_lora_shared"  # an attribute of Parameters that several models have
-=======
 # The name of a Hugging Face model whose base is another one by now, as an adapter was merged into it.
 MERGED = "_lora_merged"
->>>>>>> e64e5dabbaa11e7f36a70ee6b9246be6332a4fb1
 
 
 class Form:
