@@ -300,10 +300,10 @@ def _without_base(
     others = sorted(differ & {f"{name}.weight" for name in names})
     if others:
         theirs, here = {of_base[name].dtype for name in others}, {_tensor(modules, name).dtype for name in others}
-        types = "" if theirs == here else f" ({_listed(theirs)} there, {_listed(here)} here)"
+        types = "" if theirs == here else f", in its dtype ({_listed(theirs)} there, {_listed(here)} here)"
         raise ValueError(
-            f"{path} is a checkpoint of a whole model with another base than this one: {', '.join(others[:8])} differ"
-            f"{types}; load the adapter into the base that it was trained on, in the same dtype"
+            f"{path} is a checkpoint of a whole model with another base than this one: {', '.join(others[:8])} differ; "
+            f"load the adapter into the base that it was trained on{types}"
         )
     heads = {name.rpartition(".")[0] for name in differ if not is_bias(name.rpartition(".")[2])}
     biases = {name.rpartition(".")[0] for name in differ} - heads
