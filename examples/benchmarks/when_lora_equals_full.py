@@ -49,7 +49,7 @@ NAME = "when_lora_equals_full"
 # The rates that a curve may have, and those that it begins with.
 LADDER = [float(f"{digit}e{power}") for power in range(-6, 0) for digit in (1, 3)]
 START = {"lora": (3e-4, 1e-3, 3e-3, 1e-2), "full": (3e-5, 1e-4, 3e-4, 1e-3)}
-VALIDATIONS = 16  # of a long run
+VALIDATIONS = 8  # of a long run
 # What may differ between runs that share their points.
 FREE_TO_CHANGE = {"ranks", "batch_sizes", "lines", "long_lines", "seeds", "output_dir", "record", "redraw"}
 
@@ -61,10 +61,10 @@ class Knobs:
     data_dir: str = knob(run_training_nlu.Knobs.data_dir, "folder of the GLUE folders")
     ranks: str = knob("1,8,64", "of the adapters, comma separated")
     lora_alpha: float = knob(32.0, "the update is scaled by lora_alpha / r; the paper's")
-    batch_sizes: str = knob("16,128", "the smaller and the larger")
-    lines: int = knob(4096, "to train on for a point, or as many as are left if the file has fewer")
-    long_lines: int = knob(16384, "to train on in a long run, likewise")
-    held_out: int = knob(2048, "lines of the training file that the loss is of; at most a quarter of the file")
+    batch_sizes: str = knob("16,64", "the smaller and the larger")
+    lines: int = knob(3072, "to train on for a point, or as many as are left if the file has fewer")
+    long_lines: int = knob(12288, "to train on in a long run, likewise")
+    held_out: int = knob(1024, "lines of the training file that the loss is of; at most a quarter of the file")
     seeds: int = knob(3, "runs at the best rate of each curve")
     seq_len: int = knob(32, "most tokens of a line; longer ones are cut")
     precision: str = knob("fp32", "of the matrix products (autocast)", training.PRECISIONS)
