@@ -24,7 +24,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "examples"))
 
 import update_documents  # noqa: E402 (after the folder that holds it)
-from common import cli, tables  # noqa: E402
+from common import cli  # noqa: E402
+from common.reports import tables  # noqa: E402
 
 GENERATED = REPOSITORY / "examples" / "COMPARISON_RESULTS.md"
 DOCUMENTS = {path.name: path for path in [*update_documents.DOCUMENTS, GENERATED]}

@@ -2,7 +2,7 @@
 
 import json
 
-from common import glue
+from common.data import glue
 
 # Rows of scores: key, title, factor, digits.
 SCORES = [
