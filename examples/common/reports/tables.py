@@ -44,6 +44,7 @@ BENCHMARK_ROWS = "benchmark_adapters_per_row"
 # The same training on bases stored in different dtypes.
 BASES = ["nlg_smollm2_all_2e-3", "nlg_smollm2_all_2e-3_nf4"]
 SYSTEMS = {"floor": "no adapter", "ours": "loralib", "upstream": "loralib 0.1.2", "peft": "PEFT", "full": "full"}
+SYSTEMS["peft_same_rank"] = "PEFT at rank r k"
 # The tutorial whose sections the README's table of ratios links.
 DETAILED = "examples/MODEL_COMPARISON_DETAILED.md"
 
@@ -185,6 +186,7 @@ def why(folder):
     cases = {level: list(found.values()) for level, found in record["levels"].items()}
     on_gpu, experts, nf4 = list(cuda["levels"]["steps"].values()), peft["cases"]["experts"], peft["cases"]["nf4"]
     mixed = [cell for cell in several["cells"] if cell["adapters"] > 1 and cell["rows"] > 1]
+    convolved = _times(cases["convolutions"])
     steps, convolutions = f"training step, {len(cases['steps'])} models", f"{len(cases['convolutions'])} convolutions"
     found = [
         (f"{steps} on a CPU: time", "Steps", _times(cases["steps"])),
@@ -201,12 +203,14 @@ def why(folder):
             {"peft": [cell["tokens"]["ratio"]["median"] for cell in mixed]},
         ),
         ("inject, merge, save, load, switch and the like: time", "Operations", _times(cases["operations"])),
-        (f"{convolutions} by themselves: time", "Convolutions", _times(cases["convolutions"])),
+        (f"{convolutions} by themselves: time", "Convolutions", convolved),
+        ("the same, PEFT at the same rank", "Convolutions", {"peft": convolved.get("peft_same_rank", [])}),
     ]
     rows = {"": ["beside PEFT", "beside loralib 0.1.2", "measured in"], "---": ["---:", "---:", "---"]}
     for title, heading, ratios in found:
         link = f"[{heading}]({DETAILED}#{heading.lower().replace(' ', '-')})"
-        rows[title] = [*(_range(ratios.get(rival, [])) for rival in ("peft", "upstream")), link]
+        if any(ratios.values()):
+            rows[title] = [*(_range(ratios.get(rival, [])) for rival in ("peft", "upstream")), link]
     return rows
 
 
