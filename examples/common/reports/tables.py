@@ -43,8 +43,14 @@ INTEGRATIONS = "integrations"
 BENCHMARK_ROWS = "benchmark_adapters_per_row"
 # The same training on bases stored in different dtypes.
 BASES = ["nlg_smollm2_all_2e-3", "nlg_smollm2_all_2e-3_nf4"]
-SYSTEMS = {"floor": "no adapter", "ours": "loralib", "upstream": "loralib 0.1.2", "peft": "PEFT", "full": "full"}
-SYSTEMS["peft_same_rank"] = "PEFT at rank r k"
+SYSTEMS = {
+    "floor": "no adapter",
+    "ours": "loralib",
+    "upstream": "loralib 0.1.2",
+    "peft": "PEFT",
+    "peft_same_rank": "PEFT at rank r k",
+    "full": "full",
+}
 # The tutorial whose sections the README's table of ratios links.
 DETAILED = "examples/MODEL_COMPARISON_DETAILED.md"
 
@@ -187,7 +193,7 @@ def why(folder):
     on_gpu, experts, nf4 = list(cuda["levels"]["steps"].values()), peft["cases"]["experts"], peft["cases"]["nf4"]
     mixed = [cell for cell in several["cells"] if cell["adapters"] > 1 and cell["rows"] > 1]
     convolved = _times(cases["convolutions"])
-    steps, convolutions = f"training step, {len(cases['steps'])} models", f"{len(cases['convolutions'])} convolutions"
+    steps, convolutions = f"training step, {len(cases['steps'])} models", f"{len(cases['convolutions'])} cases"
     found = [
         (f"{steps} on a CPU: time", "Steps", _times(cases["steps"])),
         ("the same: peak memory of the process", "Steps", _peaks(cases["steps"])),
@@ -203,8 +209,8 @@ def why(folder):
             {"peft": [cell["tokens"]["ratio"]["median"] for cell in mixed]},
         ),
         ("inject, merge, save, load, switch and the like: time", "Operations", _times(cases["operations"])),
-        (f"{convolutions} by themselves: time", "Convolutions", convolved),
-        ("the same, PEFT at the same rank", "Convolutions", {"peft": convolved.get("peft_same_rank", [])}),
+        (f"a convolution by itself, {convolutions}: time", "Convolutions", convolved),
+        ("the same, PEFT at rank r k", "Convolutions", {"peft": convolved.get("peft_same_rank", [])}),
     ]
     rows = {"": ["beside PEFT", "beside loralib 0.1.2", "measured in"], "---": ["---:", "---:", "---"]}
     for title, heading, ratios in found:
