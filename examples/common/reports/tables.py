@@ -193,9 +193,8 @@ def why(folder):
     on_gpu, experts, nf4 = list(cuda["levels"]["steps"].values()), peft["cases"]["experts"], peft["cases"]["nf4"]
     mixed = [cell for cell in several["cells"] if cell["adapters"] > 1 and cell["rows"] > 1]
     convolved = _times(cases["convolutions"])
-    steps, convolutions = f"training step, {len(cases['steps'])} models", f"{len(cases['convolutions'])} cases"
     found = [
-        (f"{steps} on a CPU: time", "Steps", _times(cases["steps"])),
+        (f"training step, {len(cases['steps'])} models on a CPU: time", "Steps", _times(cases["steps"])),
         ("the same: peak memory of the process", "Steps", _peaks(cases["steps"])),
         (f"training step, {len(on_gpu)} models on a GPU: time", "On a GPU", _times(on_gpu)),
         ("the same: peak memory of tensors", "On a GPU", _peaks(on_gpu)),
@@ -209,7 +208,7 @@ def why(folder):
             {"peft": [cell["tokens"]["ratio"]["median"] for cell in mixed]},
         ),
         ("inject, merge, save, load, switch and the like: time", "Operations", _times(cases["operations"])),
-        (f"a convolution by itself, {convolutions}: time", "Convolutions", convolved),
+        (f"a convolution by itself, {len(cases['convolutions'])} cases: time", "Convolutions", convolved),
         ("the same, PEFT at rank r k", "Convolutions", {"peft": convolved.get("peft_same_rank", [])}),
     ]
     rows = {"": ["beside PEFT", "beside loralib 0.1.2", "measured in"], "---": ["---:", "---:", "---"]}
