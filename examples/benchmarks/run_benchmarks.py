@@ -44,8 +44,10 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's 
 import measure
 import systems
 import torch
-from common import results, tables, training
 from common.cli import UserError, knob, parse_knobs, require_positive, run
+from common.records import results
+from common.reports import tables
+from common.training import compute
 from systems import Step, Work
 
 import loralib as lora
@@ -540,7 +542,7 @@ def measure_all(knobs):
     levels, precisions, names = check(knobs)
     measure.require_quiet(knobs)
     torch.set_num_threads(knobs.threads)
-    device = training.choose_device(knobs.device)
+    device = compute.choose_device(knobs.device)
     suite = LARGE if device.type == "cuda" else SMALL
     calls = {
         "layers": lambda: layers(knobs, device, names, precisions),
