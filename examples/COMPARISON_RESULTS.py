@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from common import comparison, glue, tables
 from common.cli import knob, parse_knobs, run
-from common.comparison import Gaps
+from common.data import glue
 from common.files import write_atomically
+from common.reports import comparison, tables
+from common.reports.comparison import Gaps
 
 HERE = Path(__file__).resolve().parent
 DOCUMENT = HERE / "COMPARISON_RESULTS.md"

@@ -13,9 +13,9 @@ models and the data that ship here.
 
 from dataclasses import dataclass
 
-from common import comparison
 from common.cli import UserError, knob, parse_knobs, require_positive, run
-from common.comparison import Gaps, dig
+from common.reports import comparison
+from common.reports.comparison import Gaps, dig
 
 MIB, GB = 2**20, 1e9
 # Title: where a run has it, the form of a cell, and its unit.

@@ -12,9 +12,9 @@ in what they differ. --run measures what is missing on the models and the data t
 
 from dataclasses import dataclass
 
-from common import comparison
 from common.cli import knob, parse_knobs, run
-from common.comparison import Gaps
+from common.reports import comparison
+from common.reports.comparison import Gaps
 
 NOTES = """In brackets 95 % of resamples of the test examples, one seed; +- is the standard deviation over seeds. A
 difference whose interval holds 0 may be chance. One seed says nothing of how far another one would be away."""

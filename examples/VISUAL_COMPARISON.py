@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from common import comparison, tables
 from common.cli import as_user_error, knob, parse_knobs, run
-from common.comparison import Gaps, dig
 from common.files import write_atomically
+from common.reports import comparison, tables
+from common.reports.comparison import Gaps, dig
 
 HERE = Path(__file__).resolve().parent
 TITLES = {"majority": "majority guess", "lora": "LoRA", "full": "full fine-tuning"}

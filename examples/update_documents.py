@@ -14,8 +14,8 @@ import re
 import sys
 from pathlib import Path
 
-from common import tables
 from common.files import REPOSITORY, RESULTS, write_atomically
+from common.reports import tables
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout's loralib
 import loralib as lora

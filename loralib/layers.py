@@ -322,7 +322,7 @@ class MergedLinear(Groups, nn.Linear, LoRALayer):
         fan_in_fan_out: store `weight` as (in_features, out_features).
         group_sizes: how many rows each group has; equal shares of `out_features` if not given.
         interleave: in how many turns the groups take their rows. 1: all of q, all of k, all of v. The number of heads:
-            q, k, v of the first head, then of the second, as GPT-NeoX has it. `lora_B` is ordered by groups always.
+            q, k, v of the first head, then of the second, as in GPT-NeoX. `lora_B` is always ordered by groups.
         **kwargs: `bias`, `device`, `dtype` of `nn.Linear`.
 
     Raises:
@@ -682,7 +682,7 @@ class _ParametersOf(MutableMapping):
 
 
 class ConvLoRA(Kernel, LoRALayer):
-    """A convolution with a low-rank update; `Conv1d`, `Conv2d` and `Conv3d` are this of torch's.
+    """A convolution of any kind with a low-rank update; `Conv1d`, `Conv2d` and `Conv3d` are made from it.
 
     >>> layer = ConvLoRA(nn.ConvTranspose2d, 4, 8, 3, stride=2, r=2)
     >>> layer(torch.ones(1, 4, 5, 5)).shape, isinstance(layer, nn.ConvTranspose2d)

@@ -30,7 +30,8 @@ import measure  # noqa: E402
 import run_benchmarks  # noqa: E402
 import systems  # noqa: E402
 import when_lora_equals_full as equals  # noqa: E402
-from common import cli, tables  # noqa: E402
+from common import cli  # noqa: E402
+from common.reports import tables  # noqa: E402
 
 # What PEFT calls in transformers is on its way out there.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

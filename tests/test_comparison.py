@@ -24,7 +24,9 @@ import QUALITY_COMPARISON as quality
 import run_training
 import run_training_nlu
 import VISUAL_COMPARISON as visual
-from common import cli, comparison, files, runs
+from common import cli, files
+from common.records import runs
+from common.reports import comparison
 from nlg_models import NLG
 from nlu_models import load_script
 from test_nlu_benchmark import run_here
@@ -69,7 +71,7 @@ def folder(tmp_path_factory, roberta):
     few = {"max_steps": 2, "max_train_samples": 64, "max_eval_samples": 24, "seeds": 2, "resamples": 50}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "make_run", run_here)
-        patch.setattr("common.results.RESULTS", folder)
+        patch.setattr("common.records.results.RESULTS", folder)
         improving.measure_improvement(
             "sst2", model=roberta, device="cpu", output_dir=str(made), record="nlu_tiny", **few
         )

@@ -24,7 +24,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "examples"))
 
 import update_documents  # noqa: E402 (after the folder that holds it)
-from common import cli, tables  # noqa: E402
+from common import cli  # noqa: E402
+from common.reports import tables  # noqa: E402
 
 GENERATED = REPOSITORY / "examples" / "COMPARISON_RESULTS.md"
 DOCUMENTS = {path.name: path for path in [*update_documents.DOCUMENTS, GENERATED]}
@@ -124,6 +125,18 @@ def test_tables_are_made_from_the_results(path):
     assert update_documents.with_tables(path) == path.read_text(encoding="utf-8"), (
         "run: cd examples && python update_documents.py"
     )
+
+
+def test_the_ratios_of_the_readme():
+    """A range goes from the smallest to the largest ratio of the record; memory is this library's through a rival's."""
+    levels = json.loads((update_documents.RESULTS / "benchmark.json").read_text(encoding="utf-8"))["levels"]
+    works, rows = levels["steps"].values(), list(tables.why(update_documents.RESULTS).values())[2:]
+    for column, rival in enumerate(("peft", "upstream")):
+        times = sorted(work["ratios"][rival]["median"] for work in works)
+        peaks = sorted(work["systems"]["ours"]["peak_bytes"] / work["systems"][rival]["peak_bytes"] for work in works)
+        assert [row[column] for row in rows[:2]] == [f"{low:.2f} to {high:.2f}" for low, *_, high in (times, peaks)]
+    assert [row[1] for row in rows[2:4]] == ["-", "-"]  # the run on a GPU was without 0.1.2
+    assert tables._range([0.5, 0.501]) == "0.50"
 
 
 def test_every_table_is_in_a_document():

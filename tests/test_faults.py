@@ -21,7 +21,9 @@ from pathlib import Path
 import pytest
 import run_training
 import torch
-from common import cli, files, pretrained, stopping, training
+from common import cli, files, stopping
+from common.models import pretrained
+from common.training import loop
 from nlg_models import NLG, ROOT
 from safetensors.torch import save_file
 from toy_training import TASK, train
@@ -69,7 +71,7 @@ def record(folder):
 
 def after_step(monkeypatch, number, action):
     """Have `action(model)` done at the end of an optimizer step."""
-    step, calls = training.optimizer_step, []
+    step, calls = loop.optimizer_step, []
 
     def wrapped(model, *arguments):
         loss = step(model, *arguments)
@@ -78,7 +80,7 @@ def after_step(monkeypatch, number, action):
             action(model)
         return loss
 
-    monkeypatch.setattr(training, "optimizer_step", wrapped)
+    monkeypatch.setattr(loop, "optimizer_step", wrapped)
 
 
 def terminate(*_):
@@ -150,7 +152,7 @@ def test_a_signal_during_a_validation_waits_for_its_end(tmp_path):
 
     with pytest.raises(stopping.Stopped, match="after step 4 of 18"):
         train(tmp_path, TASK._replace(validate=validate))
-    state = training.read_state(tmp_path / "state.pt", {})
+    state = loop.read_state(tmp_path / "state.pt", {})
     assert (state["step"], state["history"][0]["figure"]) == (4, 1.0)
 
 
@@ -463,7 +465,7 @@ def test_a_loss_that_is_nan_names_the_last_good_checkpoint(tmp_path, monkeypatch
     after_step(monkeypatch, at, spoil)
     path = tmp_path / "state.pt"
     checkpoint = "there is none yet" if saved is None else f"{path}, of step {saved}"
-    rate = training.learning_rate(at, 18, 0.1, 2)
+    rate = loop.learning_rate(at, 18, 0.1, 2)
     with pytest.raises(cli.UserError) as raised:
         train(tmp_path)
     assert str(raised.value) == (
@@ -472,7 +474,7 @@ def test_a_loss_that_is_nan_names_the_last_good_checkpoint(tmp_path, monkeypatch
     )
     assert path.exists() == (saved is not None)
     if saved:
-        assert training.read_state(path, {})["step"] == saved
+        assert loop.read_state(path, {})["step"] == saved
 
 
 def test_a_resumed_run_knows_the_checkpoint_it_began_with(tmp_path, monkeypatch):
@@ -482,7 +484,7 @@ def test_a_resumed_run_knows_the_checkpoint_it_began_with(tmp_path, monkeypatch)
     after_step(monkeypatch, 1, spoil)
     with pytest.raises(cli.UserError, match="not all weights are finite at step 4 of 18 .*state.pt, of step 3. Try"):
         train(tmp_path, resume=True)
-    assert training.read_state(tmp_path / "state.pt", {})["step"] == 3
+    assert loop.read_state(tmp_path / "state.pt", {})["step"] == 3
 
 
 def test_script_with_a_rate_that_is_far_too_high(gpt2, tmp_path, call):

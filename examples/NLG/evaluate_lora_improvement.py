@@ -26,8 +26,12 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
-from common import causal_lm, e2e, metrics, results, training
 from common.cli import UserError, as_user_error, fill_in, knob, make_output_folder, parse_knobs, require_positive, run
+from common.data import e2e
+from common.models import causal_lm
+from common.records import results
+from common.scores import text_scores
+from common.training import compute
 from run_training import SCORES, evaluate, score_references, some_meanings
 
 import loralib as lora
@@ -99,7 +103,7 @@ def build_models(knobs, device):
 
 def evaluate_models(knobs, test, wanted):
     """{system: (scores, texts)} of those wanted of the base and the adapted model."""
-    base, adapted, tokenizer = build_models(knobs, training.choose_device(knobs.device))
+    base, adapted, tokenizer = build_models(knobs, compute.choose_device(knobs.device))
     found = {}
     if "base" in wanted:
         with lora.disable_adapters(base):  # merged or not, the base alone
@@ -111,8 +115,8 @@ def evaluate_models(knobs, test, wanted):
 
 def read_texts(path, test):
     """The same of a file of texts, which leaves the perplexity open."""
-    texts = metrics.read_predictions(path, list(test))
-    scores = metrics.score(texts, list(test.values()), list(test))
+    texts = text_scores.read_predictions(path, list(test))
+    scores = text_scores.score(texts, list(test.values()), list(test))
     scores["perplexity"] = None
     scores["not_measured"]["perplexity"] = "not measured: perplexity needs the model, not texts alone"
     return scores, texts
@@ -153,8 +157,8 @@ def measure_improvement(**overrides):
     if "adapted" in written:
         inputs[1] = "adapter" if knobs.adapted_model is None else "adapted_model"
     references, meanings = list(test.values()), list(test)
-    values = {system: metrics.per_sentence(texts[system], references, meanings) for system in SYSTEMS}
-    wins = metrics.wins(values["base"], values["adapted"])
+    values = {system: text_scores.per_sentence(texts[system], references, meanings) for system in SYSTEMS}
+    wins = text_scores.wins(values["base"], values["adapted"])
     record = {
         "task": "e2e improvement",
         "configuration": results.configuration(knobs),
@@ -163,7 +167,7 @@ def measure_improvement(**overrides):
         "counts": {"test_meanings": len(test), "test_references": sum(map(len, references))},
         "references": score_references(test),
         **scores,
-        "intervals": metrics.bootstrap(texts, references, meanings, knobs.resamples, knobs.seed),
+        "intervals": text_scores.bootstrap(texts, references, meanings, knobs.resamples, knobs.seed),
         "wins": {
             name: share and {"base": share["first"], "adapted": share["second"], "tie": share["tie"]}
             for name, share in wins.items()
@@ -171,7 +175,7 @@ def measure_improvement(**overrides):
         "samples": choose_samples(texts, test, values),
     }
     record["seconds"] = {"total": time.perf_counter() - started}
-    record["environment"] = results.environment(training.choose_device(knobs.device))
+    record["environment"] = results.environment(compute.choose_device(knobs.device))
     for system in written:
         results.write_texts(output_dir / f"{system}_texts.jsonl", meanings, texts[system])
     results.write_json(output_dir / "improvement.json", record)

@@ -26,8 +26,10 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's 
 
 import measure
 import torch
-from common import pretrained, results, tables
 from common.cli import UserError, knob, parse_knobs, require_positive, run
+from common.models import pretrained
+from common.records import results
+from common.reports import tables
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import loralib as lora

@@ -29,9 +29,12 @@ sys.path.insert(3, str(Path(__file__).resolve().parents[2]))  # this checkout's 
 import run_training
 import run_training_nlu
 import torch
-from common import causal_lm, glue, results, tables
-from common import sequence_classification as classification
 from common.cli import UserError, fill_in, knob, parse_knobs, run
+from common.data import glue
+from common.models import causal_lm
+from common.models import sequence_classification as classification
+from common.records import results
+from common.reports import tables
 
 import loralib as lora
 

@@ -14,8 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from common import results
 from common.cli import UserError
+from common.records import results
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode

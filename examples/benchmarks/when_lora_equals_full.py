@@ -36,9 +36,12 @@ sys.path.insert(2, str(Path(__file__).resolve().parents[2]))  # this checkout's 
 
 import run_training_nlu
 import torch
-from common import glue, results, tables, training
-from common import sequence_classification as classification
 from common.cli import UserError, knob, make_output_folder, parse_knobs, require_positive, run
+from common.data import glue
+from common.models import sequence_classification as classification
+from common.records import results
+from common.reports import tables
+from common.training import compute, loop
 from tqdm import tqdm
 
 import loralib as lora
@@ -67,7 +70,7 @@ class Knobs:
     held_out: int = knob(1024, "lines of the training file that the loss is of; at most a quarter of the file")
     seeds: int = knob(3, "runs at the best rate of each curve")
     seq_len: int = knob(32, "most tokens of a line; longer ones are cut")
-    precision: str = knob("fp32", "of the matrix products (autocast)", training.PRECISIONS)
+    precision: str = knob("fp32", "of the matrix products (autocast)", compute.PRECISIONS)
     threads: int = knob(1, "of the CPU")
     output_dir: str = knob(str(HERE / "output" / NAME), "folder for what is written")
     record: str | None = knob(None, "name under which examples/results/ gets the record and the picture, too")
@@ -161,7 +164,7 @@ class Bench:
         task = classification.training_task(self.task, tokenizer)
         with tempfile.TemporaryDirectory() as folder:
             try:
-                outcome = training.train(model, task, samples, self.held_out, knobs, Path(folder) / "state.pt", {})
+                outcome = loop.train(model, task, samples, self.held_out, knobs, Path(folder) / "state.pt", {})
             except UserError as error:  # a rate so high that the loss is not finite
                 tqdm.write(str(error))
                 return found

@@ -2,7 +2,7 @@
 
 import json
 
-from common import glue
+from common.data import glue
 
 # Rows of scores: key, title, factor, digits.
 SCORES = [
@@ -44,8 +44,16 @@ INTEGRATIONS = "integrations"
 BENCHMARK_ROWS = "benchmark_adapters_per_row"
 # The same training on bases stored in different dtypes.
 BASES = ["nlg_smollm2_all_2e-3", "nlg_smollm2_all_2e-3_nf4"]
-SYSTEMS = {"floor": "no adapter", "ours": "loralib", "upstream": "loralib 0.1.2", "peft": "PEFT", "full": "full"}
-SYSTEMS["peft_same_rank"] = "PEFT at rank r k"
+SYSTEMS = {
+    "floor": "no adapter",
+    "ours": "loralib",
+    "upstream": "loralib 0.1.2",
+    "peft": "PEFT",
+    "peft_same_rank": "PEFT at rank r k",
+    "full": "full",
+}
+# The tutorial whose sections the README's table of ratios links.
+DETAILED = "examples/MODEL_COMPARISON_DETAILED.md"
 
 
 def read(name, folder):
@@ -177,10 +185,103 @@ def accounting(folder):
     return rows
 
 
+def why(folder):
+    """A row for each kind of work: this library's time or memory divided by that of PEFT and of loralib 0.1.2."""
+    record, cuda, peft, several = (
+        read(name, folder) for name in (BENCHMARK, BENCHMARK_CUDA, BENCHMARK_PEFT, BENCHMARK_ROWS)
+    )
+    cases = {level: list(found.values()) for level, found in record["levels"].items()}
+    on_gpu, experts, nf4 = list(cuda["levels"]["steps"].values()), peft["cases"]["experts"], peft["cases"]["nf4"]
+    mixed = [cell for cell in several["cells"] if cell["adapters"] > 1 and cell["rows"] > 1]
+    convolved = _times(cases["convolutions"])
+    found = [
+        (f"training step, {len(cases['steps'])} models on a CPU: time", "Steps", _times(cases["steps"])),
+        ("the same: peak memory of the process", "Steps", _peaks(cases["steps"])),
+        (f"training step, {len(on_gpu)} models on a GPU: time", "On a GPU", _times(on_gpu)),
+        ("the same: peak memory of tensors", "On a GPU", _peaks(on_gpu)),
+        ("training step on a 4-bit base: time", "A 4-bit base", {"peft": [nf4["ratio"]["median"]]}),
+        ("training step of 8 fused experts: time", "Fused experts", {"peft": [experts["ratio"]["median"]]}),
+        ("the same: peak memory of a step", "Fused experts", {"peft": [_peak_ratio(experts)]}),
+        ("writing, merged or not: time of a token", "Generation", _times(cases["generation"])),
+        (
+            "writing with several adapters in one batch: time of a token",
+            "Several adapters in one batch",
+            {"peft": [cell["tokens"]["ratio"]["median"] for cell in mixed]},
+        ),
+        ("inject, merge, save, load, switch and the like: time", "Operations", _times(cases["operations"])),
+        (f"a convolution by itself, {len(cases['convolutions'])} cases: time", "Convolutions", convolved),
+        ("the same, PEFT at rank r k", "Convolutions", {"peft": convolved.get("peft_same_rank", [])}),
+    ]
+    rows = {"": ["beside PEFT", "beside loralib 0.1.2", "measured in"], "---": ["---:", "---:", "---"]}
+    for title, heading, ratios in found:
+        link = f"[{heading}]({DETAILED}#{heading.lower().replace(' ', '-')})"
+        if any(ratios.values()):
+            rows[title] = [*(_range(ratios.get(rival, [])) for rival in ("peft", "upstream")), link]
+    return rows
+
+
+def _times(cases):
+    """The medians of the ratios of the cases, by rival."""
+    rivals = {rival for case in cases for rival in case["ratios"]}
+    return {name: [case["ratios"][name]["median"] for case in cases if name in case["ratios"]] for name in rivals}
+
+
+def _peaks(cases):
+    """The ratios of the peaks of memory of the cases, by rival."""
+    systems = [{name: system["peak_bytes"] for name, system in case["systems"].items()} for case in cases]
+    rivals = {name for peaks in systems for name in peaks}
+    return {name: [peaks["ours"] / peaks[name] for peaks in systems if name in peaks] for name in rivals}
+
+
+def _range(ratios):
+    """Ratios as the smallest and the largest of them."""
+    low, high = (f"{pick(ratios, default=0):.2f}" for pick in (min, max))
+    return "-" if not ratios else low if low == high else f"{low} to {high}"
+
+
+def generation(folder):
+    """A row for each work: writing 32 tokens, one by one."""
+    return _beside(read(BENCHMARK, folder)["levels"]["generation"])
+
+
+def operations(folder):
+    """A row for each thing that is done to a whole model."""
+    return _beside(read(BENCHMARK, folder)["levels"]["operations"])
+
+
+def convolutions(folder):
+    """A row for each convolution, forward and backward or in evaluation."""
+    return _beside(read(BENCHMARK, folder)["levels"]["convolutions"])
+
+
+def generation_cuda(folder):
+    """The same as `generation`, on a GPU."""
+    return _beside(read(BENCHMARK_CUDA, folder)["levels"]["generation"])
+
+
+def operations_cuda(folder):
+    """The same as `operations`, on a GPU."""
+    return _beside(read(BENCHMARK_CUDA, folder)["levels"]["operations"])
+
+
+def _beside(cases):
+    """A row for each case: its time, and that divided by the time of each other system."""
+    others = [name for name in SYSTEMS if any(name in case["ratios"] for case in cases.values())]
+    rows = {"": ["loralib, ms", *(f"loralib / {SYSTEMS[name]}" for name in others)]}
+    rows["---"] = ["---:"] * len(rows[""])
+    for key, case in cases.items():
+        cells = [_spread(case["ratios"][name]) if name in case["ratios"] else "-" for name in others]
+        rows[case["title"], key] = [f"{1e3 * case['systems']['ours']['seconds']['median']:,.2f}", *cells]
+    return rows
+
+
 def bars(folder):
-    """A row for each bar of the benchmark: this library through a rival, at most so much."""
+    """A row for each aim of the benchmark: this library through a rival, at most so much; met ones of convolutions
+    are left out."""
     rows = {"": ["through", "median of the ratios [quartiles]", "aim", "met"], "---": ["---", "---:", "---:", "---"]}
     for bar in read(BENCHMARK, folder)["bars"]:
+        if bar["case"].startswith("Conv") and bar["met"]:
+            continue
         value, met = bar["value"], "yes" if bar["met"] else "no"
         text = f"{value['median']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
         if bar["rival"] is None:
@@ -291,9 +392,13 @@ def against_peft_rows(record):
             f"{found['trained']['loralib']:,}",
             f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]",
             f"{ours / 2**20:,.0f}, {theirs / 2**20:,.0f}",
-            f"{ours / theirs:.2f}",
+            f"{_peak_ratio(found):.2f}",
         ]
     return rows
+
+
+def _peak_ratio(case):
+    return case["peak_bytes"]["loralib"] / case["peak_bytes"]["peft"]
 
 
 def growth(folder):
@@ -433,6 +538,12 @@ TABLES = {
     "bases": bases,
     "base_dtypes": base_dtypes,
     "bars": bars,
+    "why": why,
+    "generation": generation,
+    "operations": operations,
+    "convolutions": convolutions,
+    "generation_cuda": generation_cuda,
+    "operations_cuda": operations_cuda,
     "steps_cuda": steps_cuda,
     "steps": steps,
     "figures": figures,

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from common import glue, runs, tables
 from common.cli import UserError, knob
+from common.data import glue
 from common.files import REPOSITORY, RESULTS, sha256
+from common.records import runs
+from common.reports import tables
 
 METHODS = {"none": "base", "head": "head alone", "lora": "LoRA", "full": "full fine-tuning"}
 # What two runs of a pair may differ in: each method has its own learning rate.
