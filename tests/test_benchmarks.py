@@ -442,7 +442,7 @@ class Valley:
         return {"losses": [[8, 0.2 + math.log10(rate / self.lowest) ** 2]] if rate < self.diverges_from else []}
 
 
-@pytest.mark.parametrize("best, first, last", [(1e-3, 3e-4, 1e-2), (2e-5, 1e-5, 1e-2), (0.04, 3e-4, 1e-1)])
+@pytest.mark.parametrize("best, first, last", [(1e-3, 3e-4, 3e-3), (2e-5, 1e-5, 3e-3), (0.04, 3e-4, 1e-1)])
 def test_a_curve_goes_on_until_the_best_rate_has_neighbours(best, first, last):
     bench = Valley(best)
     losses = equals.measure_losses(bench, equals.Method("query and value", 1), 16)
