@@ -342,7 +342,10 @@ def test_a_row_says_what_a_run_was_and_reached(records):
     assert [row[3] for row in rows.values() if row[0] == "majority guess"] == [f"{majority:.1f}"]
 
 
-@pytest.mark.parametrize("targets, title", [("all-linear", "all linear layers"), ("q,v", "q,v")])
+TARGETS = {None: "query and value", "query-value": "query and value", "all-linear": "all linear layers", "q,v": "q,v"}
+
+
+@pytest.mark.parametrize("targets, title", TARGETS.items())
 def test_targets_are_named(targets, title):
     settings = {"lora_dim": 2, "lora_alpha": 4.0, "target_modules": targets, "lr": None}
     assert comparison.settings_title(settings, "lora") == f"LoRA r=2, alpha=4, {title}"

@@ -174,7 +174,7 @@ def settings_title(settings, adapt):
     """A method with what was chosen for it."""
     title = METHODS[adapt]
     if adapt == "lora":
-        targets = {None: "query and value", "all-linear": "all linear layers"}
+        targets = {None: "query and value", "query-value": "query and value", "all-linear": "all linear layers"}
         named = settings["target_modules"]
         title += f" r={settings['lora_dim']}, alpha={settings['lora_alpha']:g}, {targets.get(named, named)}"
     return title if settings.get("lr") is None else f"{title}, lr {settings['lr']:g}"
