@@ -14,6 +14,7 @@ import re
 import sys
 from pathlib import Path
 
+from common.cli import run
 from common.files import REPOSITORY, RESULTS, write_atomically
 from common.reports import tables
 
@@ -73,6 +74,10 @@ def with_tables(document, folder=RESULTS):
     return text
 
 
-if __name__ == "__main__":
+def main():
     for path in DOCUMENTS:
         write_atomically(path, with_tables(path))
+
+
+if __name__ == "__main__":
+    run(main)
