@@ -234,10 +234,13 @@ def unread(*command, lines=0, **environment):
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(path, marks=[] if path.stem in LIGHT else [pytest.mark.slow], id=path.stem) for path in SCRIPTS]
+    "path",
+    [pytest.param(path, marks=[] if path.stem in LIGHT else [pytest.mark.slow], id=path.stem) for path in SCRIPTS],
 )
 def test_no_script_complains_of_a_reader_that_has_left(path):
-    assert unread(path, "--help") == (141, "")
+    # 0 where the text is longer than the buffer: argparse itself passes over what goes to nobody.
+    status, stderr = unread(path, "--help", PYTHONUNBUFFERED="")
+    assert status in (141, 0) and "Traceback" not in stderr and "BrokenPipe" not in stderr
 
 
 def test_every_script_is_run_by_what_knows_of_such_readers():

@@ -11,7 +11,6 @@ import sys
 import threading
 from types import SimpleNamespace
 
-
 # The exit status of a process that SIGPIPE ends, as a shell has it.
 UNREAD = 128 + 13
 
