@@ -128,7 +128,51 @@ def _bar(left, y, scale, height, colour, row, key, kind):
     yield text(end + 5, y + height - 3, kind.text(mean))
 
 
+GROWING = {
+    **{"memory": "#8b949e", "step": "#3b82f6", "save": "#e07b00", "load": "#2da44e"},
+    **{"inject": "#bf3989", "switch": "#8250df"},
+}
+
+
+def growth(records):
+    """(Title, SVG) of what grows with layers, adapters and rank, relative to the first point; both axes logarithmic."""
+    title, panel, top, height, parts = "Time and memory, divided by those at the first number", 160, 40, 200, []
+    for number, what in enumerate(GROWING):
+        parts.append(f'<rect x="{45 + 85 * number}" y="7" width="10" height="10" fill="{GROWING[what]}"/>')
+        parts.append(text(60 + 85 * number, 16, what))
+    axes = records["benchmark_growth"]["axes"]
+    most = max(
+        point[what] / found["points"][0][what] for found in axes.values() for point in found["points"] for what in point
+    )
+    high, low = math.log(most) + 0.1, math.log(0.6)
+    for number, (axis, found) in enumerate(axes.items()):
+        left, first = 45 + number * (panel + 25), found["numbers"][0]
+        across = math.log(found["numbers"][-1] / first)
+
+        def place(value, ratio, left=left, first=first, across=across):
+            x = left + panel * math.log(value / first) / across
+            return x, top + height * (high - math.log(ratio)) / (high - low)
+
+        for tick in (1, 2, 5, 10, 20, 50, 100):
+            if tick <= most:
+                y = place(first, tick)[1]
+                parts += [line(left, y, left + panel, y, class_="grid")]
+                parts += [text(left - 6, y + 4, str(tick), "end")] if not number else []
+        for value in found["numbers"]:
+            parts.append(text(place(value, 1)[0], top + height + 16, f"{value:,}", "middle"))
+        parts.append(text(left + panel / 2, top + height + 34, axis, "middle"))
+        end = min(found["numbers"][-1], first * math.exp(high))
+        parts.append(line(*place(first, 1), *place(end, end / first), stroke_dasharray="4 3"))
+        for what, colour in GROWING.items():
+            ratios = [point[what] / found["points"][0][what] for point in found["points"]]
+            path = " ".join("{:.1f},{:.1f}".format(*place(*at)) for at in zip(found["numbers"], ratios, strict=True))
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+    title += "; dashed: as many times as many"
+    return title, svg(600, top + height + 44, title, parts)
+
+
 PICTURES = {
+    "growth_curves": growth,
     "loss_curve": loss_curve,
     "quality": quality,
     "quality_embedded": lambda records: quality(records, synthetic=True),
