@@ -59,15 +59,15 @@ PUBLISHED = {
 }
 
 
-NOTES = f"""A row is a run, or the mean of the seeds of one (+- the standard deviation), with the files that hold it; a
-table holds what shares task, base and data. {reading.SYNTHETIC_BASE} marks texts made by a grammar, and models
-pretrained on such texts: they show nothing about real text, and no table holds them together with others. Scores of
-GLUE are of the dev set, x 100. Rows differ in settings, steps and device as they say; which runs differ in the method
-alone, and by how much, is what QUALITY_COMPARISON.py and LORA_vs_FULL_COMPARISON.py say. A run that was scored on a
-part of the test set stands with its validation loss alone."""
-BEST_NOTES = """The best run of a method: several seeds come before one, then on E2E the least validation loss, on GLUE
-the highest dev score, which is a little too good for that. +- is the standard deviation over seeds; in brackets 95 %
-of resamples of the test examples, with several seeds of the first. "-": not measured."""
+NOTES = f"""A row is one run, or the mean over its seeds (+- the standard deviation), with the files that hold it. A
+table has the runs of one task, base and data set. {reading.SYNTHETIC_BASE} marks texts made by a grammar, and models
+pretrained on such texts. They show nothing about real text, and share no table with other rows. GLUE scores
+are of the dev set, times 100. Rows may differ in settings, steps and device, as they state; QUALITY_COMPARISON.py and
+LORA_vs_FULL_COMPARISON.py compare runs that differ in the method alone. A run that was scored on a part of the test
+set is shown with its validation loss only."""
+BEST_NOTES = """The best run of a method: runs of several seeds come first; then on E2E the lowest validation loss, on
+GLUE the highest dev score, which is slightly too high for that reason. +- is the standard deviation over seeds. In
+brackets: 95 % of resamples of the test examples; with several seeds, of the first seed. "-": not measured."""
 BEST = {"untrained": reached.UNTRAINED, "head alone": ["head"], "LoRA": ["lora"], "full fine-tuning": ["full"]}
 # Which methods a table should have, of GLUE and of E2E.
 EXPECTED = {False: ("head", "lora", "full"), True: ("none", "lora", "full")}
