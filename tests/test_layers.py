@@ -726,6 +726,7 @@ def test_the_narrow_branch_of_a_convolution_is_the_sum(monkeypatch, conv, channe
     delta = (layer.lora_B @ layer.lora_A).view(plain.weight.shape) * 5 / 3
     wanted = torch.func.functional_call(plain, {"weight": plain.weight.detach() + delta}, (x,))
     torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(layer(x[0]), wanted[0])  # without a batch
     torch.testing.assert_close(grads, torch.autograd.grad(wanted.square().sum(), (x, layer.lora_A, layer.lora_B)))
 
 
