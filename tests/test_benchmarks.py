@@ -5,17 +5,20 @@
 Upstream's package is an optional download; the tests that need it skip without it.
 """
 
+import cProfile
 import dataclasses
 import itertools
 import json
 import math
 import os
+import pstats
 import sys
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from nlg_models import ROOT
 from torch import nn
 
@@ -32,6 +35,8 @@ import systems  # noqa: E402
 import when_lora_equals_full as equals  # noqa: E402
 from common import cli  # noqa: E402
 from common.reports import tables  # noqa: E402
+
+import loralib as lora  # noqa: E402
 
 # What PEFT calls in transformers is on its way out there.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -430,6 +435,30 @@ def test_rows_of_different_adapters_are_measured_beside_peft(tmp_path, monkeypat
         adapters_per_row.measure_all(adapters_per_row.Knobs(rows="1,x"))
 
 
+def test_twice_as_many_layers_need_twice_as_many_calls(tmp_path):
+    """Of Python functions, which is what injecting, saving, loading and switching spend their time on."""
+
+    def calls_of(layers):
+        config = {"n_embd": 8, "n_head": 2, "n_positions": 8, "vocab_size": 16, "bos_token_id": 0, "eos_token_id": 0}
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=layers, **config))
+        file, counts = tmp_path / "adapter.safetensors", {}
+        works = {
+            "inject": lambda: lora.inject_lora(model, r=2),
+            "save": lambda: lora.save_lora(model, file),
+            "load": lambda: lora.load_lora(model, file, adapter_name="second"),
+            "switch": lambda: lora.set_adapter(model, "default"),
+        }
+        for what, work in works.items():
+            profiler = cProfile.Profile()
+            profiler.runcall(work)
+            counts[what] = pstats.Stats(profiler).total_calls
+        return counts
+
+    calls_of(1)  # fills what is remembered of classes
+    few, many = calls_of(20), calls_of(40)
+    assert {what: many[what] / few[what] <= 2.02 for what in few} == dict.fromkeys(few, True), (few, many)
+
+
 class Valley:
     """Points whose losses are a parabola over the logarithm of the rate."""
 
@@ -458,13 +487,11 @@ def test_a_curve_whose_higher_rates_diverge_has_its_best_rate_as_it_was_measured
 
 @pytest.mark.slow
 def test_lora_and_full_fine_tuning_are_held_together(tmp_path, capsys):
-    """A small run, which goes on from its points, and is refused those of others; the picture is the same each time."""
+    """A small run, which goes on from its points, and is refused those of others."""
     small = {"ranks": "1,2", "batch_sizes": "32,16", "lines": 64, "long_lines": 96, "held_out": 64, "seeds": 2}
     knobs = equals.Knobs(**small, output_dir=str(tmp_path))
     record = equals.measure_all(knobs)
-    place = tmp_path / "when_lora_equals_full.json"
-    picture = place.with_suffix(".svg").read_bytes()
-    assert json.loads(place.read_text()) == record and picture.startswith(b"<?xml") and len(picture) < 100_000
+    assert json.loads((tmp_path / "when_lora_equals_full.json").read_text()) == record
     assert [(curve["r"], curve["batch_size"]) for curve in record["curves"]] == [
         (r, size) for size in (16, 32) for r in (1, 2, 1, 2, None)
     ]
@@ -482,7 +509,6 @@ def test_lora_and_full_fine_tuning_are_held_together(tmp_path, capsys):
     points = len(json.loads((tmp_path / "points.json").read_text())["points"])
     assert equals.measure_all(knobs) == record
     assert f"{points} points are taken from" in capsys.readouterr().out
-    assert place.with_suffix(".svg").read_bytes() == picture
     with pytest.raises(cli.UserError, match="points.json has points of another configuration; give another --output"):
         equals.measure_all(dataclasses.replace(knobs, seq_len=16))
 
@@ -498,5 +524,3 @@ def test_lora_and_full_fine_tuning_are_held_together(tmp_path, capsys):
 def test_curves_that_cannot_be_measured_are_refused(options, message, tmp_path):
     with pytest.raises(cli.UserError, match=message):
         equals.measure_all(equals.Knobs(**options, output_dir=str(tmp_path)))
-    with pytest.raises(cli.UserError, match="--redraw nothing: there is no .*nothing.json"):
-        equals.redraw("nothing")

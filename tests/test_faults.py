@@ -24,7 +24,7 @@ import torch
 from common import cli, files, stopping
 from common.models import pretrained
 from common.training import loop
-from nlg_models import NLG, ROOT
+from nlg_models import NLG, ROOT, own_lines
 from safetensors.torch import save_file
 from toy_training import TASK, train
 
@@ -189,6 +189,86 @@ def test_a_signal_that_need_not_wait_ends_the_script_at_once(name, status, said,
             time.sleep(0.3)
         _, stderr = process.communicate(timeout=10)
     assert (process.returncode, stderr) == (status, f"\n{said}; no file was left half-written\n")
+
+
+# A reader that leaves
+
+EXAMPLES = NLG.parent
+SCRIPTS = [path for path in sorted(EXAMPLES.rglob("*.py")) if "__main__" in path.read_text(encoding="utf-8")]
+# Those that start within a second; of the others each takes some.
+LIGHT = ("COMPARISON_RESULTS", "QUALITY_COMPARISON", "LORA_vs_FULL_COMPARISON", "download_data", "make_data")
+PRINTING = """
+import subprocess, sys
+sys.path.insert(0, "..")
+from common import cli
+def many():
+    for number in range(100_000):
+        print(number)
+def last():
+    print("one line, which waits for the end")
+def wrong():
+    print("one line")
+    raise cli.UserError("said all the same")
+def child():
+    cli.call([sys.executable, "-c", "import sys; sys.exit(141)"])
+def other():
+    with subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, bufsize=0) as process:
+        process.wait()
+        process.stdin.write(b"to nobody")
+cli.run({})
+"""
+
+
+def unread(*command, lines=0, **environment):
+    """(exit status, stderr) of a Python process in examples/ whose reader leaves after so many lines."""
+    read, write = os.pipe()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, *map(str, command)]
+    process = subprocess.Popen(command, cwd=NLG, env=environment, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    with open(read, encoding="utf-8") as reader:
+        for _ in range(lines):
+            reader.readline()
+    _, stderr = process.communicate(timeout=60)
+    return process.returncode, own_lines(stderr)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[] if path.stem in LIGHT else [pytest.mark.slow], id=path.stem) for path in SCRIPTS],
+)
+def test_no_script_complains_of_a_reader_that_has_left(path):
+    # 0 where the text is longer than the buffer: argparse itself passes over what goes to nobody.
+    status, stderr = unread(path, "--help", PYTHONUNBUFFERED="")
+    assert status in (141, 0) and "Traceback" not in stderr and "BrokenPipe" not in stderr
+
+
+def test_every_script_is_run_by_what_knows_of_such_readers():
+    for path in SCRIPTS:
+        assert path.read_text(encoding="utf-8").endswith('if __name__ == "__main__":\n    run(main)\n'), path
+
+
+@pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize(
+    "main, lines, expected",
+    [
+        ("many", 0, (141, "")),
+        ("many", 3, (141, "")),
+        ("last", 0, (141, "")),
+        ("wrong", 0, (141, "error: said all the same\n")),
+        ("child", 0, (141, "")),
+    ],
+)
+def test_a_reader_that_leaves_ends_the_script_without_a_word(main, lines, expected, buffered):
+    if (main, buffered) == ("wrong", "1"):
+        expected = 141, ""  # the line before it went to nobody
+    assert unread("-c", PRINTING.format(main), lines=lines, PYTHONUNBUFFERED=buffered) == expected
+
+
+def test_a_pipe_that_breaks_elsewhere_is_a_fault():
+    with start("-c", PRINTING.format("other")) as process:
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1 and stderr.endswith("BrokenPipeError: [Errno 32] Broken pipe\n")
 
 
 # Several processes

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+from pathlib import Path
 
 import evaluate_lora_improvement
 import pytest
@@ -290,6 +291,7 @@ def test_the_record_says_where_its_numbers_come_from(improvement, adapted, tmp_p
     adapter = adapted[1]["native"]["adapter"]
     assert record["inputs_sha256"]["adapter"] == {"adapter.safetensors": results.sha256(adapter)}
     assert record["inputs_sha256"].keys() == {"model", "adapter"}
+    assert record["compared"]["base"] == "base"
     assert record["references"]["slot_share"] == 1
     assert record["environment"]["versions"]["torch"] == torch.__version__
     assert record["seconds"]["total"] > 0
@@ -361,6 +363,23 @@ def given_texts(tmp_path, no_java):
         "model": "no-such-model",
         "resamples": 50,
     }
+
+
+@pytest.mark.parametrize("of_the_run", [True, False], ids=["its texts", "other texts"])
+def test_a_comparison_names_both_systems(given_texts, of_the_run, tmp_path, capsys):
+    """By the run beside the texts, if that run scored as they do, and else by the file."""
+    test = e2e.group_references(e2e.read_pairs(Path(given_texts["data_dir"]) / "test.txt"))
+    path = given_texts["adapted_texts" if of_the_run else "base_texts"]
+    settings = {"lora_dim": 4, "lora_alpha": 8.0, "target_modules": "all-linear", "lr": 0.01}
+    run = {"adapt": "lora", "configuration": settings, "after": evaluate_lora_improvement.read_texts(path, test)[0]}
+    beside = tmp_path / "run"
+    beside.mkdir()
+    (beside / "results.json").write_text(json.dumps(run), encoding="utf-8")
+    given_texts["adapted_texts"] = str(Path(given_texts["adapted_texts"]).rename(beside / "texts.jsonl"))
+    record = evaluate_lora_improvement.measure_improvement(**given_texts)
+    title = "LoRA r=4, alpha=8, all linear layers, lr 0.01" if of_the_run else "texts.jsonl"
+    assert record["compared"] == {"base": "base.txt", "adapted": title}
+    assert f"\nbase: base.txt\nadapted: {title}\n5 meanings; in brackets" in capsys.readouterr().out
 
 
 def test_given_texts_are_scored_without_a_model(given_texts, monkeypatch, tmp_path, capsys):

@@ -45,6 +45,7 @@ import run_training
 from common.cli import UserError, fill_in, knob, make_output_folder, parse_knobs, require_positive, run
 from common.models import causal_lm
 from common.records import results, runs
+from common.reports import tables
 from common.training import compute, distributed, loop, memory
 
 import loralib as lora
@@ -285,7 +286,7 @@ def report(comparison):
         scores = comparison["quality"][metric]
         cells = [scores[c] if c == "ratio" or scores[c] is None else factor * scores[c] for c in columns]
         rows.append([title, *("" if cell is None else f"{cell:.3f}" for cell in cells)])
-    print(f"\n{table(rows)}")
+    print(f"\n{tables.aligned(rows)}", end="")
     for reason in comparison["not_measured"].values():
         print(reason)
 
@@ -295,7 +296,7 @@ def report(comparison):
     rows = [["", "LoRA", "full", "LoRA / full"]]
     for name, cost in costs.items():
         rows.append([name.replace("_", " "), *(number(cost[column]) for column in ("lora", "full", "ratio"))])
-    print(f"\n{table(rows)}")
+    print(f"\n{tables.aligned(rows)}", end="")
     if steps:
         low, high, least, most = *steps["quartiles"], *steps["range"]
         print(
@@ -321,7 +322,10 @@ def accounting_table(accounting):
             rows.append([name if method == TRAINED[0] else "", TITLES[method], *cells])
         ratios = size["ratio"]
         rows.append(["", "ratio", "", f"{ratios['trained']:.5f}", *(f"{ratios['bytes'][k]:.5f}" for k in keys)])
-    lines = [table(rows), f"LoRA: rank {PAPER_RANK} on query and value; float32, AdamW, without activations"]
+    lines = [
+        tables.aligned(rows).removesuffix("\n"),
+        f"LoRA: rank {PAPER_RANK} on query and value; float32, AdamW, without activations",
+    ]
     for name, size in accounting.items():
         if "trained_by_the_paper" in size:
             lines.append(f"the paper says {size['trained_by_the_paper'] / 1e6:.2f}M trained for {name}")
@@ -332,16 +336,6 @@ def number(value):
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
-
-
-def table(rows):
-    """Rows of texts as lines, the first column on the left, the others on the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *cells in rows:
-        aligned = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells, widths[1:], strict=True))]
-        lines.append("  ".join(aligned).rstrip())
-    return "\n".join(lines)
 
 
 def main():

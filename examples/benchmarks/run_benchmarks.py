@@ -252,6 +252,8 @@ def convolutions(knobs, device, names):
         title, facts = f"Conv2d, k={k}, {channels} channels", {"batch": 4, "side": side, "r": 8}
         calls = {name: functools.partial(forward_and_backward, layer, x, "fp32") for name, layer in made.items()}
         cases[title] = compare(title, calls, knobs, device, **facts)
+        for name in calls.keys() & {"ours", "peft", "peft_same_rank"}:
+            cases[title]["systems"][name]["profile"] = measure.largest_operations(calls[name], PROFILES)
         for layer in made.values():
             keep_apart(layer)
             layer.eval()

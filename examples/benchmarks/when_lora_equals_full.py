@@ -3,7 +3,6 @@
     cd examples/benchmarks
     python when_lora_equals_full.py
     python when_lora_equals_full.py --model minilm-l6 --data_dir ~/glue --precision bf16 --record when_lora_equals_full
-    python when_lora_equals_full.py --redraw when_lora_equals_full
 
 Puts four claims of "LoRA Without Regret" (Schulman et al. 2025) to the test: adapt all layers; the best rate is about
 ten times that of full fine-tuning, whatever the rank; larger batches cost LoRA more; the curves part when the adapter
@@ -13,8 +12,7 @@ the training file; the dev file is not read. Every point of a curve passes once 
 three rates and goes on to lower or higher ones until the best has a neighbour on both sides; other seeds then repeat
 the best. The long runs pass once over --long_lines, at the best rate of the smaller batch.
 
-Written to --output_dir: points.json, from which the same command goes on after a stop; when_lora_equals_full.json; and
-the picture, .svg. The third command draws the picture of a record again.
+Written to --output_dir: points.json, from which the same command goes on after a stop, and when_lora_equals_full.json.
 """
 
 import json
@@ -54,7 +52,7 @@ LADDER = [float(f"{digit}e{power}") for power in range(-6, 0) for digit in (1, 3
 START = {"lora": (3e-4, 1e-3, 3e-3), "full": (3e-5, 1e-4, 3e-4)}
 VALIDATIONS = 8  # of a long run
 # What may differ between runs that share their points.
-FREE_TO_CHANGE = {"ranks", "batch_sizes", "lines", "long_lines", "seeds", "output_dir", "record", "redraw"}
+FREE_TO_CHANGE = {"ranks", "batch_sizes", "lines", "long_lines", "seeds", "output_dir", "record"}
 
 
 @dataclass
@@ -73,8 +71,7 @@ class Knobs:
     precision: str = knob("fp32", "of the matrix products (autocast)", compute.PRECISIONS)
     threads: int = knob(1, "of the CPU")
     output_dir: str = knob(str(HERE / "output" / NAME), "folder for what is written")
-    record: str | None = knob(None, "name under which examples/results/ gets the record and the picture, too")
-    redraw: str | None = knob(None, "draw the picture of this record in examples/results/ again, and do no more")
+    record: str | None = knob(None, "name under which examples/results/ gets the record, too")
 
 
 class Method(NamedTuple):
@@ -233,12 +230,11 @@ def measure_all(knobs):
         "environment": bench.identity["environment"],
     }
     bench.bar.close()
-    places = [output_dir / NAME, *([results.RESULTS / knobs.record] if knobs.record else [])]
-    for place in places:
-        results.write_json(place.with_suffix(".json"), record)
-        draw(record, place.with_suffix(".svg"))
+    results.write_json(output_dir / f"{NAME}.json", record)
+    if knobs.record:
+        results.write_json(results.RESULTS / f"{knobs.record}.json", record)
     print("\n" + tables.aligned(tables.in_lists(tables.regret_rows(record))))
-    print(f"written to {output_dir}: {NAME}.json, {NAME}.svg")
+    print(f"written to {output_dir}: {NAME}.json")
     return record
 
 
@@ -282,61 +278,8 @@ def check(knobs):
     return [*(Method(targets, r) for targets in TARGETS for r in ranks), FULL], batch_sizes
 
 
-def draw(record, path):
-    """Loss against learning rate for each batch size, and against the lines seen; the same bytes each time."""
-    import matplotlib  # here: measuring needs none of it
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    ranks = sorted({curve["r"] for curve in record["curves"] if curve["r"]})
-    shades = {"query and value": pyplot.colormaps["Oranges"], "all linear layers": pyplot.colormaps["Blues"]}
-
-    def line(run):
-        if not run["r"]:
-            return {"color": "black", "label": FULL.title, "marker": ".", "linewidth": 1.6}
-        shade = 0.4 + 0.5 * ranks.index(run["r"]) / max(1, len(ranks) - 1)
-        title = Method(run["targets"], run["r"]).title
-        return {"color": shades[run["targets"]](shade), "label": title, "marker": ".", "linewidth": 1.2}
-
-    sizes = sorted({curve["batch_size"] for curve in record["curves"]})
-    # Text as text, and neither a date nor drawn names in the file.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": NAME, "font.size": 8}):
-        figure, axes = pyplot.subplots(1, len(sizes) + 1, figsize=(11, 3.4), layout="constrained")
-        for axis, size in zip(axes, sizes, strict=False):
-            for curve in record["curves"]:
-                if curve["batch_size"] == size:
-                    axis.plot(*zip(*[point for point in curve["points"] if point[1]], strict=True), **line(curve))
-            title = f"batches of {size}, {record['counts']['train']:,} lines"
-            axis.set(xscale="log", xlabel="learning rate", title=title)
-        least = min(point[1] for curve in record["curves"] for point in curve["points"] if point[1])
-        most = max(curve["mean"] for curve in record["curves"])
-        for axis in axes[:-1]:  # what has diverged is off the picture
-            axis.set_ylim(least - 0.02, most + 0.15)
-        for each in record["long"]:
-            axes[-1].plot(*zip(*each["losses"], strict=True), **line(each))
-        axes[-1].set(xlabel="lines seen", title=f"longer, batches of {record['long'][0]['batch_size']}")
-        axes[0].set_ylabel("loss on lines held out")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        options = {"format": "svg", "metadata": {"Date": None, "Creator": None}}
-        results.write_atomically(path, lambda file: figure.savefig(file, **options))
-        pyplot.close(figure)
-
-
-def redraw(name):
-    path = results.RESULTS / f"{name}.json"
-    if not path.is_file():
-        raise UserError(f"--redraw {name}: there is no {path}")
-    draw(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".svg"))
-    print(f"drawn: {path.with_suffix('.svg')}")
-
-
 def main():
-    knobs = parse_knobs(Knobs, __doc__)
-    if knobs.redraw:
-        redraw(knobs.redraw)
-    else:
-        measure_all(knobs)
+    measure_all(parse_knobs(Knobs, __doc__))
 
 
 if __name__ == "__main__":

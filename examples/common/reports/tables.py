@@ -3,27 +3,10 @@
 import json
 
 from common.data import glue
+from common.reports import reached, reading
 
-# Rows of scores: key, title, factor, digits.
-SCORES = [
-    ("bleu", "BLEU", 1, 1),
-    ("nist", "NIST", 1, 2),
-    ("meteor", "METEOR", 1, 1),
-    ("rouge_l", "ROUGE-L", 1, 1),
-    ("cider", "CIDEr", 1, 2),
-    ("slot_share", "slot values mentioned, %", 100, 1),
-    ("slot_error_rate", "slot errors, %", 100, 1),
-]
 DEFAULT_RUN = "nlg_embedded"
-# What was scored on the real test meanings: title, result file without .json, which part of it.
-E2E = [
-    ("base", "nlg_smollm2_base", "before"),
-    ("LoRA, query and value, lr 1e-3", "nlg_smollm2_lora", "after"),
-    ("LoRA, all linear layers, lr 2e-3", "nlg_smollm2_targets", "adapted"),
-    ("all parameters, lr 1e-4", "nlg_smollm2_full", "after"),
-    ("all parameters, lr 3e-4", "nlg_smollm2_methods", "adapted"),
-]
-# The trainings behind them and those that the settings were chosen by.
+# The trainings by which settings were chosen.
 STUDY = [
     "nlg_smollm2_lora",
     "nlg_smollm2_qv_3e-3",
@@ -33,9 +16,6 @@ STUDY = [
     "nlg_smollm2_full_3e-4",
 ]
 MULTI_TASK = "nlu_multi_task"
-# Head alone, LoRA and full fine-tuning on official GLUE files.
-OFFICIAL_GLUE = ["nlu_sst2_minilm", "nlu_mrpc_minilm", "nlu_stsb_minilm", "nlu_cola_smollm2", "nlu_rte_smollm2"]
-
 BENCHMARK, BENCHMARK_CUDA, BENCHMARK_BASE = "benchmark", "benchmark_cuda", "benchmark_base"
 BENCHMARK_PEFT, BENCHMARK_GROWTH = "benchmark_against_peft", "benchmark_growth"
 EXTRACTION = "extraction"
@@ -68,7 +48,7 @@ def figures(folder):
     rows["parameters, of them trained"] = [f"{run['parameters']['total']:,}, {_trained(run['parameters'])}"]
     rows["optimizer steps, of texts"] = [f"{run['history'][-1]['step']:,}, {run['configuration']['batch_size']}"]
     rows["meanings scored"] = [f"{run['counts']['test_meanings']:,}"]
-    for key, title, factor, digits in SCORES:
+    for key, title, factor, digits in reading.SCORES:
         rows[title] = [" -> ".join(_number(run[when][key], factor, digits) for when in ("before", "after"))]
     rows["what is saved, bytes"] = [f"{sizes['checkpoint']:,}"]
     rows["state of the optimizer, bytes"] = [f"{sizes['optimizer']:,}"]
@@ -81,14 +61,20 @@ def figures(folder):
 
 def e2e(folder):
     """A row for each system that was scored on the real test meanings."""
-    rows = {"": [title for _, title, _, _ in SCORES] + ["result file"]}
+    records = reading.read_folder(folder)
+    rows = {"": [title for _, title, _, _ in reading.SCORES] + ["result file"]}
     rows["---"] = ["---:"] * len(rows[""])
-    for title, name, part in E2E:
-        record = read(name, folder)
-        rows[title] = [_number(record[part][key], factor, digits) for key, _, factor, digits in SCORES]
-        rows[title].append(_link(name))
-    references = record["references"]
-    rows["the references themselves"] = [_number(references.get(key), f, digits) for key, _, f, digits in SCORES] + [""]
+    for members in reached.groups(records).values():
+        record = next(iter(members.values()))
+        if reading.glue_task(record) is None and not reading.is_synthetic(record):
+            base, references = record["configuration"]["model"], {}
+            for row in reached.rows_of(records, members):
+                cells = [_number(row.scores[key][0], factor, digits) for key, _, factor, digits in reading.SCORES]
+                title = f"{base}: {row.title}" if row.steps == "0" else f"{base}: {row.title}, {row.steps} steps"
+                rows[title, row.files] = [*cells, ", ".join(map(_link, row.files))]
+                references = records[row.files[-1]]["references"]  # of the file that has the scores
+            cells = [_number(references.get(key), factor, digits) for key, _, factor, digits in reading.SCORES]
+            rows["the references themselves"] = [*cells, ""]
     return rows
 
 
@@ -149,21 +135,25 @@ def serving(folder):
 
 
 def official_glue(folder):
-    """A row for each task and pretrained base: mean and deviation over seeds, each method at its best learning rate."""
-    rows = {
-        "": ["metric", "majority", "head alone", "LoRA", "all parameters", "learning rates", "seeds", "result file"]
-    }
+    """A row for each task, base and choice of layers: mean and deviation over seeds, at each method's best rate."""
+    methods = {"head": "head alone", "lora": "LoRA", "full": "all parameters"}
+    rows = {"": ["metric", "majority", *methods.values(), "learning rates", "seeds", "result file"]}
     rows["---"] = ["---"] + ["---:"] * 6 + ["---"]
-    for name in OFFICIAL_GLUE:
-        record = read(name, folder)
-        metric, majority, systems = record["metric"], record["majority"][record["metric"]], record["systems"].values()
-        scores = [system["scores"][metric] for system in systems]
-        rows[f"{name.split('_')[1]}, {record['configuration']['model']}"] = [
+    records = reading.read_folder(folder)
+    names = [name for name in reached.best_trials(records) if not reading.is_synthetic(records[name])]
+    for name in sorted(names, key=lambda name: reading.place(records[name])):
+        record, settings = records[name], records[name]["configuration"]
+        metric, systems = record["metric"], record["systems"]
+        majority = record["majority"][metric]
+        title = f"{reading.task_title(record)}, {settings['model']}, {reading.targets_title(settings)}"
+        if title in rows:
+            continue  # a better trial of the same is there
+        rows[title] = [
             glue.METRICS[metric],
             "-" if majority is None else f"{100 * majority:.1f}",
-            *(f"{100 * score['mean']:.1f} +- {100 * score['deviation']:.1f}" for score in scores),
-            ", ".join(f"{system['lr']:g}" for system in systems),
-            str(record["configuration"]["seeds"]),
+            *(_mean(systems[method]["scores"][metric]) for method in methods),
+            ", ".join(f"{systems[method]['lr']:g}" for method in methods),
+            str(settings["seeds"]),
             _link(name),
         ]
     return rows
@@ -328,21 +318,17 @@ def steps_cuda(folder):
 
 
 def bases(folder):
-    """A row for each base that was trained on: what it takes, its validation losses and what its texts score."""
+    """A row for each base that was trained on: what it takes, and its validation losses."""
     runs = {name: read(name, folder) for name in BASES}
     steps = [entry["step"] for entry in next(iter(runs.values()))["history"]]
-    columns = [*(f"loss at {step}" for step in steps), "perplexity", "BLEU", "slot errors, %", "result file"]
+    columns = [*(f"loss at {step}" for step in steps), "result file"]
     rows = {"": ["model, bytes", *columns], "---": ["---:"] * (len(columns) + 1)}
     for name, run in runs.items():
         losses = {entry["step"]: entry["valid_loss"] for entry in run["history"]}
-        after = run["after"]
         # The first records are from before --base_dtype.
         rows[run["configuration"].get("base_dtype", "float32"), name] = [
             f"{run['bytes']['model']:,}",
             *(f"{losses[step]:.3f}" for step in steps),
-            f"{after['perplexity']:.2f}",
-            _number(after["bleu"], 1, 1),
-            _number(after["slot_error_rate"], 100, 1),
             _link(name),
         ]
     return rows
@@ -584,6 +570,14 @@ def _link(name):
 
 def _trained(parameters):
     return f"{parameters['trainable']:,} ({parameters['trainable'] / parameters['total']:.2%})"
+
+
+def _mean(score):
+    """A mean over seeds, x 100, with their standard deviation if there are several."""
+    if score["mean"] is None:
+        return "undefined"
+    deviation = "" if score["deviation"] is None else f" +- {100 * score['deviation']:.1f}"
+    return f"{100 * score['mean']:.1f}{deviation}"
 
 
 def _number(value, factor, digits):

@@ -12,6 +12,7 @@ from sacrebleu.metrics import BLEU
 
 from common.cli import UserError
 from common.data.e2e import slots
+from common.data.lines import decoded
 from common.scores import e2e_scorer
 from common.scores.e2e_scorer import PTB_METRICS, Statistics
 from common.scores.intervals import differences, intervals
@@ -159,13 +160,8 @@ def read_predictions(path, meanings):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file of predictions; run_inference.py --output_file writes one")
-    # Split as bytes: str.splitlines would also split at characters that may stand inside a text.
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n")
-    if lines == [b""]:
-        raise UserError(f"{path}: the file is empty; expected are texts for {len(meanings)} meanings")
-    lines = [
-        (_decoded(line, f"{path}, line {number}"), f"{path}, line {number}") for number, line in enumerate(lines, 1)
-    ]
+    expected = f"are texts for {len(meanings)} meanings"
+    lines = [(line.strip(), where) for line, where in decoded(path.read_bytes(), path, expected)]
     first = lines[0][0]
     if first.startswith("{"):
         return _by_meaning(path, [(*_json_pair(line, where), where) for line, where in lines], meanings)
@@ -177,13 +173,6 @@ def read_predictions(path, meanings):
             f"{len(meanings)} distinct meanings; or write lines `meaning||text`"
         )
     return [line for line, _ in lines]
-
-
-def _decoded(line, where):
-    try:
-        return line.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
 
 
 def _line_pair(line, where):
