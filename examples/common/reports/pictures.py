@@ -223,8 +223,10 @@ def regret(records):
         parts.append(line(left, top + height, left + panel, top + height))
         parts.append(f'<svg x="{left}" y="{top}" width="{panel}" height="{height}">')
         for curve, points in found:
-            path = " ".join("{:.1f},{:.1f}".format(*place(*at)) for at in points if at[1] is not None)
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour(curve)}" stroke-width="1.5"/>')
+            path = ["{:.1f},{:.1f}".format(*place(*at)) for at in points if at[1] is not None]
+            line_of = f'fill="none" stroke="{colour(curve)}" stroke-width="1.5"'
+            parts.append(f'<polyline points="{" ".join(path)}" {line_of}/>')
+            parts += ['<circle cx="{}" cy="{}" r="2" fill="{}"/>'.format(*at.split(","), colour(curve)) for at in path]
         parts.append("</svg>")
     title = "Loss on lines held out, by learning rate for two batch sizes, and by lines seen in longer runs"
     return title, svg(680, top + height + 44, title, parts)
