@@ -184,18 +184,6 @@ def measure_losses(bench, method, batch_size):
     return dict(sorted(losses.items()))
 
 
-def lowest(losses):
-    """(The best rate, the vertex of the parabola through it and its neighbours over the logarithm of the rate)."""
-    rates = list(losses)
-    place = min(range(len(rates)), key=lambda index: losses[rates[index]])
-    near = rates[max(0, place - 1) : place + 2]
-    if len(near) < 3 or not all(math.isfinite(losses[rate]) for rate in near):
-        return rates[place], rates[place]
-    (a, b, c), (x, y, z) = (math.log(rate) for rate in near), (losses[rate] for rate in near)
-    left, right = (b - a) * (y - z), (b - c) * (y - x)
-    return rates[place], math.exp(b - ((b - a) * left - (b - c) * right) / (2 * (left - right)))
-
-
 def measure_all(knobs):
     """Measure what is not there yet, print, write and return the record."""
     methods, batch_sizes = check(knobs)
@@ -239,7 +227,7 @@ def measure_all(knobs):
 
 
 def measure_long(bench, curve):
-    rate, _ = lowest(curve.losses)
+    rate = min(curve.losses, key=curve.losses.get)
     lines = bench.knobs.long_lines
     found = bench.point(curve.method, curve.batch_size, rate, lines=lines, validations=VALIDATIONS)
     if not found["losses"]:
@@ -249,7 +237,7 @@ def measure_long(bench, curve):
 
 def repeat_best(bench, curve, seeds):
     """The curve as the record has it, its best rate with other seeds."""
-    best, vertex = lowest(curve.losses)
+    best = min(curve.losses, key=curve.losses.get)
     found = [bench.point(curve.method, curve.batch_size, best, seed) for seed in range(seeds)]
     ends = [each["losses"][-1][1] for each in found if each["losses"]]
     return {
@@ -258,7 +246,6 @@ def repeat_best(bench, curve, seeds):
         "trained": found[0]["trained"],
         "points": [[rate, loss if math.isfinite(loss) else None] for rate, loss in curve.losses.items()],
         "best_rate": best,
-        "vertex": vertex,
         "at_best": ends,
         "mean": statistics.fmean(ends),
         "deviation": statistics.stdev(ends) if len(ends) > 1 else None,

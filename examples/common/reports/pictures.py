@@ -233,6 +233,7 @@ def regret(records):
 
 
 PICTURES = {
+    "when_lora_equals_full": regret,
     "growth_curves": growth,
     "loss_curve": loss_curve,
     "quality": quality,

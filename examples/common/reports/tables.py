@@ -459,7 +459,8 @@ def regret_rows(record):
         for curve in (one, other):
             full = curves[None, None, curve["batch_size"]]
             spread = f" +- {curve['deviation']:.3f}" if curve["deviation"] is not None else ""
-            row += [f"{curve['vertex']:.1e}", f"{curve['vertex'] / full['vertex']:.1f}", f"{curve['mean']:.3f}{spread}"]
+            ratio = curve["best_rate"] / full["best_rate"]
+            row += [f"{curve['best_rate']:g}", f"{ratio:.0f}", f"{curve['mean']:.3f}{spread}"]
         losses = dict(runs.get((targets, r), []))
         row += [f"{other['mean'] - one['mean']:.3f}", ", ".join(f"{losses[n]:.3f}" for n in (middle, last) if losses)]
     return rows
@@ -517,6 +518,7 @@ def _spread(ratio):
 
 TABLES = {
     "extraction": extraction,
+    "regret": regret,
     "integrations": integrations,
     "adapters_per_row": adapters_per_row,
     "against_peft": against_peft,
