@@ -19,6 +19,7 @@ MULTI_TASK = "nlu_multi_task"
 BENCHMARK, BENCHMARK_CUDA, BENCHMARK_BASE = "benchmark", "benchmark_cuda", "benchmark_base"
 BENCHMARK_PEFT, BENCHMARK_GROWTH = "benchmark_against_peft", "benchmark_growth"
 EXTRACTION = "extraction"
+REGRET = "when_lora_equals_full"
 INTEGRATIONS = "integrations"
 BENCHMARK_ROWS = "benchmark_adapters_per_row"
 # The same training on bases stored in different dtypes.
@@ -449,6 +450,34 @@ def extraction_rows(record):
             rows.setdefault(system, []).extend(
                 [_number(each["scores"][metric], factor, 1), _number(share, 100, 1), size]
             )
+    return rows
+
+
+def regret(folder):
+    """A row for each way to train of benchmarks/when_lora_equals_full.py."""
+    return regret_rows(read(REGRET, folder))
+
+
+def regret_rows(record):
+    """The rows of what benchmarks/when_lora_equals_full.py measures: the lowest points, and the long runs."""
+    curves = {(curve["targets"], curve["r"], curve["batch_size"]): curve for curve in record["curves"]}
+    small, large = sorted({size for _, _, size in curves})
+    runs = {(run["targets"], run["r"]): run["losses"] for run in record["long"]}
+    seen = [lines for lines, _ in runs[None, None]]
+    middle, last = seen[len(seen) // 2 - 1], seen[-1]
+    whats = ("best rate", "through that of all", "loss")
+    titles = [f"{what}, batches of {size}" for size in (small, large) for what in whats]
+    titles += ["loss more with the larger", f"long run: loss after {middle:,}, {last:,} lines"]
+    rows = {"": ["trained", *titles], "---": ["---:"] * (len(titles) + 1)}
+    for targets, r in dict.fromkeys(key[:2] for key in curves):
+        one, other = (curves[targets, r, size] for size in (small, large))
+        row = rows[f"{targets}, r={r}" if r else "all parameters"] = [f"{one['trained']:,}"]
+        for curve in (one, other):
+            full = curves[None, None, curve["batch_size"]]
+            spread = f" +- {curve['deviation']:.3f}" if curve["deviation"] is not None else ""
+            row += [f"{curve['vertex']:.1e}", f"{curve['vertex'] / full['vertex']:.1f}", f"{curve['mean']:.3f}{spread}"]
+        losses = dict(runs.get((targets, r), []))
+        row += [f"{other['mean'] - one['mean']:.3f}", ", ".join(f"{losses[n]:.3f}" for n in (middle, last) if losses)]
     return rows
 
 
