@@ -11,6 +11,7 @@ import io
 import json
 import random
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -47,7 +48,8 @@ LABELS = {
     "mnli": {"entailment", "neutral", "contradiction"},
 }
 DEV = {task: ["dev"] if task != "mnli" else ["dev_matched", "dev_mismatched"] for task in FORMATS}
-FILES = [(task, file) for task in FORMATS for file in ["train", *DEV[task]]]
+HELD_OUT = {task: [*DEV[task], "tune"] for task in FORMATS}
+FILES = [(task, file) for task in FORMATS for file in ["train", *HELD_OUT[task]]]
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +90,19 @@ def labels_of(task, file):
     return [row[FORMATS[task][3]] for row in rows_of(task, file)]
 
 
+def noise_of(task, file):
+    """{row: its label before the noise} of the rows whose label the noise changed."""
+    entry = json.loads(path_of(task, "noise").with_suffix(".json").read_text())[f"{file}.tsv"]
+    assert entry["sha256"] == sha256(path_of(task, file))
+    return {int(row): label for row, label in entry["labels"].items()}
+
+
+def rule_of(task, file):
+    """The labels of a file before the noise."""
+    before = noise_of(task, file)
+    return [before.get(row, label) for row, label in enumerate(labels_of(task, file))]
+
+
 def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
@@ -96,7 +111,7 @@ def test_remaking_the_data_gives_the_shipped_bytes(tmp_path):
     make_glue_data.make_data(tmp_path)
     made = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     assert made == {file.relative_to(DATA): file.read_bytes() for file in DATA.rglob("*") if file.is_file()}
-    assert len(made) == len(FILES)
+    assert len(made) == len(FILES) + len(FORMATS)  # of every task a file tells the noise
 
 
 def test_another_seed_gives_other_data(tmp_path):
@@ -106,19 +121,31 @@ def test_another_seed_gives_other_data(tmp_path):
 
 
 @pytest.mark.parametrize("task", FORMATS)
-def test_no_text_of_dev_is_in_train(task):
-    train = texts_of(task, "train")
-    assert len(set(train)) == len(train)
-    known = {text for texts in train for text in texts}
-    for file in DEV[task]:
-        dev = texts_of(task, file)
-        assert len(set(dev)) == len(dev)
-        assert known.isdisjoint(text for texts in dev for text in texts)
+def test_no_text_of_a_file_is_in_another(task):
+    known = set()
+    for file in ["train", *HELD_OUT[task]]:
+        rows = texts_of(task, file)
+        assert len(set(rows)) == len(rows)
+        texts = {text for row in rows for text in row}
+        assert known.isdisjoint(texts), file
+        known |= texts
 
 
-def test_no_text_of_dev_is_in_the_pretraining():
+@pytest.mark.parametrize(("task", "file"), FILES)
+def test_the_noise_is_as_large_as_it_is_said_to_be(task, file):
+    before, labels = noise_of(task, file), labels_of(task, file)
+    assert all(label != labels[row] for row, label in before.items())
+    if task in LABELS:
+        assert len(before) == round(glue_grammar.FLIPPED * len(labels))
+    else:
+        errors = [float(label) - float(rule) for label, rule in zip(labels, rule_of(task, file), strict=True)]
+        assert statistics.fmean(errors) == pytest.approx(0, abs=0.06)
+        assert statistics.stdev(errors) == pytest.approx(glue_grammar.DEVIATION, rel=0.1)
+
+
+def test_no_text_of_dev_or_tune_is_in_the_pretraining():
     held_out = make_encoder.dev_texts()
-    shipped = {text for task in FORMATS for file in DEV[task] for texts in texts_of(task, file) for text in texts}
+    shipped = {text for task in FORMATS for file in HELD_OUT[task] for texts in texts_of(task, file) for text in texts}
     assert held_out == {text.removesuffix(" ") for text in shipped}
     rng = random.Random(make_encoder.SEED)
     met = {text for _ in range(20_000) for text in glue_grammar.page(rng, held_out)[0]}
@@ -166,7 +193,7 @@ def test_a_reader_that_takes_quotes_for_quoting_loses_rows():
 @pytest.mark.parametrize("task", FORMATS)
 def test_the_classes_are_roughly_balanced(task):
     share = FORMATS[task][4]
-    for file in ["train", *DEV[task]]:
+    for file in ["train", *HELD_OUT[task]]:
         counts = collections.Counter(labels_of(task, file))
         if share is None:
             assert len(counts) > 20
@@ -177,7 +204,7 @@ def test_the_classes_are_roughly_balanced(task):
 
 def test_sizes():
     assert sum(file.stat().st_size for file in MODEL.iterdir()) <= 5_000_000
-    assert sum(path_of(task, file).stat().st_size for task, file in FILES) <= 2_000_000
+    assert sum(path_of(task, file).stat().st_size for task, file in FILES) <= 2_200_000
     for task, file in FILES:
         assert len(rows_of(task, file)) == (1500 if file == "train" else 300)
 
@@ -211,6 +238,18 @@ def one_of(relation):
 WHOLE, BEHIND, ASKED = patterns(WHOLE, one_of), patterns(BEHIND, one_of), patterns(ASKED, one_of)
 
 
+CLAIMS = {
+    **dict.fromkeys(["it is true", "everybody believes", "nobody doubts", "nobody denies"], True),
+    **dict.fromkeys(["it is false", "nobody believes", "everybody doubts", "everybody denies"], False),
+}
+
+
+def claim_in(text):
+    """(Whether a text says that it is so, what is said to be so)."""
+    before, that, rest = text.removeprefix('"').partition(" that ")
+    return (CLAIMS[before.lower()], rest) if that else (True, text)
+
+
 def facts_in(text):
     """The (relation, value) pairs that a text tells."""
     told = set()
@@ -233,34 +272,35 @@ def asked_in(question):
 
 
 def follows(first, second):
-    """What two sets of facts say of each other."""
-    if second <= first:
-        return "entailment"
-    return "contradiction" if dict(first).keys() & dict(second - first).keys() else "neutral"
+    """What the facts of the first text say of the claim that the second is."""
+    so, said = claim_in(second)
+    if not facts_in(said) <= facts_in(first):
+        return "neutral"
+    return "entailment" if so else "contradiction"
 
 
 @pytest.mark.parametrize(("task", "file"), [(t, f) for t, f in FILES if t in ("mnli", "rte", "mrpc", "stsb")])
 def test_the_labels_of_pairs_are_those_of_their_facts(task, file):
-    for (first, second), label in zip(texts_of(task, file), labels_of(task, file), strict=True):
-        first, second = facts_in(first), facts_in(second)
+    for (first, second), label in zip(texts_of(task, file), rule_of(task, file), strict=True):
         if task == "mnli":
             assert label == follows(first, second)
-        elif task == "rte":
+            continue
+        first, second = facts_in(first), facts_in(second)
+        if task == "rte":
             assert label == ("entailment" if second <= first else "not_entailment")
         elif task == "mrpc":
             assert label == str(int(first == second))
         else:
-            altered = len(dict(first).keys() & dict(second - first).keys())
-            assert abs(float(label) - 5 * (len(first & second) + 0.3 * altered) / 3) < 1.1
+            assert float(label) == 1 + 1.5 * len(first & second)
 
 
 @pytest.mark.parametrize(("task", "file"), [(t, f) for t, f in FILES if t in ("qnli", "qqp")])
 def test_the_labels_of_questions_are_those_of_what_they_ask(task, file):
-    for (first, second), label in zip(texts_of(task, file), labels_of(task, file), strict=True):
+    for (first, second), label in zip(texts_of(task, file), rule_of(task, file), strict=True):
         if task == "qnli":
             assert (label == "entailment") == (asked_in(first) in dict(facts_in(second)))
-        elif label == "1":
-            assert asked_in(first) == asked_in(second)
+        else:
+            assert (label == "1") == (asked_in(first) == asked_in(second))
 
 
 def test_the_folder_is_ordinary_hugging_face(tokenizer, report):

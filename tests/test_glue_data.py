@@ -5,6 +5,7 @@ Alone: `pytest tests/test_glue_data.py` (about five seconds, most of it the fuzz
 """
 
 import csv
+import hashlib
 import os
 import re
 import sys
@@ -345,6 +346,37 @@ def test_files_are_found_in_the_official_layout(tmp_path, task):
     make_files(folder, "dev_mismatched.tsv")
     found = glue.find_files(tmp_path, task)
     assert found.get("dev_mismatched") == (folder / "dev_mismatched.tsv" if task.name == "mnli" else None)
+    make_files(folder, "tune.tsv")
+    assert glue.find_files(tmp_path, task) == {**found, "tune": folder / "tune.tsv"}
+
+
+NOISE = {  # what noise.json holds ({sha} is that of the file), the labels before noise or the message
+    "none": (None, [None, None]),
+    "a label": ('{"dev.tsv": {"sha256": "{sha}", "labels": {"1": "1"}}}', [1, 1]),
+    "nothing": ('{"dev.tsv": {"sha256": "{sha}", "labels": {}}}', [1, 0]),
+    "another file": ('{"dev.tsv": {"sha256": "0f", "labels": {}}}', "tells the noise of another dev.tsv; remove or"),
+    "no such file": ('{"train.tsv": {}}', r"does not tell the noise of dev.tsv \(KeyError\('dev.tsv'\)\); remove or"),
+    "no JSON": ("{", "does not tell the noise of dev.tsv .*; remove or remake it"),
+    "no label": (
+        '{"dev.tsv": {"sha256": "{sha}", "labels": {"1": "2"}}}',
+        "noise.json, dev.tsv, row 1: label '2': must be one of 0, 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("content, expected", NOISE.values(), ids=NOISE)
+def test_a_file_beside_the_data_tells_the_labels_before_noise(tmp_path, content, expected):
+    path = tmp_path / "dev.tsv"
+    path.write_text("sentence\tlabel\nfine\t1\nwell\t0\n")
+    if content is not None:
+        sha = hashlib.sha256(path.read_bytes()).hexdigest()
+        (tmp_path / "noise.json").write_text(content.replace("{sha}", sha))
+    if isinstance(expected, str):
+        with pytest.raises(cli.UserError, match=expected):
+            glue.read_examples(path, glue.TASKS["sst2"])
+    else:
+        examples = glue.read_examples(path, glue.TASKS["sst2"])
+        assert [(example.label, example.rule) for example in examples] == list(zip([1, 0], expected, strict=True))
 
 
 @pytest.mark.parametrize(

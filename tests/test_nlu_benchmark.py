@@ -107,6 +107,7 @@ def test_served_scores_are_those_of_the_training(benchmarked):
             assert found[method]["train_seconds"] == record["seconds"]["train"]
             assert found[method]["lr"] == {"lora": 4e-3, "full": 4e-4}[method]
         assert found["majority"] == record["majority"]["dev"][metric]
+        assert found["ceiling"] == record["ceiling"]["dev"]["scores"][metric]
     assert comparison["tasks"]["stsb"]["lora"]["served"] != comparison["tasks"]["stsb"]["full"]["served"]
 
 
@@ -199,6 +200,7 @@ def test_the_benchmark_is_written_and_printed(benchmarked, capsys):
         numbers = [
             "-" if found["majority"] is None else f"{100 * found['majority']:.1f}",
             *(f"{100 * found[method]['served']:.1f}" for method in ("lora", "full")),
+            f"{100 * found['ceiling']:.1f}",
             *(f"{found[method]['bytes'] / 1024:,.1f}" for method in ("lora", "full")),
         ]
         assert re.search(rf"^{task} +(Accuracy|Pearson) +" + " +".join(map(re.escape, numbers)) + "$", printed, re.M)
@@ -341,6 +343,11 @@ def records(folder, system, rate, seeds=2):
     return [read(folder, f"{system}_{rate:g}_{seed}", "results.json") for seed in range(seeds)]
 
 
+def chosen_by(record):
+    """The accuracy of a run's checkpoint on the set that chooses."""
+    return {entry["step"]: entry["accuracy"] for entry in record["history"]}[record["best_step"]]
+
+
 def lines(folder, system, rate):
     """What the run of the first seed said of the dev lines."""
     content = (folder / f"{system}_{rate:g}_0" / "dev_predictions.jsonl").read_text(encoding="utf-8")
@@ -352,13 +359,13 @@ def test_the_rate_that_is_best_with_the_first_seed_runs_with_all(improved):
     chosen = set()
     for system, rates in RATES.items():
         found = comparison["systems"][system]
-        first = [records(folder, system, rate, seeds=1)[0]["after"]["dev"]["accuracy"] for rate in rates]
+        first = [chosen_by(records(folder, system, rate, seeds=1)[0]) for rate in rates]
         best = rates[first.index(max(first))]
         chosen.add(rates.index(best))
         assert found["lr"] == best
         for rate, one, tried in zip(rates, first, found["tried"], strict=True):
             if rate == best:
-                other = records(folder, system, rate)[1]["after"]["dev"]["accuracy"]
+                other = chosen_by(records(folder, system, rate)[1])
                 mean, deviation = (one + other) / 2, abs(one - other) / 2**0.5
                 expected = {"values": [one, other], "mean": mean, "deviation": pytest.approx(deviation)}
             else:
@@ -461,7 +468,7 @@ def test_a_regression_has_correlations_and_distances(regression):
     for kind, indices in (("lost", order[:5]), ("gained", order[::-1][:5])):
         found = [example["texts"] for example in changed[kind]["examples"]]
         assert found == [said["head"][i]["texts"] for i in indices if (gains[i] > 0) == (kind == "gained")]
-    assert re.search(r"^Pearson +- +-?[\d.]+ +-?[\d.]+ +-?[\d.]+ +\[.*\] +\[.*\]$", printed, re.M)
+    assert re.search(r"^Pearson +- +-?[\d.]+ +-?[\d.]+ +-?[\d.]+ +[\d.]+ +\[.*\] +\[.*\]$", printed, re.M)
     assert "ECE" not in printed
 
 
@@ -477,12 +484,19 @@ def test_the_comparison_is_written_and_printed(improved):
         for found in systems.values():
             score = found["scores"][metric]
             cells.append(f"{100 * score['mean']:.1f} +- {100 * score['deviation']:.1f}")
+        cells.append(f"{100 * comparison['ceiling']['dev']['scores'][metric]:.1f}")
         low, high = between["lora - head"][metric]
         cells.append(f"[{100 * low:.1f}, {100 * high:.1f}]")
         low, high = between["full - lora"][metric]
         cells.append(f"[{-100 * high:.1f}, {-100 * low:.1f}]")
         line = re.search(rf"^{title} .*$", printed, re.M).group()
         assert line.replace("-0.0", "0.0").split() == " ".join([title, *cells]).replace("-0.0", "0.0").split()
+    cells = []
+    for found in systems.values():
+        (tried,) = [tried for tried in found["tried"] if tried["lr"] == found["lr"]]
+        cells.append(f"{100 * tried['mean']:.1f} +- {100 * tried['deviation']:.1f}")
+    cells.append(f"{100 * comparison['ceiling']['tune']['scores']['accuracy']:.1f}")
+    assert re.search(r"^Accuracy, tune (.*)$", printed, re.M)[1].split() == " ".join(cells).split()
     assert "\nx 100; mean and deviation of 2 seeds\n" in printed
     rates = [f"{found['lr']:g}" for found in systems.values()]
     assert re.search("^learning rate +" + " +".join(rates) + "$", printed, re.M)
@@ -566,6 +580,7 @@ def test_an_undefined_score_has_no_mean_and_is_never_the_best():
     def record(pearson):
         return {
             **{"after": {"dev": {"pearson": pearson}}, "best_step": 1, "seconds": {"step": 1.0, "train": 2.0}},
+            "history": [{"step": 1, "pearson": pearson}],
             **{"parameters": {"trainable": 1}, "bytes": {"checkpoint": 1, "optimizer": 1}},
         }
 

@@ -196,7 +196,7 @@ def score_kinds(record, main=False):
     if task is None:
         return MAIN_E2E if main else E2E
     found = {}
-    for split in [split for split in record["data"] if split != "train"]:
+    for split in [split for split in record["data"] if split.startswith("dev")]:
         suffix = {"dev": "", "dev_mismatched": ", mismatched"}[split]
         scored = dig(record, "after", split) or dig(record, "systems", "lora", "scores") or task.metrics
         for metric in task.metrics if main else scored:

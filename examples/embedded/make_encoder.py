@@ -5,7 +5,8 @@
 
 Takes about 12 minutes on one core, without network, and gives the same bits again on the same machine with
 the same versions of torch and transformers. The encoder is an ordinary RobertaForMaskedLM in float16,
-pretrained by masked language modelling on the unlabelled text of glue_grammar.py.
+pretrained by masked language modelling on the unlabelled text of glue_grammar.py. Nothing is asked of <s>, as in
+RoBERTa: how two texts go together is a word that opens the page, and is masked there like any other.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import pretraining
 import tokenizers
 import torch
 import transformers
-from glue_grammar import OPENINGS, page
+from glue_grammar import page
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
@@ -30,12 +31,12 @@ VOCABULARY = 2048  # nearly every word of the grammar is one token
 WIDTH, LAYERS, HEADS, POSITIONS = 160, 4, 4, 128
 BATCH = 96  # pages to a step
 STEPS = 2000
-WORDS_ONLY = 0.4  # of the steps: to copy comes before to compare
+WORDS_ONLY = 0.3  # of the steps: words that open a page come after words inside it
 LR, WARMUP, WEIGHT_DECAY = 4e-3, 100, 0.1
 CHOSEN = 0.25  # of the words, more than RoBERTa's 15 %: the pages are short, and each is seen once
 MASKED, REPLACED = 0.4, 0.5  # of the chosen; many are replaced, so that every word is checked against the other text
-WHOLE = 0.7  # of the pages that a word could open: nothing in them is hidden, and only that word is asked for
-OPENING_WEIGHT = 3.0  # of the loss of the opening word, beside that of the hidden words
+ASKED = 0.7  # of the pages that a word could open: it does, and nothing else of them is hidden
+OPENING_WEIGHT = 3.0  # of the loss of that word, beside that of the words inside
 SEED = 5
 THREADS = 1  # fixed: the order of a sum depends on the number of threads
 TOKENIZER_PAGES = 20_000
@@ -44,7 +45,7 @@ HELDOUT_SEED = 1_000_003  # added to the seed of the training text
 
 
 def dev_texts():
-    """Every text of the shipped dev files: none of them may be met in the pretraining."""
+    """Every text of the shipped dev and tune files: none of them may be met in the pretraining."""
     made = make_glue_data.make_rows().items()
     return frozenset(text for (_, file), rows in made if file != "train" for row in rows for text in row.texts)
 
@@ -58,7 +59,8 @@ def train_tokenizer(rng):
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((text for _ in range(TOKENIZER_PAGES) for text in page(rng)[0]), trainer)
+    pages = (page(rng) for _ in range(TOKENIZER_PAGES))
+    tokenizer.train_from_iterator((text for texts, opening in pages for text in (opening or "", *texts)), trainer)
     learnt = json.loads(tokenizer.to_str())["model"]
     return transformers.RobertaTokenizer(
         vocab=learnt["vocab"],
@@ -68,27 +70,27 @@ def train_tokenizer(rng):
     )
 
 
-def token_batches(tokenizer, rng, batches, held_out):
-    """Batches of pages of about the same length, in random order, (padded ids, opening words); and their SHA-256.
+def token_batches(tokenizer, rng, batches, held_out, words_only):
+    """Batches of pages of about the same length, in random order, (padded ids, which are asked); and their SHA-256.
 
-    An opening word is its index in OPENINGS, or -1 where a page has none.
+    A page that is asked begins, behind <s>, with the word that opens it; of the first `words_only` batches none is.
     """
     made, digest = [], hashlib.sha256()
     with tqdm(total=batches, desc="text", unit="batch", disable=batches < 1000) as progress:
         while len(made) < batches:
-            count = min(50, batches - len(made))
-            pages = [page(rng, held_out) for _ in range(count * BATCH)]
-            digest.update("\0".join(text for texts, _ in pages for text in texts).encode())
-            rows = [
-                (tokenizer(*texts, truncation=True)["input_ids"], OPENINGS.index(opening) if opening else -1)
-                for texts, opening in pages
-            ]
+            count, rows = min(50, batches - len(made)), []
+            for _ in range(count * BATCH):
+                (first, *second), opening = page(rng, held_out)
+                asked = opening is not None and len(made) >= words_only and rng.random() < ASKED
+                first = f"{opening} {first}" if asked else first
+                digest.update("\0".join([first, *second, ""]).encode())
+                rows.append((tokenizer(first, *second, truncation=True)["input_ids"], asked))
             rows.sort(key=lambda row: len(row[0]))
             group = []
             for start in range(0, len(rows), BATCH):
-                ids, openings = zip(*rows[start : start + BATCH], strict=True)
+                ids, asked = zip(*rows[start : start + BATCH], strict=True)
                 padded = tokenizer.pad({"input_ids": ids}, return_tensors="pt")["input_ids"]
-                group.append((padded, torch.tensor(openings)))
+                group.append((padded, torch.tensor(asked)))
             rng.shuffle(group)
             made += group
             progress.update(count)
@@ -96,11 +98,7 @@ def token_batches(tokenizer, rng, batches, held_out):
 
 
 class Objective:
-    """The losses of the pretraining: words of a page that are hidden or replaced, and the word that could open it.
-
-    A classifier reads <s> alone, which the words ask nothing of. So <s> is asked for the opening word, by a head that
-    is trained along and then left behind, as in BERT's prediction of the next sentence.
-    """
+    """The loss of the pretraining: of words of a page that are hidden or replaced, or of the word that opens it."""
 
     def __init__(self, tokenizer, seed):
         self.mask, self.pad = tokenizer.mask_token_id, tokenizer.pad_token_id
@@ -119,27 +117,21 @@ class Objective:
         hidden = ids.masked_fill(chosen & (way < MASKED), self.mask)
         return torch.where(chosen & (way >= MASKED) & (way < MASKED + REPLACED), other, hidden), chosen
 
-    def losses(self, model, batch):
-        ids, openings = batch
-        whole = (openings >= 0) & (torch.rand(len(ids), generator=self.generator) < WHOLE)
-        hidden, chosen = self.hide(ids, ~whole)
-        openings = openings.masked_fill(~whole, -1)
+    def __call__(self, model, batch):
+        ids, asked = batch
+        hidden, chosen = self.hide(ids, ~asked)
+        hidden[asked, 1] = self.mask
         states = model.roberta(hidden, attention_mask=(ids != self.pad).long()).last_hidden_state
         words = cross_entropy(model.lm_head(states[chosen]).float(), ids[chosen])
-        guesses = model.opening_head(states[:, 0]).float()
-        opening = cross_entropy(guesses, openings, ignore_index=-1, reduction="sum") / (openings >= 0).sum().clamp(
-            min=1
-        )
-        return words, opening
-
-    def __call__(self, model, batch):
-        words, opening = self.losses(model, batch)
-        return words + OPENING_WEIGHT * opening
+        if not asked.any():
+            return words
+        return words + OPENING_WEIGHT * cross_entropy(model.lm_head(states[asked, 1]).float(), ids[asked, 1])
 
 
 def heldout_perplexity(model, tokenizer, seed):
     """Perplexity of hidden words under a float32 model, on text that the pretraining with this seed did not see."""
-    batches, _ = token_batches(tokenizer, random.Random(seed + HELDOUT_SEED), HELDOUT_BATCHES, frozenset())
+    rng = random.Random(seed + HELDOUT_SEED)
+    batches, _ = token_batches(tokenizer, rng, HELDOUT_BATCHES, frozenset(), HELDOUT_BATCHES)
     objective, losses = Objective(tokenizer, seed + HELDOUT_SEED), []
     model.eval()
     with torch.no_grad():
@@ -155,9 +147,7 @@ def make_encoder(output_dir, steps=STEPS, seed=SEED):
     torch.use_deterministic_algorithms(True)
     started = time.perf_counter()
     tokenizer = train_tokenizer(random.Random(seed))
-    batches, text_sha256 = token_batches(tokenizer, random.Random(seed), steps, dev_texts())
-    for _, openings in batches[: int(WORDS_ONLY * steps)]:
-        openings.fill_(-1)
+    batches, text_sha256 = token_batches(tokenizer, random.Random(seed), steps, dev_texts(), WORDS_ONLY * steps)
     torch.manual_seed(seed)
     config = transformers.RobertaConfig(
         vocab_size=len(tokenizer),
@@ -176,10 +166,8 @@ def make_encoder(output_dir, steps=STEPS, seed=SEED):
         attn_implementation="eager",  # the fastest here at this size; it is not saved
     )
     model = transformers.RobertaForMaskedLM(config).train()
-    model.opening_head = torch.nn.Linear(WIDTH, len(OPENINGS))
     objective = Objective(tokenizer, seed)
     losses = pretraining.fit(model, model.roberta.encoder, batches, objective, LR, WARMUP, WEIGHT_DECAY)
-    del model.opening_head
     facts = {
         "seed": seed,
         "tokens": sum((ids != tokenizer.pad_token_id).sum().item() for ids, _ in batches),
