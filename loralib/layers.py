@@ -107,18 +107,20 @@ class Matrix(Adapted):
         return F.linear(x, weight.T if self.fan_in_fan_out else weight, self._bias())
 
     def _adapted_forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        A, B = self._tensor("lora_A"), self._tensor("lora_B")
+        A: Any = self._parameters.get("lora_A")
+        B: Any = self._parameters.get("lora_B")
         # Tensors of torch.func may be stacked and x not, nested ones have no shape, compilers fuse by themselves.
-        plain = type(A) is nn.Parameter and isinstance(x, Tensor) and not x.is_nested
+        plain = type(A) is nn.Parameter and B is not None and isinstance(x, Tensor) and not x.is_nested
         if not plain or self._product is None or torch.compiler.is_compiling() or isinstance(self.scaling, Tensor):
             return super()._adapted_forward(x, weight)
         # Nobody else has the base's output yet, so the update is added in place, by the very product. In two axes: with
         # more, F.linear returns a view, and autograd copies what is written into a view.
         dropped = self.lora_dropout(x)
         rows = _as_rows(x)
-        device = rows.device.type
-        if rows.dtype == torch.float32 and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-            rows = rows.to(torch.get_autocast_dtype(device))  # once, for the base and for A
+        if torch._C._is_any_autocast_enabled() and rows.dtype == torch.float32:
+            device = rows.device.type
+            if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+                rows = rows.to(torch.get_autocast_dtype(device))  # once, for the base and for A
         result = self._product(rows, weight)
         narrow = rows if dropped is x else _as_rows(dropped)
         if not narrow.dtype == A.dtype == result.dtype:
@@ -573,24 +575,22 @@ class Kernel(Adapted):
         drops = self.training and self.lora_dropout is not identity
         if of_torch and (drops or self._narrow_is_cheaper(x)):
             return super()._adapted_forward(x, weight)
-        delta = self._scaled_delta(torch.promote_types(weight.dtype, self._tensor("lora_A").dtype))
-        return self._base_forward(x, (weight + delta).to(weight.dtype))
-
-    def _scaled_delta(self, dtype: torch.dtype) -> Tensor:
-        device = self._tensor("lora_A").device
-        with full_precision(device):
-            return self._delta(self.lora_A.to(dtype), self.lora_B.to(dtype)) * self.scaling
+        A = self._tensor("lora_A")
+        dtype = torch.promote_types(weight.dtype, A.dtype)
+        with full_precision(A.device):
+            weight_and_update = self._add_delta(weight.to(dtype), self.lora_A.to(dtype), self.lora_B.to(dtype))
+        return self._base_forward(x, weight_and_update.to(weight.dtype))
 
     def _narrow_is_cheaper(self, x: Any) -> bool:
-        # Either a convolution to r p p channels and a mixing of those, or B A, the sum and the gradient of a whole
-        # weight: by their products, and by the numbers that they move, one of which takes as long as some hundred
-        # products. The products of few channels run at a third of the speed.
+        # Either p convolutions to r p channels of a p-th of the input and a mixing of those, or B A, the sum and the
+        # gradient of a whole weight: by their products, and by the numbers that they move, one of which takes as long
+        # as some hundred products. The products of few channels run at a third of the speed.
         if self.groups > 1 or not isinstance(x, Tensor) or isinstance(self, nn.modules.conv._ConvTransposeNd):
             return False  # with groups the rows of B A do not fall into groups; such a weight is small
         rows, columns = _kernel_shape(self)
         rank, kernel, size = self.lora_B.shape[1], rows * columns, self._tensor("weight").numel()
         places = x.numel() // self.in_channels // math.prod(self.stride)
-        narrow = 3 * places * rank * rows * (self.in_channels * kernel + self.out_channels)
+        narrow = 3 * places * rank * (self.in_channels * kernel + rows * self.out_channels)
         narrow += 400 * places * self.out_channels
         whole = size * rank + 80 * size
         if not (torch.is_grad_enabled() and self.lora_A.requires_grad):
@@ -601,18 +601,35 @@ class Kernel(Adapted):
         narrow = self._narrow_is_cheaper(x)
         x = self.lora_dropout(x)
         if not narrow:
-            return self._convolve(x, self._scaled_delta(self.lora_A.dtype).to(x.dtype), None)
-        # Row o of the update is p rows of B A side by side, hence B as (out, p r p) times p copies of A on a diagonal:
-        # a convolution to p r p channels and one by a kernel of size 1.
+            with full_precision(x.device):
+                delta = self._delta(self.lora_A, self.lora_B) * self.scaling
+            return self._convolve(x, delta.to(x.dtype), None)
+        # Row o of the update is p rows of B A side by side, each for a p-th of the input's channels: p convolutions to
+        # r p channels with A as the kernel, and one by a kernel of size 1 that mixes them.
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        rows = B.shape[0] // self.out_channels
-        kernel = torch.block_diag(*[A] * rows).view(-1, self.in_channels, *self.kernel_size)
+        rows = _kernel_shape(self)[0]
+        hidden = [self._convolve(part, kernel, None) for part, kernel in self._parts(x, A, rows)]
         mix = B.reshape(self.out_channels, -1, *[1] * len(self.kernel_size))
-        hidden = self._convolve(x, kernel, None) * self.scaling
-        return getattr(F, f"conv{len(self.kernel_size)}d")(hidden, mix)
+        return getattr(F, f"conv{len(self.kernel_size)}d")(torch.cat(hidden, 1) * self.scaling, mix)
+
+    def _parts(self, x: Tensor, A: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        # A row of A may begin and end within a channel's kernel, which zeros then fill up.
+        size, length = math.prod(self.kernel_size), A.shape[1]
+        most = max(-(-(row + 1) * length // size) - row * length // size for row in range(rows))
+        for row in range(rows):
+            first = min(row * length // size, self.in_channels - most)
+            before = row * length - first * size
+            kernel = F.pad(A, (before, most * size - before - length))
+            yield x.narrow(1, first, most), kernel.view(-1, most, *self.kernel_size)
 
     def _delta(self, A: Tensor, B: Tensor) -> Tensor:
         return (B @ A).view(self._tensor("weight").shape)
+
+    def _add_delta(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        if not weight.is_contiguous():  # which the sum stays as
+            return super()._add_delta(weight, A, B)
+        # In one pass over the weight, which is what takes the time.
+        return torch.addmm(weight.view(B.shape[0], A.shape[1]), B, A, alpha=self.scaling).view(weight.shape)
 
     def _load_from_state_dict(self, state: dict, prefix: str, *args: Any) -> None:
         # Upstream keeps the convolution one level down, and its main branch writes the weight under both names.

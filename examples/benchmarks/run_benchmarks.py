@@ -135,7 +135,7 @@ BARS = [
         for k in KERNELS
         for channels in SIDES
         for mode, what in (("", "forward and backward"), (", eval", "forward in eval"))
-        for rival, most in (("upstream", 1.05), ("peft", 0.9))
+        for rival, most in (("upstream", 1.05), ("peft", 0.9), *([("peft_same_rank", 0.9)] if k > 1 else []))
     ),
     Bar("import beyond torch", "import", None, 0.05),
     *(
@@ -227,15 +227,18 @@ def layers(knobs, device, names, precisions):
     i, o, groups = TINY
     x = torch.randn(1, i, device=device)
     calls = {name: systems.layer_of(name, i, o, groups, 4, 0.0).to(device) for name in names}
-    calls = {name: lambda layer=layer: layer(x) for name, layer in calls.items()}
-    cases["tiny"] = compare(f"{i} to {o}, r=4, 1 token, forward alone", calls, knobs, device)
+    calls = {name: functools.partial(without_gradient, layer, x) for name, layer in calls.items()}
+    cases["tiny"] = compare(f"{i} to {o}, r=4, 1 token, forward without gradient", calls, knobs, device)
     return cases
 
 
 def convolutions(knobs, device, names):
     """One convolution of as many channels as it reads, r=8: forward, and backward to the input and the adapter, and a
-    forward in evaluation mode, not merged."""
-    cases = {}
+    forward in evaluation mode, not merged.
+
+    The update of 0.1.2, and ours, has rank r k as a matrix (out, in k k), PEFT's has rank r: PEFT is measured at both.
+    """
+    cases, names = {}, [*names, *(["peft_same_rank"] if "peft" in names else [])]
     for k, (channels, side) in itertools.product(KERNELS, SIDES.items()):
         x = torch.randn(4, channels, side, side, device=device, requires_grad=True)
         made = {name: systems.convolution_of(name, channels, k, 8).to(device) for name in names}

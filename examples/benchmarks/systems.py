@@ -214,18 +214,25 @@ def layer_of(system, i, o, groups, r, dropout):
     enable = {"enable_lora": [True, False, True]}
     if system in ("ours", "upstream"):
         module = lora if system == "ours" else load_upstream(UPSTREAM)
-        return module.MergedLinear(i, o, **options, **enable) if groups else module.Linear(i, o, **options)
+        return _frozen(module.MergedLinear(i, o, **options, **enable) if groups else module.Linear(i, o, **options))
     return _plain_or_peft(system, nn.Linear(i, o), options)
 
 
 def convolution_of(system, channels, k, r):
     """A convolution with a square kernel, of as many channels as it reads."""
     torch.manual_seed(0)
-    options = {"r": r, "lora_alpha": ALPHA}
+    options = {"r": r * k if system == "peft_same_rank" else r, "lora_alpha": ALPHA}
     if system in ("ours", "upstream"):
         module = lora if system == "ours" else load_upstream(UPSTREAM)
-        return module.Conv2d(channels, channels, k, padding=k // 2, **options)
+        return _frozen(module.Conv2d(channels, channels, k, padding=k // 2, **options))
     return _plain_or_peft(system, nn.Conv2d(channels, channels, k, padding=k // 2), options)
+
+
+def _frozen(layer):
+    # The bias, too: as `mark_only_lora_as_trainable` does it, and PEFT.
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return layer
 
 
 def _plain_or_peft(system, layer, options):

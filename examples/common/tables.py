@@ -44,6 +44,7 @@ BENCHMARK_ROWS = "benchmark_adapters_per_row"
 # The same training on bases stored in different dtypes.
 BASES = ["nlg_smollm2_all_2e-3", "nlg_smollm2_all_2e-3_nf4"]
 SYSTEMS = {"floor": "no adapter", "ours": "loralib", "upstream": "loralib 0.1.2", "peft": "PEFT", "full": "full"}
+SYSTEMS["peft_same_rank"] = "PEFT at rank r k"
 
 
 def read(name, folder):
