@@ -38,7 +38,7 @@ FORMATS = {
     "qnli": ("QNLI", "index question sentence label", [1, 2], -1, (0.5, 0.6)),
     "rte": ("RTE", "index sentence1 sentence2 label", [1, 2], -1, (0.5, 0.6)),
     "mrpc": ("MRPC", "\ufeffQuality|#1 ID|#2 ID|#1 String|#2 String", [3, 4], 0, (0.55, 0.65)),
-    "cola": ("CoLA", None, [3], 1, (0.62, 0.72)),
+    "cola": ("CoLA", None, [3], 1, (0.58, 0.72)),
     "qqp": ("QQP", "id qid1 qid2 question1 question2 is_duplicate", [3, 4], -1, (0.5, 0.65)),
     "stsb": ("STS-B", f"{STSB} sentence1 sentence2 score", [7, 8], -1, None),
 }
@@ -246,8 +246,9 @@ CLAIMS = {
 
 def claim_in(text):
     """(Whether a text says that it is so, what is said to be so)."""
-    before, that, rest = text.removeprefix('"').partition(" that ")
-    return (CLAIMS[before.lower()], rest) if that else (True, text)
+    before, _, rest = text.removeprefix('"').partition(" that ")
+    so = CLAIMS.get(before.lower())
+    return (True, text) if so is None else (so, rest)
 
 
 def facts_in(text):
@@ -325,24 +326,22 @@ def test_a_classifier_has_no_random_weights_but_its_head():
     assert all(name.startswith("lm_head.") for name in loading["unexpected_keys"])
 
 
-@pytest.mark.parametrize(("task", "least"), [("qnli", 0.9), ("sst2", 0.9), ("cola", 0.8), ("mnli", 0.55)])
-def test_a_linear_classifier_of_the_first_token_learns_a_task_from_the_pretraining_alone(tokenizer, task, least):
-    pretrained = AutoModel.from_pretrained(MODEL, dtype=torch.float32, add_pooling_layer=False).eval()
-    torch.manual_seed(0)
-    random_weights = type(pretrained)(pretrained.config, add_pooling_layer=False).eval()
+@pytest.mark.parametrize("task", sorted(LABELS))
+def test_the_tasks_are_known_at_the_last_token_and_not_at_the_first(tokenizer, task):
+    """Linear classifiers of either state, from 600 lines without noise: an adapter can bring it to the first token."""
+    model = AutoModel.from_pretrained(MODEL, dtype=torch.float32, add_pooling_layer=False).eval()
+    states = {}
+    for file in ("train", "tune"):
+        inputs = tokenizer(*map(list, zip(*texts_of(task, file)[:600], strict=True)), padding=True, return_tensors="pt")
+        with torch.no_grad():
+            found = model(**inputs).last_hidden_state
+        last = inputs["attention_mask"].sum(1) - 1
+        states[file] = found[:, 0].numpy(), found[range(len(found)), last].numpy()
     scores = []
-    for model in (pretrained, random_weights):
-        states = []
-        for file in ("train", DEV[task][0]):
-            texts = zip(*texts_of(task, file)[:600], strict=True)
-            with torch.no_grad():
-                inputs = tokenizer(*map(list, texts), padding=True, return_tensors="pt")
-                states.append(model(**inputs).last_hidden_state[:, 0].numpy())
-        classifier = LogisticRegression(max_iter=2000).fit(states[0], labels_of(task, "train")[:600])
-        scores.append(classifier.score(states[1], labels_of(task, DEV[task][0])[:600]))
-    most_common = collections.Counter(labels_of(task, DEV[task][0])[:600]).most_common(1)[0][1] / len(states[1])
-    assert scores[0] > least > most_common + 0.1
-    assert scores[1] < most_common + 0.05
+    for train, tune in zip(*states.values(), strict=True):
+        classifier = LogisticRegression(max_iter=2000).fit(train, rule_of(task, "train")[:600])
+        scores.append(classifier.score(tune, rule_of(task, "tune")))
+    assert scores[1] > 0.97 and scores[0] < (0.92 if task == "sst2" else 0.75), scores
 
 
 @pytest.mark.parametrize("text", ['"The Kite" is pure comedy.', "naïve Ωmega 日本 \U0001f600", "the plot is dull . "])

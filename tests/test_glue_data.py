@@ -137,27 +137,27 @@ def test_official_forms(tmp_path, name):
     ):
         path = write(tmp_path, form)
         examples = glue.read_examples(path, task)
-        assert examples == expected
+        assert [example[:2] for example in examples] == expected
         assert all(type(example.label) is (float if name == "stsb" else int) for example in examples)
         assert glue.read_texts(path, task) == [texts for texts, _ in expected]
 
 
 def test_columns_are_found_by_their_names(tmp_path):
     path = write(tmp_path, table(("score", "sentence2", "note", "sentence1"), ("4", "B.", "x", "A.")))
-    assert glue.read_examples(path, glue.TASKS["stsb"]) == [(("A.", "B."), 4.0)]
+    assert glue.read_examples(path, glue.TASKS["stsb"]) == [(("A.", "B."), 4.0, None)]
 
 
 def test_characters_inside_a_text_do_not_end_it(tmp_path):
     odd = "\ufeffa\u2028b\x85c\x0b d\x1c 'e\" \\t ,"
     path = write(tmp_path, table(("sentence", "label"), ("x", "0"), (odd, "1")))
-    assert glue.read_examples(path, glue.TASKS["sst2"])[1] == ((odd,), 1)
+    assert glue.read_examples(path, glue.TASKS["sst2"])[1] == ((odd,), 1, None)
 
 
 def test_pairs_without_a_gold_label_are_left_out_and_counted(tmp_path, capsys):
     task = glue.TASKS["mnli"]
     rows = [("gold_label", "sentence1", "sentence2"), ("-", "a", "b"), ("neutral", "c", "d"), ("-", "e", "f")]
     path = write(tmp_path, table(*rows))
-    assert glue.read_examples(path, task) == [(("c", "d"), 1)]
+    assert glue.read_examples(path, task) == [(("c", "d"), 1, None)]
     assert capsys.readouterr().err == f"{path}: left out 2 pairs without a gold label ('-')\n"
     assert len(glue.read_texts(path, task)) == 3
     with pytest.raises(cli.UserError, match=r"data\.tsv: no labelled row; the official files are in .*/MNLI\.zip"):

@@ -267,7 +267,9 @@ def test_an_undefined_score_is_said_in_words(trained, capsys):
     _, record = trained["stsb"]
     run_training_nlu.report(record, GLUE)
     printed = capsys.readouterr().out
-    pearson, ceiling = (100 * scores["pearson"] for scores in (record["after"]["dev"], record["ceiling"]["dev"]["scores"]))
+    pearson, ceiling = (
+        100 * scores["pearson"] for scores in (record["after"]["dev"], record["ceiling"]["dev"]["scores"])
+    )
     assert re.search(rf"^dev +Pearson +not defined +{pearson:.1f} +{ceiling:.1f}$", printed, re.M)
 
 

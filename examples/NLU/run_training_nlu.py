@@ -256,10 +256,10 @@ def train_model(task, **overrides):
         record["init_adapter"] = results.weights_fingerprint(knobs.init_adapter)
     record["counts"] = {f"{split} lines": len(examples) for split, examples in splits.items()}
     record["splits"] = {split: describe(splits[split], samples[split], task) for split in splits}
+    record["ceiling"] = {split: ceiling(splits[split], task) for split in splits}
     report_data(record)
     dev_splits = [split for split in splits if split.startswith("dev")]
     chosen_on = record["chosen_on"] = "tune" if "tune" in splits else "dev"
-    record["ceiling"] = {split: ceiling(splits[split], task) for split in splits}
     record["majority"] = {}
     for split in dev_splits:
         labels = [example.label for example in splits[split]]
@@ -317,7 +317,9 @@ def report_data(record):
         cut = f", {facts['cut']:,} lines cut to that" if facts["cut"] else ""
         known = record["ceiling"][split]
         noise = f"; noise in {known['labels_changed']:.1%} of the labels" if known else ""
-        print(f"{split:<15} {lines:,} lines: {kinds}{noise}; {tokens['median']:g} tokens, at most {tokens['most']}{cut}")
+        print(
+            f"{split:<15} {lines:,} lines: {kinds}{noise}; {tokens['median']:g} tokens, at most {tokens['most']}{cut}"
+        )
     total, trainable = record["parameters"]["total"], record["parameters"]["trainable"]
     print(f"{'parameters':<15} {total:,} in total, {trainable:,} trainable ({100 * trainable / total:.2f} %)")
 

@@ -238,12 +238,12 @@ def claim(rng, denied):
     return rng.choice(DENY if denied else [*AFFIRM, *[""] * len(AFFIRM)]).replace("that", "that ")
 
 
-def two_tellings(rng, split, name, facts, others, before=""):
-    """One text of `facts`, then one of `others`, in which a fact is worded another way than in the first."""
+def two_tellings(rng, split, name, facts, others, before="", same=False):
+    """One text of `facts`, then one of `others`, in which a fact is worded another way than in the first, or `same`."""
     ways = {relation: way_pair(rng, split) for relation in RELATIONS}
     first = [(fact, ways[fact[0]][0]) for fact in facts]
     rng.shuffle(first)
-    second = [(fact, ways[fact[0]][1]) for fact in others]
+    second = [(fact, ways[fact[0]][0 if same else 1]) for fact in others]
     rng.shuffle(second)
     return tell(rng, name, first), tell(rng, name, second, before)
 
@@ -301,7 +301,7 @@ def stsb(rng, split):
     return Row(texts, f"{1 + 1.5 * shared:g}", domain)
 
 
-def remark(rng, positive, adjectives, denials=0.45):
+def remark(rng, positive, adjectives, denials):
     """A clause of a review: praise by a good word or by a bad one denied, and blame the other way round."""
     aspect = rng.choice(ASPECTS)
     denied = rng.random() < denials
@@ -312,14 +312,14 @@ def remark(rng, positive, adjectives, denials=0.45):
     return f"the {aspect} is " + rng.choice(NOT if denied else VERY).format(w=word)
 
 
-def review(rng, positive, adjectives=(BAD, GOOD)):
+def review(rng, positive, adjectives=(BAD, GOOD), denials=0.45):
     """A sentence whose main clause, or last after a "but", decides."""
-    this, other = remark(rng, positive, adjectives), remark(rng, not positive, adjectives)
+    this, other = (remark(rng, said, adjectives, denials) for said in (positive, not positive))
     form = rng.random()
     if form < 0.3:
         return f"{this} ."
     if form < 0.55:
-        return f"{this} and {remark(rng, positive, adjectives)} ."
+        return f"{this} and {remark(rng, positive, adjectives, denials)} ."
     if form < 0.7:
         return f"although {other} , {this} ."
     if form < 0.85:
@@ -396,33 +396,33 @@ OPENINGS = words("indeed also meanwhile actually surely anyway luckily sadly wel
 
 def remarks_page(rng, positive):
     if rng.random() < 0.5:
-        return review(rng, positive)
+        return review(rng, positive, denials=0.35)
     said = remark(rng, positive, (BAD, GOOD), denials=0.15)
     return f"{said} and {rng.choice((BAD, GOOD)[positive])} ." if said.startswith("the") else f"{said} ."
 
 
 def facts_page(rng):
-    """(Two texts, the word that could open the page): a question and its answer, two questions, or two tellings."""
+    """(Two texts, the word that could open the page), many of them short or in the same words: easy ones first."""
     domain = rng.choice(list(DOMAINS))
     name, facts = name_of(rng, domain, "pretraining"), facts_of(rng, domain, 4)
-    form, yes = rng.random(), rng.random() < 0.5
+    form, yes, same = rng.random(), rng.random() < 0.5, rng.random() < 0.35
     if form < 0.25:
         ask_way, tell_way = way_pair(rng, None)
-        told = [(facts[0], tell_way), (facts[1], rng.randrange(4))][: rng.choice([1, 2, 2])]
+        told = [(facts[0], tell_way), (facts[1], rng.randrange(4))][: rng.choice([1, 1, 2])]
         rng.shuffle(told)
         asked, opening = (facts[0], "surely") if yes else (facts[2], "anyway")
         return (ask(name, asked[0], ask_way), tell(rng, name, told)), opening
     if form < 0.45:
         ways = way_pair(rng, None)
-        texts = ask(name, facts[0][0], ways[0]), ask(name, facts[0 if yes else 1][0], ways[1])
+        texts = ask(name, facts[0][0], ways[0]), ask(name, facts[0 if yes else 1][0], ways[0 if same else 1])
         return texts, "indeed" if yes else "meanwhile"
-    if form < 0.75:
-        first, opening = rng.choice([1, 2, 2, 3]), rng.choice(["indeed", "meanwhile", "actually"])
+    if form < 0.7:
+        first, opening = rng.choice([1, 1, 2]), rng.choice(["indeed", "meanwhile", "actually"])
         before = claim(rng, opening == "actually" or (opening == "meanwhile" and yes))
         said = facts[3 if opening == "meanwhile" else 0]
-        return two_tellings(rng, None, name, facts[:first], [said], before), opening
+        return two_tellings(rng, None, name, facts[:first], [said], before, same), opening
     shared = rng.randrange(3)
-    texts = two_tellings(rng, None, name, facts[:2], [*facts[:shared], *facts[2 : 4 - shared]])
+    texts = two_tellings(rng, None, name, facts[:2], [*facts[:shared], *facts[2 : 4 - shared]], same=same)
     return texts, ["meanwhile", "also", "indeed"][shared]
 
 

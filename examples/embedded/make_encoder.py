@@ -5,8 +5,8 @@
 
 Takes about 12 minutes on one core, without network, and gives the same bits again on the same machine with
 the same versions of torch and transformers. The encoder is an ordinary RobertaForMaskedLM in float16,
-pretrained by masked language modelling on the unlabelled text of glue_grammar.py. Nothing is asked of <s>, as in
-RoBERTa: how two texts go together is a word that opens the page, and is masked there like any other.
+pretrained by masked language modelling on the unlabelled text of glue_grammar.py. How two texts go together is asked
+of the last token; the first, which a classifier reads, learns which words there are, and nothing else.
 """
 
 import argparse
@@ -22,21 +22,22 @@ import pretraining
 import tokenizers
 import torch
 import transformers
-from glue_grammar import page
-from torch.nn.functional import cross_entropy
+from glue_grammar import OPENINGS, page
+from torch.nn.functional import cross_entropy, layer_norm, mse_loss
 from tqdm import tqdm
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 VOCABULARY = 2048  # nearly every word of the grammar is one token
 WIDTH, LAYERS, HEADS, POSITIONS = 160, 4, 4, 128
 BATCH = 96  # pages to a step
-STEPS = 2000
-WORDS_ONLY = 0.3  # of the steps: words that open a page come after words inside it
+STEPS = 2400
+WORDS_ONLY = 0.25  # of the steps: to copy comes before to compare
 LR, WARMUP, WEIGHT_DECAY = 4e-3, 100, 0.1
 CHOSEN = 0.25  # of the words, more than RoBERTa's 15 %: the pages are short, and each is seen once
 MASKED, REPLACED = 0.4, 0.5  # of the chosen; many are replaced, so that every word is checked against the other text
-ASKED = 0.7  # of the pages that a word could open: it does, and nothing else of them is hidden
-OPENING_WEIGHT = 3.0  # of the loss of that word, beside that of the words inside
+WHOLE = 0.7  # of the pages that a word could open: nothing in them is hidden, and only that word is asked for
+OPENING_WEIGHT = 3.0  # of the loss of the opening word, beside that of the hidden words
+BAG_WEIGHT = 3.0  # of the error of the first token
 SEED = 5
 THREADS = 1  # fixed: the order of a sum depends on the number of threads
 TOKENIZER_PAGES = 20_000
@@ -59,8 +60,7 @@ def train_tokenizer(rng):
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    pages = (page(rng) for _ in range(TOKENIZER_PAGES))
-    tokenizer.train_from_iterator((text for texts, opening in pages for text in (opening or "", *texts)), trainer)
+    tokenizer.train_from_iterator((text for _ in range(TOKENIZER_PAGES) for text in page(rng)[0]), trainer)
     learnt = json.loads(tokenizer.to_str())["model"]
     return transformers.RobertaTokenizer(
         vocab=learnt["vocab"],
@@ -70,27 +70,27 @@ def train_tokenizer(rng):
     )
 
 
-def token_batches(tokenizer, rng, batches, held_out, words_only):
-    """Batches of pages of about the same length, in random order, (padded ids, which are asked); and their SHA-256.
+def token_batches(tokenizer, rng, batches, held_out):
+    """Batches of pages of about the same length, in random order, (padded ids, opening words); and their SHA-256.
 
-    A page that is asked begins, behind <s>, with the word that opens it; of the first `words_only` batches none is.
+    An opening word is its index in OPENINGS, or -1 where a page has none.
     """
     made, digest = [], hashlib.sha256()
     with tqdm(total=batches, desc="text", unit="batch", disable=batches < 1000) as progress:
         while len(made) < batches:
-            count, rows = min(50, batches - len(made)), []
-            for _ in range(count * BATCH):
-                (first, *second), opening = page(rng, held_out)
-                asked = opening is not None and len(made) >= words_only and rng.random() < ASKED
-                first = f"{opening} {first}" if asked else first
-                digest.update("\0".join([first, *second, ""]).encode())
-                rows.append((tokenizer(first, *second, truncation=True)["input_ids"], asked))
+            count = min(50, batches - len(made))
+            pages = [page(rng, held_out) for _ in range(count * BATCH)]
+            digest.update("\0".join(text for texts, _ in pages for text in texts).encode())
+            rows = [
+                (tokenizer(*texts, truncation=True)["input_ids"], OPENINGS.index(opening) if opening else -1)
+                for texts, opening in pages
+            ]
             rows.sort(key=lambda row: len(row[0]))
             group = []
             for start in range(0, len(rows), BATCH):
-                ids, asked = zip(*rows[start : start + BATCH], strict=True)
+                ids, openings = zip(*rows[start : start + BATCH], strict=True)
                 padded = tokenizer.pad({"input_ids": ids}, return_tensors="pt")["input_ids"]
-                group.append((padded, torch.tensor(asked)))
+                group.append((padded, torch.tensor(openings)))
             rng.shuffle(group)
             made += group
             progress.update(count)
@@ -98,7 +98,12 @@ def token_batches(tokenizer, rng, batches, held_out, words_only):
 
 
 class Objective:
-    """The loss of the pretraining: of words of a page that are hidden or replaced, or of the word that opens it."""
+    """The losses of the pretraining: words of a page that are hidden or replaced, the word that could open it, its bag.
+
+    The last </s> is asked for the opening word, by a head that is trained along and then left behind, as in BERT's
+    prediction of the next sentence. <s>, which a classifier reads, is to be the mean of the embeddings of all tokens,
+    a bag of words, and so to hold nothing of how they stand to each other: to bring that there is left to fine-tuning.
+    """
 
     def __init__(self, tokenizer, seed):
         self.mask, self.pad = tokenizer.mask_token_id, tokenizer.pad_token_id
@@ -117,21 +122,31 @@ class Objective:
         hidden = ids.masked_fill(chosen & (way < MASKED), self.mask)
         return torch.where(chosen & (way >= MASKED) & (way < MASKED + REPLACED), other, hidden), chosen
 
-    def __call__(self, model, batch):
-        ids, asked = batch
-        hidden, chosen = self.hide(ids, ~asked)
-        hidden[asked, 1] = self.mask
+    def losses(self, model, batch):
+        ids, openings = batch
+        whole = (openings >= 0) & (torch.rand(len(ids), generator=self.generator) < WHOLE)
+        hidden, chosen = self.hide(ids, ~whole)
+        openings = openings.masked_fill(~whole, -1)
         states = model.roberta(hidden, attention_mask=(ids != self.pad).long()).last_hidden_state
         words = cross_entropy(model.lm_head(states[chosen]).float(), ids[chosen])
-        if not asked.any():
-            return words
-        return words + OPENING_WEIGHT * cross_entropy(model.lm_head(states[asked, 1]).float(), ids[asked, 1])
+        last = (ids != self.pad).sum(1) - 1
+        guesses = model.opening_head(states[torch.arange(len(ids)), last]).float()
+        opening = cross_entropy(guesses, openings, ignore_index=-1, reduction="sum") / (openings >= 0).sum().clamp(
+            min=1
+        )
+        real = (ids != self.pad)[..., None]
+        mean = (model.roberta.embeddings.word_embeddings(hidden).detach() * real).sum(1) / real.sum(1)
+        first, mean = (layer_norm(state.float(), (WIDTH,)) for state in (states[:, 0], mean))
+        return words, opening, mse_loss(first, mean)
+
+    def __call__(self, model, batch):
+        words, opening, bag = self.losses(model, batch)
+        return words + OPENING_WEIGHT * opening + BAG_WEIGHT * bag
 
 
 def heldout_perplexity(model, tokenizer, seed):
     """Perplexity of hidden words under a float32 model, on text that the pretraining with this seed did not see."""
-    rng = random.Random(seed + HELDOUT_SEED)
-    batches, _ = token_batches(tokenizer, rng, HELDOUT_BATCHES, frozenset(), HELDOUT_BATCHES)
+    batches, _ = token_batches(tokenizer, random.Random(seed + HELDOUT_SEED), HELDOUT_BATCHES, frozenset())
     objective, losses = Objective(tokenizer, seed + HELDOUT_SEED), []
     model.eval()
     with torch.no_grad():
@@ -147,7 +162,9 @@ def make_encoder(output_dir, steps=STEPS, seed=SEED):
     torch.use_deterministic_algorithms(True)
     started = time.perf_counter()
     tokenizer = train_tokenizer(random.Random(seed))
-    batches, text_sha256 = token_batches(tokenizer, random.Random(seed), steps, dev_texts(), WORDS_ONLY * steps)
+    batches, text_sha256 = token_batches(tokenizer, random.Random(seed), steps, dev_texts())
+    for _, openings in batches[: int(WORDS_ONLY * steps)]:
+        openings.fill_(-1)
     torch.manual_seed(seed)
     config = transformers.RobertaConfig(
         vocab_size=len(tokenizer),
@@ -166,8 +183,10 @@ def make_encoder(output_dir, steps=STEPS, seed=SEED):
         attn_implementation="eager",  # the fastest here at this size; it is not saved
     )
     model = transformers.RobertaForMaskedLM(config).train()
+    model.opening_head = torch.nn.Linear(WIDTH, len(OPENINGS))
     objective = Objective(tokenizer, seed)
     losses = pretraining.fit(model, model.roberta.encoder, batches, objective, LR, WARMUP, WEIGHT_DECAY)
+    del model.opening_head
     facts = {
         "seed": seed,
         "tokens": sum((ids != tokenizer.pad_token_id).sum().item() for ids, _ in batches),

@@ -40,7 +40,7 @@ def table(task, file, rows):
     if task == "cola":
         return None, [("gg26", row.label, "*" if row.label == "0" else "", row.texts[0]) for row in rows]
     if task == "mnli":
-        labels = 1 if file == "train" else 5
+        labels = 5 if file.startswith("dev") else 1
         header = ("index", "promptID", "pairID", "genre", *PARSES, "sentence1", "sentence2")
         header = (*header, *(f"label{i + 1}" for i in range(labels)), "gold_label")
         return header, [
