@@ -1,23 +1,25 @@
-"""Which bases were fine-tuned, on what, and what each method reached: one row a run.
+"""Which bases were fine-tuned, on what, and what each method reached.
 
     cd examples
     python COMPARISON_RESULTS.py
+    python COMPARISON_RESULTS.py --all
     python COMPARISON_RESULTS.py --write
     python COMPARISON_RESULTS.py --run
 
-Read from results/*.json, in a second. --write makes COMPARISON_RESULTS.md anew. --run measures what is missing on the
-models and the data that ship here, which takes as long as it says. Runs stand in one table only if task, base and data
-are the same; what others have published stands apart and is marked so.
+Read from results/*.json, in a second. The first prints the best run of each method and task, with its interval; --all
+every run, and what others have published, which stands apart and is marked so. --write makes COMPARISON_RESULTS.md
+anew. --run measures what is missing on the models and the data that ship here, which takes as long as it says. Runs
+stand in one table only if task, base and data are the same, and only if the whole test set was scored.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from common import comparison, glue, tables
 from common.cli import knob, parse_knobs, run
-from common.comparison import Gaps
 from common.files import write_atomically
+from common.reports import comparison, missing, reached, reading, tables
+from common.reports.missing import Gaps
 
 HERE = Path(__file__).resolve().parent
 DOCUMENT = HERE / "COMPARISON_RESULTS.md"
@@ -57,14 +59,17 @@ PUBLISHED = {
 }
 
 
-NOTES = f"""A row is a run, or the mean of the seeds of one (+- the standard deviation), with the file that holds it; a
-table holds what shares task, base and data. {comparison.SYNTHETIC_BASE} marks texts made by a grammar, and models
-pretrained on such texts: they show nothing about real text, and no table holds them together with others. Scores of
-GLUE are of the dev set, x 100. Rows differ in settings, steps and device as they say; which runs differ in the method
-alone, and by how much, is what QUALITY_COMPARISON.py and LORA_vs_FULL_COMPARISON.py say."""
-# The order of the rows of a table, first what needs no training; and which a table should have, of GLUE and of E2E.
-METHODS = {"none": comparison.METHODS["none"], "majority": "majority guess", **comparison.METHODS}
-ORDER, UNTRAINED = list(METHODS), ("none", "majority")
+NOTES = f"""A row is one run, or the mean over its seeds (+- the standard deviation), with the files that hold it. A
+table has the runs of one task, base and data set. {reading.SYNTHETIC_BASE} marks texts made by a grammar, and models
+pretrained on such texts. They show nothing about real text, and share no table with other rows. GLUE scores
+are of the dev set, times 100. Rows may differ in settings, steps and device, as they state; QUALITY_COMPARISON.py and
+LORA_vs_FULL_COMPARISON.py compare runs that differ in the method alone. A run that was scored on a part of the test
+set is shown with its validation loss only."""
+BEST_NOTES = """The best run of a method: runs of several seeds come first; then on E2E the lowest validation loss, on
+GLUE the highest dev score, which is slightly too high for that reason. +- is the standard deviation over seeds. In
+brackets: 95 % of resamples of the test examples; with several seeds, of the first seed. "-": not measured."""
+BEST = {"untrained": reached.UNTRAINED, "head alone": ["head"], "LoRA": ["lora"], "full fine-tuning": ["full"]}
+# Which methods a table should have, of GLUE and of E2E.
 EXPECTED = {False: ("head", "lora", "full"), True: ("none", "lora", "full")}
 
 HEADING = f"""# What was measured, and what each method reached
@@ -80,117 +85,97 @@ class Knobs(comparison.Knobs):
     write: bool = knob(False, f"write {DOCUMENT.name} beside this script, too")
 
 
-class Row(NamedTuple):
-    method: str
-    title: str
-    scored: str
-    steps: str
-    scores: tuple[str, ...]
-    trained: str
-    saved: str
-    device: str
-    file: str
-
-    def cells(self):
-        return [self.title, self.scored, self.steps, *self.scores, self.trained, self.saved, self.device, self.file]
-
-
 def header(titles):
     return ["method", "scored on", "steps", *titles, "trained", "saved, bytes", "device", "result file"]
 
 
 def tables_of(records, gaps):
-    """[(title, lists of cells)]: a table for each task, base and data."""
-    groups = {}
-    for kind in (comparison.runs_of, comparison.trials_of, comparison.improvements_of):
-        for name, record in kind(records).items():
-            groups.setdefault(comparison.group_of(record), {})[name] = record
-    found = []
-    for title, members in sorted(groups.items(), key=_order):
-        kinds = comparison.score_kinds(next(iter(members.values())), main=True)
-        rows = []
-        for name, record in members.items():
-            for row in rows_of(name, record, kinds, gaps):
-                # What needs no training is the same in all runs, and an improvement scores the texts of a run.
-                may_be_known = row.method in UNTRAINED or "adapted" in record
-                if not may_be_known or row.scores not in [other.scores for other in rows]:
-                    rows.append(row)
-        rows += rows_missing(members, [row.method for row in rows], len(kinds), gaps)
-        rows.sort(key=lambda row: ORDER.index(row.method))
-        found.append((title, [header(kind.title for kind in kinds.values()), *(row.cells() for row in rows)]))
+    """[(title, lists of cells)]: a table for each task, base and data, and one of what was scored in part."""
+    found, groups = [], reached.groups(records)
+    for title, members in sorted(groups.items(), key=lambda group: reading.place(next(iter(group[1].values())))):
+        kinds = reading.score_kinds(next(iter(members.values())), main=True)
+        rows = reached.rows_of(records, members)
+        cells = [(row.method, cells_of(row, kinds, records, gaps)) for row in rows]
+        cells += rows_missing(members, [row.method for row in rows], len(kinds), gaps)
+        cells.sort(key=lambda pair: list(reached.METHODS).index(pair[0]))
+        found.append((title, [header(kind.title for kind in kinds.values()), *(row for _, row in cells)]))
+        found += scored_in_part(title, records, members)
     return found + nothing_measured(groups, gaps)
 
 
-def _order(group):
-    """What ships here first, in the order of the tasks."""
-    record = next(iter(group[1].values()))
-    task = comparison.glue_task(record)
-    place = -1 if task is None else list(glue.TASKS).index(task.name)
-    return not comparison.has_synthetic_data(record), place, group[0]
+def cells_of(row, kinds, records, gaps):
+    """The cells of a row."""
+    record = records[row.files[0]]
+    scores = []
+    for key, kind in kinds.items():
+        mean, deviation = row.scores.get(key, (None, None))
+        if mean is None and reading.glue_task(record) is None:
+            scores.append(gaps.cell(missing.remake(row.files[0], record)))
+        else:
+            scores.append(comparison.mean_text(kind, mean, deviation) if key in row.scores else "-")
+    saved = "-" if row.saved is None else f"{row.saved:,}"
+    files = ", ".join(f"{name}.json" for name in row.files)
+    return [row.title, row.scored, row.steps, *scores, f"{row.trained:,}", saved, row.device, files]
 
 
-def rows_of(name, record, kinds, gaps):
-    """The rows of a result file."""
-    rest = comparison.device_title(record), f"{name}.json"
-    scored, settings = comparison.scored_on(record), record["configuration"]
+def scored_in_part(group, records, members):
+    """A table of the runs of a group that no result file has whole scores of: they choose settings, and no more."""
+    rows = [["method", "steps", "least validation loss", "trained", "saved, bytes", "device", "result file"]]
+    for name, record in reading.runs_of(reached.partial(members)).items():
+        if "history" in record and reached.whole_scores(records, name)[1] is None:
+            title = reading.settings_title(record["configuration"], record["adapt"])
+            loss = min(entry["valid_loss"] for entry in record["history"])
+            sizes = f"{record['parameters']['trainable']:,}", f"{record['bytes']['checkpoint']:,}"
+            steps = f"{record['history'][-1]['step']:,}"
+            rows.append([title, steps, f"{loss:.3f}", *sizes, reading.device_title(record), f"{name}.json"])
+    return [(f"{group}: runs that were scored on a part of the test set", rows)] if len(rows) > 1 else []
 
-    def texts(found):
-        return tuple(comparison.score_text(kind, found, key, gaps, name, record) for key, kind in kinds.items())
 
-    if "systems" in record:
-        seeds = f", mean of {settings['seeds']} seeds" if settings["seeds"] > 1 else ""
-        for method, system in record["systems"].items():
-            title = comparison.settings_title({**settings, "lr": system["lr"]}, method) + seeds
-            means = tuple(comparison.mean_text(kind, comparison.score_of(system, key)) for key, kind in kinds.items())
-            steps = f"best {', '.join(map(str, system['best_steps']))}"
-            sizes = f"{system['trained']:,}", f"{system['checkpoint_bytes']:,}"
-            yield Row(method, title, scored, steps, means, *sizes, *rest)
-        return
-    if "adapted" in record:
-        method = "lora" if settings["adapted_model"] is None else "full"
-        yield Row("none", METHODS["none"], scored, "0", texts(record["base"]), "0", "-", *rest)
-        yield Row(method, "of a run that is not here", scored, "-", texts(record["adapted"]), "-", "-", *rest)
-        return
-    for key, method in (("before", "none"), ("majority", "majority")):
-        if key in record:
-            yield Row(method, METHODS[method], scored, "0", texts(comparison.scores(record, key)), "0", "-", *rest)
-    if "after" in record:
-        title = comparison.settings_title(settings, record["adapt"])
-        sizes = f"{record['parameters']['trainable']:,}", f"{record['bytes']['checkpoint']:,}"
-        steps = f"{record['history'][-1]['step']:,}"
-        yield Row(record["adapt"], title, scored, steps, texts(comparison.scores(record)), *sizes, *rest)
+def best(records):
+    """Blocks of the best row of each method, a line a task."""
+    found = [list(BEST)]
+    for record, key, kind, rows in reached.best(records):
+        chosen = [next((rows[method] for method in methods if method in rows), None) for methods in BEST.values()]
+        files = [name for row in chosen if row for name in row.files]
+        found.append((record, kind, [best_cell(kind, row, key) for row in chosen], files))
+    return comparison.overview(found)
+
+
+def best_cell(kind, row, key):
+    return "-" if row is None or row.scores[key][0] is None else comparison.reached_text(kind, row, key)
 
 
 def rows_missing(members, methods, columns, gaps):
     """A row for each method that a table has none of."""
-    name, record = next(iter((comparison.runs_of(members) or members).items()))
-    for method in EXPECTED[comparison.glue_task(record) is None]:
+    name, record = next(iter((reading.runs_of(members) or members).items()))
+    for method in EXPECTED[reading.glue_task(record) is None]:
         if method not in methods:
             cell = gaps.cell(command_for(method, name, record))
-            yield Row(method, METHODS[method], cell, *("-", ("-",) * columns), *("-",) * 4)
+            yield method, [reached.METHODS[method], cell, *["-"] * (columns + 5)]
 
 
 def command_for(method, name, record):
-    if comparison.is_shipped(record) and method != "head":
-        return comparison.shipped_command(record)
-    if comparison.is_run(record) and not comparison.is_shipped(record):
-        return comparison.remake(name, record, method)
-    if comparison.glue_task(record) is not None:
-        return comparison.trial_command(record)
+    if reading.is_shipped(record) and method != "head":
+        return missing.shipped_command(record)
+    if reading.is_run(record) and not reading.is_shipped(record):
+        return missing.remake(name, record, method)
+    if reading.glue_task(record) is not None:
+        return missing.trial_command(record)
     settings = {key: record["configuration"][key] for key in ("model", "data_dir", "precision")}
-    return comparison.command("NLG/compare_lora_vs_full.py", **settings, record=f"{name}_compare")
+    return missing.command("NLG/compare_lora_vs_full.py", **settings, record=f"{name}_compare")
 
 
 def nothing_measured(groups, gaps):
     """A table of the tasks that ship here and of which there is no result file at all."""
-    title = f"No result file of the models and the data that ship here, which are {comparison.SYNTHETIC_BASE}"
-    rows = [["task", *(METHODS[method] for method in EXPECTED[False])]]
-    for task in comparison.SHIPPED_TASKS:
-        record = comparison.shipped(task)
-        if comparison.group_of(record) not in groups:
-            head = "-" if task == "e2e" else gaps.cell(comparison.trial_command(record))
+    title = f"No result file of the models and the data that ship here, which are {reading.SYNTHETIC_BASE}"
+    rows = [["task", *(reached.METHODS[method] for method in EXPECTED[False])]]
+    measured = {reading.group_of(next(iter(members.values()))) for members in groups.values()}
+    for task in missing.SHIPPED_TASKS:
+        record = missing.shipped(task)
+        if reading.group_of(record) not in measured:
+            head = "-" if task == "e2e" else gaps.cell(missing.trial_command(record))
             cell = gaps.cell(command_for("lora", None, record))
-            rows.append([comparison.task_title(record), head, cell, cell])
+            rows.append([reading.task_title(record), head, cell, cell])
     return [(title, rows)] if len(rows) > 1 else []
 
 
@@ -208,28 +193,47 @@ def published():
     ]
 
 
+def unexplained(records):
+    """A block of the improvements whose systems are no runs here."""
+    lines = []
+    for name in reached.unexplained(records):
+        compared = records[name].get("compared", {})  # not in the first records
+        lines.append(": ".join([f"{name}.json", *([" against ".join(compared.values())] if compared else [])]))
+    return [("Not shown: a system of these is no run that is here", [], lines)] if lines else []
+
+
 def document(records):
     """The text of COMPARISON_RESULTS.md."""
     gaps = Gaps()
     parts = [HEADING]
-    for title, (titles, *rows) in [*tables_of(records, gaps), *published()]:
-        places = ["---" if place in (0, len(titles) - 1) else "---:" for place in range(len(titles))]
-        rows = [[*cells[:-1], _link(cells[-1])] for cells in rows]
-        parts.append(f"## {title}\n\n{tables.markdown([titles, places, *rows])}")
-    for title, _, lines in gaps.block():
+    for title, rows, _ in best(records):
+        parts.append(f"## {title}: the best of each method\n\n{in_markdown(rows)}")
+    parts.append(BEST_NOTES + "\n")
+    for title, rows in [*tables_of(records, gaps), *published()]:
+        parts.append(f"## {title}\n\n{in_markdown(rows)}")
+    for title, _, lines in [*unexplained(records), *gaps.block()]:
         parts.append(f"## {title}\n\n" + "".join(f"    {line}\n" for line in lines))
     return "\n".join(parts)
 
 
-def _link(cell):
-    return f"[{cell}](results/{cell})" if cell.endswith(".json") else cell
+def in_markdown(rows):
+    titles, *rows = rows
+    places = ["---" if place in (0, len(titles) - 1) else "---:" for place in range(len(titles))]
+    return tables.markdown([titles, places, *([*cells[:-1], _links(cells[-1])] for cells in rows)])
+
+
+def _links(cell):
+    return re.sub(r"[\w.-]+\.json", lambda name: f"[{name[0]}](results/{name[0]})", cell)
 
 
 def main():
     knobs = parse_knobs(Knobs, __doc__)
     records, gaps = comparison.read(knobs), Gaps()
-    comparison.show([(title, rows, []) for title, rows in [*tables_of(records, gaps), *published()]])
-    comparison.show([(NOTES, [], []), *gaps.block()])
+    if knobs.all:
+        comparison.show([(title, rows, []) for title, rows in [*tables_of(records, gaps), *published()]])
+        comparison.show([(NOTES, [], []), *unexplained(records), *gaps.block()])
+    else:
+        comparison.show([*best(records), (BEST_NOTES, [], []), comparison.MORE])
     if knobs.write:
         write_atomically(DOCUMENT, document(records))
         print(f"\nwritten to {DOCUMENT}")

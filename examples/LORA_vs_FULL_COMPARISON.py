@@ -2,20 +2,22 @@
 
     cd examples
     python LORA_vs_FULL_COMPARISON.py
+    python LORA_vs_FULL_COMPARISON.py --all
     python LORA_vs_FULL_COMPARISON.py --tasks 100 --gpu_hour_price 2.5 --gb_month_price 0.1 --months 12
     python LORA_vs_FULL_COMPARISON.py --pair nlg_smollm2_lora nlg_smollm2_full --tasks 50
     python LORA_vs_FULL_COMPARISON.py --run
 
-Read from results/*.json, in a second, for each two runs that differ in the method alone. The prices are yours: without
-them hours and bytes are shown, and no cost. The currency is that of the prices. --run measures what is missing on the
-models and the data that ship here.
+Read from results/*.json, in a second. The first prints the ratios of the best pair of each task; --all and --pair every
+cost, for each two runs that differ in the method alone. The prices are yours: without them no cost is shown. The
+currency is that of the prices. --run measures what is missing on the models and the data that ship here.
 """
 
 from dataclasses import dataclass
 
-from common import comparison
 from common.cli import UserError, knob, parse_knobs, require_positive, run
-from common.comparison import Gaps, dig
+from common.reports import comparison, missing, reading
+from common.reports.missing import Gaps
+from common.reports.reading import dig
 
 MIB, GB = 2**20, 1e9
 # Title: where a run has it, the form of a cell, and its unit.
@@ -29,6 +31,14 @@ COSTS = {
     "training with validations, s": (("seconds", "train"), ",.1f", 1),
     "the whole run, s": (("seconds", "total"), ",.1f", 1),
 }
+# Of a pair, in the report of one screen: ratios LoRA / full.
+RATIOS = {
+    "trained": ("parameters", "trainable"),
+    "saved": ("bytes", "checkpoint"),
+    "optimizer": ("bytes", "optimizer"),
+    "peak memory": ("peak_memory_bytes", "process"),
+    "step": ("seconds", "step"),
+}
 SERVING = {
     "tensors in memory, MiB": (("tensor_bytes",), ",.1f", MIB),
     "peak memory of the process, MiB": (("peak_memory_bytes", "process"), ",.1f", MIB),
@@ -41,6 +51,11 @@ SERVING = {
 NOTES = """Ratios are LoRA / full. The peak of a process holds Python, the libraries and the activations, too:
 nearly all of it for a small model. Seconds of two runs are of different times: where other work shared the machine they
 are no fair measure of a step. The steps in turn are, since both methods took them on the same batches."""
+
+BEST_NOTES = """Ratios and pairs are LoRA / full; GB with the base once. A step is one taken in turn, if any were. The
+peak of a process holds Python, the libraries and the activations, too."""
+# Of serving, in the report of one screen.
+SERVING_SHOWN = ("files", "tensors", "switch", "texts a second, tasks in turns", "texts a second, all")
 
 
 @dataclass
@@ -77,7 +92,7 @@ def costs(records, pair, gaps):
             rows.append([title, *["no GPU"] * 2, "-"])
         else:
             rows.append(
-                filled(row(title, values, form, unit), [comparison.remake(name, records[name]) for name in pair], gaps)
+                filled(row(title, values, form, unit), [missing.remake(name, records[name]) for name in pair], gaps)
             )
     lines = comparison.pair_sources(records, pair)
     name, steps = comparison.steps_in_turn(records, pair)
@@ -89,8 +104,8 @@ def costs(records, pair, gaps):
             f"in turn: {name}.json, {len(steps['seconds']['lora'])} pairs of steps; the ratio is their median, with "
             f"quartiles {low:.3f} and {high:.3f}"
         )
-    elif comparison.glue_task(lora) is None:
-        rows.append([title, *[gaps.cell(comparison.turns_command(records, pair))] * 2, "-"])
+    elif reading.glue_task(lora) is None:
+        rows.append([title, *[gaps.cell(missing.turns_command(records, pair))] * 2, "-"])
     return comparison.pair_title(records, pair), rows, lines
 
 
@@ -109,8 +124,16 @@ def serving(name, record):
         cells = row(title, [dig(served[method], *keys) for method in ("lora", "full")], form, unit)
         rows.append([*cells[:2], "nothing to switch", "-"] if "switch" in keys else cells)
     tasks = ", ".join(record["tasks"])
-    title = f"Serving {len(record['tasks'])} tasks ({tasks}), {comparison.base_and_data(record)}"
-    return f"{title}\n{comparison.device_title(record)}", rows, [f"both: {name}.json"]
+    title = f"Serving {len(record['tasks'])} tasks ({tasks}), {reading.base_and_data(record)}"
+    return f"{title}\n{reading.device_title(record)}", rows, [f"both: {name}.json"]
+
+
+def hours_and_bytes(records, pair, count):
+    """([hours to train so many tasks], [bytes to keep of them]) by LoRA, with the base, and by full fine-tuning."""
+    lora, full = (records[name] for name in pair)
+    hours = [count * record["seconds"]["train"] / 3600 for record in (lora, full)]
+    kept = [count * record["bytes"]["checkpoint"] for record in (lora, full)]
+    return hours, [full["bytes"]["model"] + kept[0], kept[1]]
 
 
 def cost_model(records, pair, knobs):
@@ -119,8 +142,7 @@ def cost_model(records, pair, knobs):
     count, base = knobs.tasks, full["bytes"]["model"]
     seconds = [record["seconds"]["train"] for record in (lora, full)]
     sizes = [record["bytes"]["checkpoint"] for record in (lora, full)]
-    hours = [count * second / 3600 for second in seconds]
-    kept = [base + count * sizes[0], count * sizes[1]]
+    hours, kept = hours_and_bytes(records, pair, count)
     rows = [
         ["", "LoRA", "full", "LoRA / full"],
         row("seconds to train a task", seconds, ",.1f"),
@@ -147,13 +169,49 @@ def cost_model(records, pair, knobs):
     return f"{count:,} tasks like this one: {comparison.pair_title(records, pair)}", rows, lines
 
 
+def best(records, knobs):
+    """Blocks of one line a task: the ratios of its best pair of runs, and what many tasks like it take."""
+    count = knobs.tasks
+    found = [[*RATIOS, f"{count:,} tasks: hours", "GB", *(["cost"] if prices(knobs) else [])]]
+    for pair in comparison.best_pairs(records).values():
+        ratios = {}
+        for title, keys in RATIOS.items():
+            lora, full = (dig(records[name], *keys) for name in pair)
+            ratios[title] = f"{lora / full:#.3g}" if lora is not None and full else "-"
+        name, steps = comparison.steps_in_turn(records, pair)
+        if steps:
+            ratios["step"] = f"{steps['ratio']:#.3g}"
+        hours, kept = hours_and_bytes(records, pair, count)
+        cells = [" / ".join(f"{value:.2f}" for value in values) for values in (hours, [size / GB for size in kept])]
+        if prices(knobs):
+            costs = [
+                (knobs.gpu_hour_price or 0) * hour + (knobs.gb_month_price or 0) * knobs.months * size / GB
+                for hour, size in zip(hours, kept, strict=True)
+            ]
+            cells.append(" / ".join(f"{cost:.2f}" for cost in costs))
+        found.append((records[pair[0]], None, [*ratios.values(), *cells], [*pair, *([name] if steps else [])]))
+    return comparison.overview(found)
+
+
+def served(records):
+    """The block of one benchmark with many tasks, in short."""
+    for name, record in list(reading.benchmarks_of(records).items())[:1]:
+        _, (titles, *rows), lines = serving(name, record)
+        title = f"Serving {len(record['tasks'])} tasks on {record['configuration']['model']}"
+        yield title, [titles, *(cells for cells in rows if cells[0].startswith(SERVING_SHOWN))], lines
+
+
+def prices(knobs):
+    return [price for price in (knobs.gpu_hour_price, knobs.gb_month_price) if price is not None]
+
+
 def report(records, knobs):
     """[(title, lists of cells, lines below)]."""
     gaps = Gaps()
     pairs = [comparison.require_pair(records, knobs.pair)] if knobs.pair else comparison.pairs(records)
     blocks = [costs(records, pair, gaps) for pair in pairs]
     if not knobs.pair:
-        blocks += [serving(name, record) for name, record in comparison.benchmarks_of(records).items()]
+        blocks += [serving(name, record) for name, record in reading.benchmarks_of(records).items()]
     blocks += [cost_model(records, pair, knobs) for pair in pairs]
     if not knobs.pair:
         blocks += comparison.no_pairs(records, gaps)
@@ -163,7 +221,11 @@ def report(records, knobs):
 def main():
     knobs = parse_knobs(Knobs, __doc__)
     check(knobs)
-    comparison.show(report(comparison.read(knobs), knobs))
+    records = comparison.read(knobs)
+    if knobs.all or knobs.pair:
+        comparison.show(report(records, knobs))
+    else:
+        comparison.show([*best(records, knobs), *served(records), (BEST_NOTES, [], []), comparison.MORE])
 
 
 if __name__ == "__main__":

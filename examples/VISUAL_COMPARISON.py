@@ -2,12 +2,14 @@
 
     cd examples
     python VISUAL_COMPARISON.py
+    python VISUAL_COMPARISON.py --all
     python VISUAL_COMPARISON.py --output_dir charts
     python VISUAL_COMPARISON.py --run
 
-Read from results/*.json, for each two runs that differ in the method alone, in a few seconds. Bars are printed here and
-drawn, as PNG and SVG, into output/ with the curves of the losses. Every bar has its result file beside it. --run
-measures what is missing on the models and the data that ship here.
+Read from results/*.json, in a few seconds. Drawn, as PNG and SVG, into output/: bars and the curves of the losses, for
+each two runs that differ in the method alone, with their result files. Printed are the bars of the best run of each
+method and task, or with --all those that are drawn. --run measures what is missing on the models and the data that
+ship here.
 """
 
 import functools
@@ -15,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from common import comparison, tables
 from common.cli import as_user_error, knob, parse_knobs, run
-from common.comparison import Gaps, dig
 from common.files import write_atomically
+from common.reports import comparison, missing, reached, reading, tables
+from common.reports.missing import Gaps
+from common.reports.reading import dig
 
 HERE = Path(__file__).resolve().parent
 TITLES = {"majority": "majority guess", "lora": "LoRA", "full": "full fine-tuning"}
@@ -38,6 +41,7 @@ COSTS = {
     "step_time": [("median optimizer step, ms", ("seconds", "step"), 1e-3, ",.1f", False)],
 }
 WIDTH = 50  # of the longest bar in the terminal
+SHORT = {"lora": "LoRA", "full": "full"}
 
 
 @dataclass
@@ -62,18 +66,19 @@ def quality_panels(records, pairs, gaps):
     """A panel for each base and data, and for each pair on E2E."""
     panels = {}
     for pair in pairs:
-        lora = records[pair[0]]
-        kinds = comparison.score_kinds(lora)
-        glue = comparison.glue_task(lora)
-        title = comparison.base_and_data(lora) if glue else f"{comparison.group_of(lora)}\n{files(pair)}"
+        if not comparison.is_scored(records, pair):
+            continue
+        lora, scored = records[pair[0]], comparison.scores_of(records, pair)
+        kinds = reading.score_kinds(lora, main=bool(reading.glue_task(lora)))
+        glue = reading.glue_task(lora)
+        title = reading.base_and_data(lora) if glue else f"{reading.group_of(lora)}\n{files(pair)}"
         bars = panels.setdefault(f"{title}\n{'dev sets, ' if glue else ''}x 100", {})
         for key in [next(iter(kinds))] if glue else OF_100:
             kind, found = kinds[key], {}
             if glue:
-                found["majority"] = comparison.scores(lora, "majority").get(key), pair[0]
+                found["majority"] = reading.scores(lora, "majority").get(key), pair[0]
             found |= {
-                method: (comparison.scores(records[name]).get(key), name)
-                for method, name in zip(("lora", "full"), pair, strict=True)
+                method: (scored[name].get(key), name) for method, name in zip(("lora", "full"), pair, strict=True)
             }
             label = f"{glue.folder}, {kind.title}\n{files(pair)}" if glue else kind.title
             bars[label] = [
@@ -103,13 +108,32 @@ def cost_panels(records, pairs, costs, gaps):
             for method, name in zip(("lora", "full"), pair, strict=True):
                 value = dig(records[name], *keys)
                 if value is None:
-                    bars.append(Bar(method, None, gaps.cell(comparison.remake(name, records[name]))))
+                    bars.append(Bar(method, None, gaps.cell(missing.remake(name, records[name]))))
                 else:
                     bars.append(Bar(method, value / unit, f"{value / unit:{form}}"))
-            kind = comparison.SYNTHETIC_BASE if comparison.is_synthetic(lora) else "from outside"
+            kind = reading.SYNTHETIC_BASE if reading.is_synthetic(lora) else "from outside"
             panel = panels.setdefault((title, kind), Panel(f"{title}; data: {kind}", {}, logarithmic))
-            panel.bars[f"{comparison.group_of(lora)}\n{files(pair)}"] = bars
+            panel.bars[f"{reading.group_of(lora)}\n{files(pair)}"] = bars
     return list(panels.values())
+
+
+def print_best(records):
+    """The bars of the best run of each method, two lines a task, what is synthetic apart."""
+    found = reached.best(records)
+    width = max((len(comparison.short_title(record, kind)) for record, _, kind, _ in found), default=0)
+    for synthetic, title in comparison.SECTIONS.items():
+        lines = []
+        for record, key, kind, rows in found:
+            if reading.is_synthetic(record) == synthetic:
+                label = comparison.short_title(record, kind)
+                for method in ("lora", "full"):
+                    if method in rows and rows[method].scores[key][0] is not None:
+                        text = comparison.reached_text(kind, rows[method], key)
+                        bar = "#" * round(WIDTH * max(0, kind.factor * rows[method].scores[key][0]) / 100)
+                        lines.append(f"{label:<{width}}  {SHORT[method]} {text:<25} {bar}".rstrip())
+                        label = ""
+        if lines:
+            print(f"\n{title}\n\n" + "\n".join(lines))
 
 
 def print_panel(panel):
@@ -129,7 +153,7 @@ def print_losses(records, pairs):
         losses = [{entry["step"]: entry["valid_loss"] for entry in records[name]["history"]} for name in pair]
         rows = [["step", "LoRA", "full"]]
         rows += [[f"{step:,}", *(f"{side[step]:.4f}" for side in losses)] for step in losses[0] if step in losses[1]]
-        print(f"\nvalidation loss, {comparison.group_of(records[pair[0]])}\n{files(pair)}\n")
+        print(f"\nvalidation loss, {reading.group_of(records[pair[0]])}\n{files(pair)}\n")
         print(tables.aligned(rows), end="")
 
 
@@ -189,7 +213,7 @@ def draw_losses(records, pairs, pyplot):
             axis.plot(steps, losses, "o", color=colour, markeredgecolor="black", label=f"{TITLES[method]}, validation")
         smoothing = records[pair[0]]["configuration"]["label_smoothing"]
         note = f"\ntraining with label smoothing {smoothing:g}, validation without" if smoothing else ""
-        axis.set_title(f"{comparison.group_of(records[pair[0]])}\n{files(pair)}{note}", fontsize=7)
+        axis.set_title(f"{reading.group_of(records[pair[0]])}\n{files(pair)}{note}", fontsize=7)
         axis.set(xlabel="optimizer step", ylabel="loss")
     for axis in axes.flat[len(pairs) :]:
         axis.set_visible(False)
@@ -242,7 +266,11 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
     pairs = comparison.pairs(records)
     charts = panels_of(records, pairs, gaps)
-    report(records, pairs, charts, gaps)
+    if knobs.all:
+        report(records, pairs, charts, gaps)
+    else:
+        print_best(records)
+        comparison.show([comparison.MORE])
     written = [f"{name}.png, {name}.svg" for name in draw(records, pairs, charts, folder)]
     print(f"\nwritten to {folder}: {', '.join(written) or 'nothing, since there is no pair of runs'}")
 

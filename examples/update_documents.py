@@ -1,12 +1,14 @@
-"""Make the tables of the documents anew: figures from results/*.json, commands and the library from their docstrings.
+"""Make the tables and pictures of the documents anew, from results/*.json and from docstrings.
 
     cd examples
     python update_documents.py
 
 Rewrites, in README.md and in the tutorials beside this script, what stands between the marks `<!-- NAME -->` and
-`<!-- end of NAME -->` of each table. COMPARISON_RESULTS.py --write makes its own document.
+`<!-- end of NAME -->` of each table and picture, and draws the pictures, pictures/*.svg. COMPARISON_RESULTS.py --write
+makes its own document.
 """
 
+import argparse
 import ast
 import inspect
 import os
@@ -14,13 +16,15 @@ import re
 import sys
 from pathlib import Path
 
-from common import tables
+from common.cli import run
 from common.files import REPOSITORY, RESULTS, write_atomically
+from common.reports import pictures, reading, tables
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout's loralib
 import loralib as lora
 
 HERE = Path(__file__).resolve().parent
+PICTURES = HERE / "pictures"
 DOCUMENTS = [
     REPOSITORY / "README.md",
     *(path for path in sorted(HERE.glob("*.md")) if path.name != "COMPARISON_RESULTS.md"),
@@ -60,19 +64,35 @@ def _argument(parameter):
 MADE = {"commands": commands, "api": api}
 
 
+def draw(folder=RESULTS):
+    """{name of a picture: (its title, the text of its SVG file)}."""
+    records = reading.read_folder(folder)
+    return {name: picture(records) for name, picture in pictures.PICTURES.items()}
+
+
 def with_tables(document, folder=RESULTS):
-    """The text of a document with the tables whose marks it has."""
-    text = document.read_text(encoding="utf-8")
+    """The text of a document with the tables and pictures whose marks it has."""
+    text, drawn = document.read_text(encoding="utf-8"), draw(folder)
     for name in re.findall(r"^<!-- end of (\w+) -->$", text, re.M):
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
         before, rest = text.split(begin)
-        rows = MADE[name]() if name in MADE else tables.TABLES[name](folder)
-        table = tables.markdown(tables.in_lists(rows))
-        table = table.replace("](examples/results/", f"]({os.path.relpath(RESULTS, document.parent)}/")
-        text = before + begin + table + end + rest.split(end)[1]
+        if name in drawn:
+            made = f"![{drawn[name][0]}](examples/pictures/{name}.svg)\n"
+        else:
+            made = tables.markdown(tables.in_lists(MADE[name]() if name in MADE else tables.TABLES[name](folder)))
+        for place in (RESULTS, PICTURES):
+            made = made.replace(f"](examples/{place.name}/", f"]({os.path.relpath(place, document.parent)}/")
+        text = before + begin + made + end + rest.split(end)[1]
     return text
 
 
-if __name__ == "__main__":
+def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    for name, (_, svg) in draw().items():
+        write_atomically(PICTURES / f"{name}.svg", svg)
     for path in DOCUMENTS:
         write_atomically(path, with_tables(path))
+
+
+if __name__ == "__main__":
+    run(main)

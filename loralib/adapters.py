@@ -343,8 +343,8 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def active_adapter(model: nn.Module) -> Any:
-    """Return the name of the adapter that `model` computes with, or the list of those that it adds up; None if it has
-    none, or rows have adapters of their own just now. Example: `list_adapters`.
+    """Return the name of the active adapter, or the list of names whose sum is active; None if `model` has no adapter,
+    or inside `adapters_per_row`. Example: see `list_adapters`.
     """
     found = places(model)
     several = next((vars(module)["_several"] for module, _ in found if "_several" in vars(module)), None)
@@ -356,7 +356,7 @@ def active_adapter(model: nn.Module) -> Any:
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Drop an adapter that is not active, and its tensors. Example: see `list_adapters`.
+    """Delete an adapter that is not active, with its tensors. Example: see `list_adapters`.
 
     Raises:
         ValueError: `model` has no such adapter, or it is the active one. Nothing has been changed then.

@@ -263,10 +263,18 @@ def pretrained_models(model: nn.Module) -> dict[str, Any]:
     """Return the outermost Hugging Face models in `model` by name, as a LightningModule or sentence-transformers have
     them inside; {"": model} if it is one itself."""
     found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        within = any(not outer or name.startswith(f"{outer}.") for outer in found)
-        if not within and hasattr(type(module), "base_model_prefix"):
+    seen = set()
+
+    def visit(module: nn.Module, name: str) -> None:
+        seen.add(module)
+        if hasattr(type(module), "base_model_prefix"):
             found[name] = module
+            return
+        for key, child in module._modules.items():
+            if child is not None and child not in seen:
+                visit(child, f"{name}.{key}".removeprefix("."))
+
+    visit(model, "")
     return found
 
 

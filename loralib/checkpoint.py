@@ -85,8 +85,8 @@ def save_lora(
 ) -> None:
     """Write the active adapter of `model` and its configuration to one safetensors file, or to a folder for PEFT.
 
-    Of a model that `fully_shard` shards, every process has to call this: the first one writes, the others wait for it.
-    Otherwise it is enough that one does.
+    If `fully_shard` shards the model, every process has to call this: the first one writes, the others wait for it.
+    Otherwise one process is enough.
 
     >>> import tempfile, loralib as lora
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -100,23 +100,22 @@ def save_lora(
     Args:
         model: a model with LoRA layers, in any state.
         path: the file to write; an earlier one stays whole until the new one is complete. For PEFT a folder, made if it
-            does not exist; each of its files is replaced in that way, the configuration last, but for a README.md,
-            which is written only if there is none.
+            does not exist; its files are replaced in the same way, the configuration last. A README.md is written only
+            if there is none.
         bias, modules_to_save: what to save besides the adapter and the heads and biases that it got from
             `inject_lora`, as given to `mark_only_lora_as_trainable`.
         format: "loralib"; "peft" for a folder that `peft.PeftModel.from_pretrained` reads; or "diffusers" for a file
-            that `load_lora_weights` of a pipeline reads, the name of a safetensors file or of a folder for it (in
-            `load_lora_adapter` of a model `use_safetensors=True`, without which diffusers leaves out the alpha).
-        single_rank: for PEFT, write one rank and one alpha for all layers, as some serving engines need it: smaller
-            ranks are padded with zeros, differing scales multiplied into B.
-        metadata: texts that `read_metadata` gives back, such as the task that the adapter is for; in loralib's own file
-            only.
-        base_model: name of the base model on the Hub, or its folder, which `AutoModel.from_pretrained` reads from
-            PEFT's folder; None means what the model was loaded from.
+            that `load_lora_weights` of a pipeline reads; `path` is then a safetensors file or a folder for it. (Pass
+            `use_safetensors=True` to `load_lora_adapter` of a model, or diffusers leaves out the alpha.)
+        single_rank: for PEFT, write one rank and one alpha for all layers, which some serving engines need: smaller
+            ranks are padded with zeros, and scales that differ are multiplied into B.
+        metadata: texts that `read_metadata` returns, such as the task of the adapter; only in loralib's own file.
+        base_model: name of the base model on the Hub, or its folder; `AutoModel.from_pretrained` reads it from PEFT's
+            folder. None means what the model was loaded from.
 
     Raises:
-        ValueError: the model has no adapter, the arguments are wrong as in `mark_only_lora_as_trainable`, or PEFT has
-            no equal of a layer, or diffusers none of a head.
+        ValueError: the model has no adapter, the arguments are wrong as in `mark_only_lora_as_trainable`, PEFT has no
+            equivalent of a layer, or diffusers none of a head.
         OSError: the file cannot be written.
     """
     if format not in ("loralib", "peft", "diffusers"):
@@ -208,37 +207,39 @@ def load_lora(
 ) -> list[str]:
     """Load an adapter into `model`, make it the active one and return the names of its LoRA layers.
 
-    A model without the adapter gets the layers, heads and biases that the file describes, and is frozen but for them.
-    If it has the adapter, that must have the same; its `lora_alpha` and `scaling` become the file's. A model that
-    `fully_shard` shards must have it, and every process has to load. Example: see `save_lora`.
+    A model without the adapter gets the layers, heads and biases that the file describes; everything else is frozen.
+    If the model has the adapter, its layers must be those of the file; `lora_alpha` and `scaling` become the file's. A
+    model that `fully_shard` shards must have it, and every process has to load. Example: see `save_lora`.
 
     Args:
         model: the base model, or one with LoRA layers, in any state (merged, in eval, on any device).
-        path: a file of `save_lora`; a folder of PEFT; a safetensors file of diffusers or of kohya's scripts, of which
-            the part for this model is taken; a .bin, .pt or .pth file of upstream's `lora_state_dict`; a checkpoint of
-            the whole adapted model, as a file (of Lightning, say) or a folder of transformers, of which the adapter is
-            taken, and what else differs from this base, a head, say; or "user/name" of an adapter on the Hugging Face
-            Hub, which huggingface_hub downloads. Nothing in any of them is executed.
-            Where only wrappers (`module.`, `_orig_mod.`, `model.`, `0.auto_model.`) tell the names in it from those in
-            the model, they match.
-        adapter_name: which adapter to load into; a new name makes a new adapter beside those that are there. None means
-            the active one, or else "default".
-        lora_alpha: for upstream's files and whole checkpoints, which do not carry it, and for no others. Of a training
-            with `use_rslora` it is alpha times the root of the rank.
-        enable_lora: for upstream's files, which do not carry it: the groups of a fused projection that are adapted,
-            where the shapes leave it open and the model has no such layer yet.
+        path: one of these; nothing in any of them is executed:
+            a file of `save_lora`;
+            a folder of PEFT;
+            a safetensors file of diffusers or of kohya's scripts, from which the part for this model is taken;
+            a .bin, .pt or .pth file of upstream's `lora_state_dict`;
+            a checkpoint of the whole adapted model, a file (of Lightning, for example) or a folder of transformers,
+            from which the adapter is taken, and whatever else differs from this base, such as a head;
+            "user/name" of an adapter on the Hugging Face Hub, which huggingface_hub downloads.
+            Names that differ only by wrappers (`module.`, `_orig_mod.`, `model.`, `0.auto_model.`) match.
+        adapter_name: which adapter to load into; a new name makes a new adapter beside the others. None means the
+            active one, or else "default".
+        lora_alpha: only for upstream's files and whole checkpoints, which do not contain it. For a training with
+            `use_rslora` give alpha times the root of the rank.
+        enable_lora: only for upstream's files, which do not contain it: the groups of a fused projection that are
+            adapted, where the shapes leave it open and the model has no such layer yet.
         merge_weights: whether `eval()` merges layers made here.
-        heads: whether to load the modules that the file saves whole, too. False leaves those of the model as they are:
-            the adapter of one task then begins the training of another.
-        trainable: False freezes the adapter too, as for a reference or for inference.
+        heads: whether to load the modules that the file saves whole, too. False leaves those of the model as they are,
+            so that the adapter of one task can begin the training of another.
+        trainable: False freezes the adapter too, for a reference or for inference.
         revision: which branch, tag or commit of a repository on the Hub.
 
     Raises:
         FileNotFoundError: there is no such file, here or on the Hub. (Another OSError: it cannot be read.)
         TypeError: `lora_alpha` is no number, or `enable_lora` no list of booleans.
         ValueError: the file is damaged or of another kind, `lora_alpha` is missing, or the adapter does not fit the
-            model: one error lists every missing, unexpected and misshapen tensor, and those that hold NaN or infinity.
-            The model has not been changed then, whatever was raised.
+            model: one error lists every tensor that is missing, unexpected or of the wrong shape, or holds NaN or
+            infinity. Whatever is raised, the model has not been changed.
     """
     path, model = local_path(os.fspath(path), revision), unwrapped(model)
     modules = base_modules(model)

@@ -76,21 +76,21 @@ def combine_adapters(
     >>> lora.active_adapter(model), model[0].r, model[1].r
     ('kind', 5, 3)
 
-    The adapters may differ in layers, ranks and alphas; where one has no part, its update is zero. What they train
-    whole (heads, biases, rows of tokens) gets the base's value and the weighted sum of the changes to it; for TIES and
-    DARE the method is applied to these changes.
+    The adapters may differ in layers, ranks and alphas; where one has no layer, its update is zero. What they train
+    whole (heads, biases, rows of tokens) gets the base's value plus the weighted sum of its changes; TIES and DARE are
+    applied to these changes, too.
 
     Args:
         model: a model with the adapters, in any state; its base and the adapters are left as they are.
         adapters: their names, active or not.
         weights: one number for each; a negative one subtracts.
-        adapter_name: what to call the new one. Its alpha is its rank, its scaling 1.
-        method: "cat", exact; "svd", the best of rank `r`; "linear", which adds up A and B apart and is rough; or
+        adapter_name: the name of the new one. Its alpha is its rank, so its scaling is 1.
+        method: "cat", exact; "svd", the best of rank `r`; "linear", a rough one that adds up A and B separately; or
             "ties", "dare_linear", "dare_ties", "magnitude_prune", each also with "_svd" (see `loralib.combine`). TIES
-            elects signs before the weights are applied and takes means, as PEFT's does.
-        r: rank for "svd" and "..._svd"; by default in each layer the largest there. A layer whose ranks add up to less
-            gets that.
-        density: which share of the entries TIES, DARE and "magnitude_prune" keep, over 0 and at most 1.
+            elects signs before the weights are applied and takes means, as in PEFT.
+        r: rank for "svd" and "..._svd"; by default the largest rank in each layer, and never more than the sum of the
+            ranks there.
+        density: which share of the entries TIES, DARE and "magnitude_prune" keep, above 0 and at most 1.
         majority_sign_method: how TIES elects a sign, by the "total" or the "frequency".
         generator: what DARE draws from; by default torch's own.
 

@@ -44,7 +44,7 @@ def identity(x: Tensor) -> Tensor:
 
 
 class LoRALayer:
-    """The hyperparameters of a LoRA layer, for anyone's multiple inheritance, as in loralib 0.1.2.
+    """The hyperparameters of a LoRA layer: a base class for layers of your own, as in loralib 0.1.2.
 
     >>> class Scale(nn.Module, LoRALayer):
     ...     def __init__(self):

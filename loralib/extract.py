@@ -113,7 +113,7 @@ def extract_lora(
     merge_weights: bool = False,
     target_parameters: Sequence[str] | None = None,
 ) -> Extraction:
-    """Inject into `model` the adapter that comes nearest to a full fine-tune of it, and say how near.
+    """Inject into `model` the adapter that is nearest to a full fine-tune of it, and report how near it is.
 
     >>> import copy
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
@@ -134,17 +134,18 @@ def extract_lora(
         model: the base, which gets the adapter in place; it may have others.
         tuned: the fine-tuned model, or its state dict. A model whose LoRA layers were trained has to be merged first.
         r: the rank of every layer; or
-        energy: the share of each layer's squared change that is to be held, over 0 and at most 1, by the smallest rank.
+        energy: which share of each layer's squared change the adapter holds, above 0 and at most 1: the smallest rank
+            that holds it is taken.
         target_modules, target_parameters: what to adapt, named as `inject_lora` names it. None for both means every
             matrix that differs, embeddings, convolutions and experts included. What does not differ gets nothing.
-        exclude_modules: targets to leave out after all, named in the same way.
+        exclude_modules: targets to leave out, named in the same way.
         modules_to_save: modules to keep whole; None means the head of a Hugging Face classifier. Norms, and biases,
             are kept whole in any case, where they differ.
         enable_lora: see `inject_lora`; None adapts a fused projection as one matrix.
         adapter_name, merge_weights: see `inject_lora`.
 
     Returns:
-        What the adapter holds of each change. What differs and is not in it stands in `left_out`, and in a
+        What the adapter holds of each change. Whatever differs and is not in the adapter is in `left_out`, and in a
         `UserWarning`.
 
     Raises:

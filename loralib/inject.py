@@ -88,9 +88,9 @@ def inject_lora(
     target_parameters: Sequence[str] | None = None,
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
 ) -> list[str]:
-    """Adapt layers of `model` where they stand, freeze everything but their adapters and return their names.
+    """Put LoRA into layers of `model` in place, freeze everything else, and return the names of these layers.
 
-    Every module stays the object that it is, with its Parameters, hooks and attributes; an adapted one gets `lora_A`,
+    Every module remains the same object, with its Parameters, hooks and attributes. An adapted module gets `lora_A`,
     `lora_B` and a class that computes with them, so checkpoints of the base still load. Adapters of a half-precision
     base are float32. The arguments have PEFT's names and meanings.
 
@@ -103,8 +103,8 @@ def inject_lora(
     Args:
         model: changed in place, also within `torch.compile` and data parallelism; its `nn.Linear`, `nn.Embedding`,
             `nn.Conv1d/2d/3d` and Hugging Face `Conv1D` layers, their subclasses, and the quantised linear layers of
-            torchao, bitsandbytes, HQQ and gptqmodel can be adapted. Of a subclass with a forward of its own, and of
-            layers whose weight is read past their forward (`nn.MultiheadAttention`), `weight` is computed as the sum.
+            torchao, bitsandbytes, HQQ and gptqmodel can be adapted. In a subclass with a forward of its own, and in
+            layers whose weight another module reads (`nn.MultiheadAttention`), `weight` is computed as the sum.
         r: rank, at least 1.
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: see `LoRALayer`; embeddings have none.
@@ -115,9 +115,9 @@ def inject_lora(
             `nn.MultiheadAttention` and of recurrent layers (a `UserWarning` names what is left out, if it is much); or
             "all-linear-peft", the linear layers that PEFT takes for "all-linear"; or None for query and value of every
             attention, found by their names, in a Hugging Face model of several towers those of the language model.
-        exclude_modules: targets to leave out after all, named in the same way.
-        rank_pattern, alpha_pattern: ranks and alphas that differ, by full names, last parts or regular expressions for
-            the end of a name ("attn.c_proj", "layer.(0|1).attention.query"); the first that matches counts.
+        exclude_modules: targets to leave out, named in the same way.
+        rank_pattern, alpha_pattern: ranks and alphas of single layers, by full names, last parts or regular expressions
+            for the end of a name ("attn.c_proj", "layer.(0|1).attention.query"); the first that matches counts.
         modules_to_save: modules to train whole, in copies of their own, such as a classifier head; named as targets
             are. None means the head of a Hugging Face classifier (of sequences, tokens, images, sounds, choices,
             answers, or by CTC); [] means none.
@@ -126,18 +126,18 @@ def inject_lora(
         enable_lora: which of q, k, v to adapt, three booleans, in a fused projection whose layout is known, such as
             GPT-2's `c_attn` (`MergedLinear`). None means q and v, [True, False, True], while `target_modules` is None,
             and with named targets the matrix as a whole, as PEFT does.
-        merge_weights: whether `eval()` merges, which takes a copy of the adapted weights; quantised weights are never
-            merged by it. `merge_lora_weights` merges when asked.
-        adapter_name: what to call the adapter; a model can have several (`set_adapter`), the new one becomes active.
-        target_parameters: Parameters to adapt that are no layers of their own, named as `target_modules` are
-            ("mlp.experts.gate_up_proj", "in_proj_weight"): matrices, and stacks of them, of which each gets an update
-            of rank `r`. Without `target_modules` nothing else is adapted. Dropout does not reach them.
-        trainable_token_indices: tokens whose rows are trained, in the input embeddings; or such lists by names of
-            embeddings. A layer that shares the table, such as a tied output layer, computes with the rows, too.
+        merge_weights: whether `eval()` merges, which takes a copy of the adapted weights; it never merges quantised
+            weights. `merge_lora_weights` merges when asked.
+        adapter_name: the name of the adapter; a model can have several (`set_adapter`), the new one becomes active.
+        target_parameters: Parameters to adapt that are not in a layer of their own, named as `target_modules` are
+            ("mlp.experts.gate_up_proj", "in_proj_weight"): matrices, and stacks of matrices, each of which gets an
+            update of rank `r`. Without `target_modules` nothing else is adapted. Dropout is not applied to them.
+        trainable_token_indices: tokens whose rows of the input embeddings are trained; or such lists by the names of
+            embeddings. A layer that shares the table, such as a tied output layer, uses these rows, too.
 
     Raises:
-        TypeError: a target is of a class that cannot be adapted or has an attribute with the name of one of a LoRA
-            layer, or an argument is of a wrong type.
+        TypeError: a target is of a class that cannot be adapted, or has an attribute that a LoRA layer needs for
+            itself, or an argument is of a wrong type.
         ValueError: a target matches nothing, the model has an adapter of that name already, its architecture has no
             default, it is sharded by `fully_shard` or offloaded by accelerate (inject before that), or an argument is
             out of range. Nothing has been changed then.

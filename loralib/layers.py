@@ -322,7 +322,7 @@ class MergedLinear(Groups, nn.Linear, LoRALayer):
         fan_in_fan_out: store `weight` as (in_features, out_features).
         group_sizes: how many rows each group has; equal shares of `out_features` if not given.
         interleave: in how many turns the groups take their rows. 1: all of q, all of k, all of v. The number of heads:
-            q, k, v of the first head, then of the second, as GPT-NeoX has it. `lora_B` is ordered by groups always.
+            q, k, v of the first head, then of the second, as in GPT-NeoX. `lora_B` is always ordered by groups.
         **kwargs: `bias`, `device`, `dtype` of `nn.Linear`.
 
     Raises:
@@ -608,11 +608,12 @@ class Kernel(Adapted):
         # r p channels with A as the kernel, and one by a kernel of size 1 that mixes them.
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         rows = _kernel_shape(self)[0]
-        hidden = [self._convolve(part, kernel, None) for part, kernel in self._parts(x, A, rows)]
+        channels = -1 - len(self.kernel_size)  # the axis of them, with a batch or without
+        hidden = [self._convolve(part, kernel, None) for part, kernel in self._parts(x, A, rows, channels)]
         mix = B.reshape(self.out_channels, -1, *[1] * len(self.kernel_size))
-        return getattr(F, f"conv{len(self.kernel_size)}d")(torch.cat(hidden, 1) * self.scaling, mix)
+        return getattr(F, f"conv{len(self.kernel_size)}d")(torch.cat(hidden, channels) * self.scaling, mix)
 
-    def _parts(self, x: Tensor, A: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _parts(self, x: Tensor, A: Tensor, rows: int, channels: int) -> Iterator[tuple[Tensor, Tensor]]:
         # A row of A may begin and end within a channel's kernel, which zeros then fill up.
         size, length = math.prod(self.kernel_size), A.shape[1]
         most = max(-(-(row + 1) * length // size) - row * length // size for row in range(rows))
@@ -620,7 +621,7 @@ class Kernel(Adapted):
             first = min(row * length // size, self.in_channels - most)
             before = row * length - first * size
             kernel = F.pad(A, (before, most * size - before - length))
-            yield x.narrow(1, first, most), kernel.view(-1, most, *self.kernel_size)
+            yield x.narrow(channels, first, most), kernel.view(-1, most, *self.kernel_size)
 
     def _delta(self, A: Tensor, B: Tensor) -> Tensor:
         return (B @ A).view(self._tensor("weight").shape)
@@ -682,7 +683,7 @@ class _ParametersOf(MutableMapping):
 
 
 class ConvLoRA(Kernel, LoRALayer):
-    """A convolution with a low-rank update; `Conv1d`, `Conv2d` and `Conv3d` are this of torch's.
+    """A convolution of any kind with a low-rank update; `Conv1d`, `Conv2d` and `Conv3d` are made from it.
 
     >>> layer = ConvLoRA(nn.ConvTranspose2d, 4, 8, 3, stride=2, r=2)
     >>> layer(torch.ones(1, 4, 5, 5)).shape, isinstance(layer, nn.ConvTranspose2d)

@@ -20,7 +20,7 @@ def create_loraplus_optimizer(
     loraplus_lr_embedding: float = 1e-6,
     **kwargs: Any,
 ) -> Optimizer:
-    """Return an optimizer of what `model` trains that gives `lora_B` a higher rate than `lora_A`, as LoRA+ does.
+    """Return an optimizer that trains `lora_B` with a higher learning rate than `lora_A`, as in LoRA+.
 
     Names, groups and defaults are those of `peft.optimizers.create_loraplus_optimizer`.
 
@@ -35,9 +35,9 @@ def create_loraplus_optimizer(
         model: a model with LoRA layers.
         optimizer_cls: a class of optimizers, such as `torch.optim.AdamW`.
         lr: the rate of `lora_A` and of the matrices that are trained whole.
-        loraplus_lr_ratio: how many times that the rate of `lora_B` is, and of the vectors that are trained (biases,
-            the weights of norms); at least 1 in the paper.
-        loraplus_weight_decay: of all but biases and the Parameters of `nn.LayerNorm`, which have none.
+        loraplus_lr_ratio: the rate of `lora_B`, and of trained vectors (biases, the weights of norms), divided by
+            `lr`; at least 1 in the paper.
+        loraplus_weight_decay: for everything except biases and the Parameters of `nn.LayerNorm`, which have none.
         loraplus_lr_embedding: the rate of A and B of embeddings.
         kwargs: what else `optimizer_cls` takes.
 

@@ -109,9 +109,15 @@ def _four_bit(model: nn.Module) -> list[Any]:
     return [layer for layer in model.modules() if _class_of(layer) == "Linear4bit"]
 
 
-def make_float(layer: Any, weight: Tensor) -> nn.Linear:
-    """Return the `nn.Linear` that has `weight` and the bias of a quantised `layer`."""
-    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+def make_float(layer: Any, weight: Tensor) -> nn.Module:
+    """Return the `nn.Linear` that has `weight` and the bias of a quantised `layer`, or the `Conv1D` that it was."""
+    source: Any = vars(layer).get("source_cls", nn.Linear)  # what transformers has replaced
+    plain: Any
+    with torch.device("meta"):
+        if source.__name__ == "Conv1D":
+            plain, weight = source(layer.out_features, layer.in_features), weight.T.contiguous()
+        else:
+            plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
     plain.weight = nn.Parameter(weight, requires_grad=False)
     if layer.bias is not None:
         plain.bias = nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=layer.bias.requires_grad)

@@ -26,10 +26,10 @@ __all__ = ["reference_model"]
 
 
 def reference_model(model: nn.Module) -> nn.Module:
-    """Return a frozen model that goes on to compute what `model` computes now, and shares its frozen base.
+    """Return a frozen model that keeps computing what `model` computes now; both share the frozen base.
 
-    It takes the memory of one adapter. It is a model of its own, for `ref_model` of TRL's trainers, for distillation
-    and for comparison. Within `disable_adapters` it is the base alone.
+    It takes the memory of one adapter. Use it as `ref_model` of TRL's trainers, for distillation and for comparison.
+    Called inside `disable_adapters` it returns the base alone.
 
     >>> import torch, loralib as lora
     >>> model, x = nn.Sequential(nn.Linear(8, 8)), torch.ones(1, 8)
@@ -42,12 +42,12 @@ def reference_model(model: nn.Module) -> nn.Module:
     (True, False)
 
     Args:
-        model: in any state. Parameters that are trained are copied, all others and those of quantised layers are
-            shared: what is frozen has to stay so.
+        model: in any state. Parameters that are trained are copied; all others, and those of quantised layers, are
+            shared. What is frozen must remain frozen.
 
     Raises:
         ValueError: `model` is sharded by `fully_shard` or offloaded by accelerate, or its forward has been replaced by
-            one that would go on to call it.
+            one that would keep calling it.
     """
     model = unwrapped(model)
     check_one(model.modules())

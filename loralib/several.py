@@ -688,7 +688,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
     """Make `adapter_name` the adapter that `model` computes with, trains and saves, its head and biases included.
 
-    Nothing is copied or loaded; the modes (training, merged) carry over. Example: see `list_adapters`.
+    Nothing is copied or loaded; the modes (training, merged) stay. Example: see `list_adapters`.
 
     A list of names means the sum of their updates, until another call of `set_adapter`:
 
@@ -700,8 +700,9 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
     >>> lora.active_adapter(model)
     ['tone', 'facts']
 
-    A sum is for computing: the base stands in the model, which therefore lists none of the tensors that train, and
-    saves, merges and changes nothing until one adapter is set again. Gradients do reach the tensors of each.
+    A sum is for computing only. Meanwhile the modules of the model hold the base, so the model lists no trained
+    tensors, and saving, merging and changing it are refused until one adapter is set again. Gradients do reach the
+    tensors of each adapter.
 
     Raises:
         ValueError: `model` has no such adapter, or is sharded by `fully_shard`; or several have a head, a bias or
@@ -732,7 +733,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def adapters_per_row(model: nn.Module, adapter_names: Sequence[str | None | Sequence[str]]) -> Iterator[nn.Module]:
-    """Within the `with` block each row of a batch is computed with an adapter of its own, as it would be alone.
+    """Inside the `with` block each row of a batch is computed with its own adapter, as if it were alone.
 
     >>> import loralib as lora
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
@@ -746,14 +747,14 @@ def adapters_per_row(model: nn.Module, adapter_names: Sequence[str | None | Sequ
     >>> torch.allclose(mixed[:1], model(x[:1]))
     True
 
-    Hugging Face models also take the list as PEFT has it, `model(..., adapter_names=[...])` and
-    `model.generate(..., adapter_names=[...])`; in `generate` each row's beams are computed with the row's adapter.
+    Hugging Face models also take the list as in PEFT: `model(..., adapter_names=[...])` and
+    `model.generate(..., adapter_names=[...])`. In `generate` the beams of a row use the row's adapter.
 
     Heads, biases and statistics of the adapters are used, too, if their shapes agree. The first call runs the model
-    three times more, on its first row, all rows and all in reverse, to find out how the rows of the batch lie in what
-    each layer is given (windows of an image, flattened tokens); that is remembered for calls with the same arguments
-    and flags. Nothing is merged within the block. Gradients reach the tensors of each adapter, which
-    `model.parameters()` does not list there. Not for several threads at once on one model: see `share_base`.
+    three more times, on its first row, all rows and all in reverse, to find out how the rows of the batch lie in the
+    input of each layer (windows of an image, flattened tokens); that is remembered for calls with the same arguments
+    and flags. Nothing is merged inside the block. Gradients reach the tensors of each adapter, which
+    `model.parameters()` does not list there. One model must not be used by several threads: see `share_base`.
 
     Args:
         model: a model with adapters; called as a whole, or by a part of it that is a Hugging Face model.
@@ -761,7 +762,7 @@ def adapters_per_row(model: nn.Module, adapter_names: Sequence[str | None | Sequ
 
     Raises:
         ValueError: `model` has no adapter of one of the names, is computing with several or without adapters already,
-            or has a layer, which is named, whose rows cannot be told apart: experts that get the tokens that chose
+            or has a layer whose rows cannot be told apart (the error names it): experts that get the tokens that chose
             them, and layers with time before the batch. Or, at a call, there is not one name for each row.
         RuntimeError: at a call: a convolution, head or norm is compiled; or an adapter has dropout, in training mode.
     """
@@ -957,11 +958,11 @@ def _check_work(block: Block, model: nn.Module, modules: dict[str, nn.Module], w
 
 
 def share_base(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` with adapters of its own and the very Parameters of its base, which take no memory anew.
+    """Return a copy of `model` with its own adapters and the same base Parameters, so that the base takes no memory.
 
-    For threads: each serves on a copy of its own, switches it, loads adapters into it and merges it, for good, too. Not
-    safe is one model in two threads while one of them switches, merges, or is in `adapters_per_row`; and to train the
-    base's Parameters, to load a state dict, or to move or cast one of the copies by `to`, which changes them for all.
+    For threads: each one uses its own copy, and can switch it, load adapters into it and merge it, even permanently.
+    Two things are not safe: one model in two threads while one of them switches, merges, or is in `adapters_per_row`;
+    and anything that changes the shared Parameters for all copies (training the base, loading a state dict, `to`).
 
     >>> import loralib as lora
     >>> model = nn.Sequential(nn.Linear(8, 8))

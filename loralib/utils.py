@@ -56,11 +56,11 @@ def mark_only_lora_as_trainable(
     ['0.lora_A', '0.lora_B', '1.weight', '1.bias']
 
     Args:
-        model: what belongs to an adapter in it is what the LoRA layers own, with the heads and biases that
-            `inject_lora` gave to the active adapter, and every Parameter with a part of its dotted name that begins
-            with `lora_` ("lora_A", "lora_gate", "q_proj.lora_A.default.weight" of PEFT). A Hugging Face model that
-            has none of these is given its default adapters first, with a `UserWarning`; one without a query and a value
-            has none to train, like any other model, with a `UserWarning`.
+        model: an adapter is what the LoRA layers own, the heads and biases that `inject_lora` gave to the active
+            adapter, and every Parameter with a part of its dotted name that begins with `lora_` ("lora_A",
+            "lora_gate", "q_proj.lora_A.default.weight" of PEFT). A Hugging Face model without any of these gets its
+            default adapters first, with a `UserWarning`. If it has no query and value, or is any other model, there is
+            nothing to train, and a `UserWarning` says so.
         bias: "none"; "all", every bias of the model; or "lora_only", the biases of the LoRA layers, and of whatever
             else holds a `lora_...`, its own or that of the one layer that it wraps.
         modules_to_save: modules to train whole, such as a classifier head, named as `inject_lora` names targets.
@@ -89,7 +89,7 @@ def mark_only_lora_as_trainable(
 def lora_state_dict(
     model: nn.Module, bias: str = "none", modules_to_save: Sequence[str] | str | None = None
 ) -> dict[str, Tensor]:
-    """Return what `mark_only_lora_as_trainable` with the same arguments trains, as `state_dict()` names and holds it.
+    """Return the entries of `state_dict()` that `mark_only_lora_as_trainable` with the same arguments trains.
 
     >>> import loralib as lora
     >>> model = nn.Sequential(lora.Linear(8, 8, r=2), nn.Linear(8, 4))
@@ -97,8 +97,8 @@ def lora_state_dict(
     {'0.bias': (8,), '0.lora_A': (2, 8), '0.lora_B': (8, 2), '1.bias': (4,)}
 
     The tensors are the model's own, not copies. Buffers inside `modules_to_save` are included. The result has no
-    `lora_alpha`; `save_lora` writes a file that does. Of a model that `fully_shard` shards, whole tensors are put
-    together: every process has to call this, and each gets all.
+    `lora_alpha`; `save_lora` writes a file that does. If `fully_shard` shards the model, every process has to call
+    this, and each gets whole tensors.
 
     Raises:
         ValueError: as `mark_only_lora_as_trainable`.
@@ -146,11 +146,11 @@ def unmerge_lora_weights(model: nn.Module) -> nn.Module:
 
 
 def merge_and_unload(model: nn.Module, dequantize: bool = False) -> nn.Module:
-    """Add the active adapter to the base for good and put plain layers back; return the model.
+    """Add the active adapter to the base permanently, put plain layers back, and return the model.
 
-    The layers have their original classes and Parameter objects, and heads and biases of the adapter its values; no
-    LoRA parameters, no second copy of the weights and no other adapters remain. A weight that another layer uses too,
-    or another model (`share_base`), stays as it is there, and the adapted layer gets a weight of its own.
+    The layers have their original classes and Parameter objects; heads and biases have the values of the adapter. No
+    LoRA parameters, no second copy of the weights and no other adapters remain. A weight that another layer or another
+    model (`share_base`) uses too does not change there; the adapted layer gets a weight of its own.
 
     >>> import loralib as lora
     >>> lora.merge_and_unload(nn.Sequential(lora.Linear(8, 8, r=2)))
@@ -160,12 +160,12 @@ def merge_and_unload(model: nn.Module, dequantize: bool = False) -> nn.Module:
 
     Args:
         model: a model with LoRA layers, in any state.
-        dequantize: make every quantised layer of the model, adapted or not, an `nn.Linear` in floating point first,
-            which is what one deploys after training on a 4-bit base. The memory grows accordingly.
+        dequantize: first turn every quantised layer of the model, adapted or not, into an `nn.Linear` in floating
+            point. This is what you deploy after training on a 4-bit base. The memory grows accordingly.
 
     Raises:
-        ValueError: an adapter holds NaN or infinity, a weight is quantised and `dequantize` is false or its layer does
-            not tell it, or `model` is sharded by `fully_shard`. Nothing has been changed then.
+        ValueError: an adapter holds NaN or infinity, a weight is quantised and `dequantize` is false or its layer
+            cannot return it, or `model` is sharded by `fully_shard`. Nothing has been changed then.
     """
     check_whole(model)
     _check_finite(model)
@@ -219,10 +219,10 @@ def _stored_as(layer: nn.Module) -> str:
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Drop every adapter and put plain layers back, the base bit for bit as it was; return the model.
+    """Remove every adapter, put plain layers back, with the base bit for bit as it was, and return the model.
 
-    Heads and biases that were trained in place, as `mark_only_lora_as_trainable` has them, stay as they are.
-    What was frozen stays frozen: `model.requires_grad_(True)` makes everything trainable again.
+    Heads and biases that were trained in place (`mark_only_lora_as_trainable`) keep their values. What was frozen stays
+    frozen: `model.requires_grad_(True)` makes everything trainable again.
 
     >>> import loralib as lora
     >>> lora.unload(nn.Sequential(lora.Linear(8, 8, r=2)))
@@ -248,9 +248,9 @@ def unload(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the `with` block the model computes its base alone, merged or not, and with the heads of the base.
+    """Inside the `with` block the model computes as its base, with the base's heads, whether it is merged or not.
 
-    What comes into the model within the block does compute there: switch, inject and load adapters outside.
+    An adapter that is switched on, injected or loaded inside the block does take effect there: do that outside.
 
     >>> import loralib as lora
     >>> layer, x = lora.Linear(4, 4, r=2), torch.ones(1, 4)
@@ -304,7 +304,7 @@ class ParameterCount(NamedTuple):
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Return how many parameters `model` trains and has.
+    """Return how many parameters of `model` are trained, and how many it has.
 
     >>> import loralib as lora
     >>> count_parameters(lora.Linear(10, 10, r=1, bias=False))

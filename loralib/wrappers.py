@@ -31,7 +31,7 @@ def without_compiled(name: str) -> str:
     >>> without_compiled("layers.0._orig_mod.q_proj")
     'layers.0.q_proj'
     """
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return ".".join(part for part in name.split(".") if part != "_orig_mod") if "_orig_mod" in name else name
 
 
 def prefix_of_wrappers(model: nn.Module, names: Iterable[str]) -> str:

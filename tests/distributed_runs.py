@@ -11,7 +11,7 @@ import sys
 import nlu_models  # noqa: F401 (puts the folders of the scripts into the path)
 import run_training
 import run_training_nlu
-from common import distributed, training
+from common.training import compute, distributed, loop
 
 SCRIPTS = {"nlg": run_training.train_model, "nlu": run_training_nlu.train_model}
 
@@ -21,25 +21,25 @@ class BrokenOff(Exception):
 
 
 def broken_off(train_model, knobs, steps):
-    step, left = training.optimizer_step, iter(range(steps))
+    step, left = loop.optimizer_step, iter(range(steps))
 
     def counted(*arguments):
         if next(left, None) is None:
             raise BrokenOff
         return step(*arguments)
 
-    training.optimizer_step = counted
+    loop.optimizer_step = counted
     try:
         train_model(**knobs)
     except BrokenOff:
-        training.optimizer_step = step
+        loop.optimizer_step = step
 
 
 if __name__ == "__main__":
     with open(sys.argv[1], encoding="utf-8") as file:
         runs = json.load(file)
     stop, distributed.stop = distributed.stop, lambda: None  # once joined, for all runs
-    distributed.start(training.choose_device("cpu"))
+    distributed.start(compute.choose_device("cpu"))
     distributed.start = lambda device: device
     for script, knobs, steps in runs:
         if steps is not None:

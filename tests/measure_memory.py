@@ -15,7 +15,7 @@ import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-from common import memory, training  # noqa: E402 (after the folder that holds it)
+from common.training import loop, memory  # noqa: E402 (after the folder that holds it)
 
 import loralib as lora  # noqa: E402
 
@@ -75,7 +75,7 @@ def measured(build, gradient_checkpointing=False):
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, after what making the model took
     if gradient_checkpointing:
-        training.set_checkpointing(model, True)
+        loop.set_checkpointing(model, True)
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     for _ in range(3):
         tokens = torch.randint(0, 4000, (BATCH, LENGTH))

@@ -20,7 +20,9 @@ NLG = ROOT / "examples" / "NLG"
 DATA = NLG / "data"
 sys.path[:0] = [str(NLG), str(NLG.parent)]
 
-from common import causal_lm, cli, metrics  # noqa: E402 (after the folder that holds it)
+from common import cli  # noqa: E402 (after the folder that holds it)
+from common.models import causal_lm  # noqa: E402
+from common.scores import text_scores  # noqa: E402
 
 END = "<|endoftext|>"
 PROMPT = "name : Quince | Type : pub | area : old town"
@@ -97,9 +99,9 @@ def no_java(tmp_path_factory):
     """The scores without METEOR, whose program takes seconds to start, and what needs its tokens."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(tmp_path_factory.mktemp("no java")))
-        metrics._measured.cache_clear()
+        text_scores._measured.cache_clear()
         yield
-    metrics._measured.cache_clear()
+    text_scores._measured.cache_clear()
 
 
 @pytest.fixture

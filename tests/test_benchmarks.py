@@ -5,15 +5,18 @@
 Upstream's package is an optional download; the tests that need it skip without it.
 """
 
+import cProfile
 import dataclasses
 import itertools
 import json
 import os
+import pstats
 import sys
 import warnings
 
 import pytest
 import torch
+import transformers
 from nlg_models import ROOT
 from torch import nn
 
@@ -27,7 +30,10 @@ import growth  # noqa: E402
 import measure  # noqa: E402
 import run_benchmarks  # noqa: E402
 import systems  # noqa: E402
-from common import cli, tables  # noqa: E402
+from common import cli  # noqa: E402
+from common.reports import tables  # noqa: E402
+
+import loralib as lora  # noqa: E402
 
 # What PEFT calls in transformers is on its way out there.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -424,3 +430,27 @@ def test_rows_of_different_adapters_are_measured_beside_peft(tmp_path, monkeypat
     assert len(tables.adapters_per_row_rows(record)) == 4
     with pytest.raises(cli.UserError, match="--rows 1,x: must be positive numbers, comma separated"):
         adapters_per_row.measure_all(adapters_per_row.Knobs(rows="1,x"))
+
+
+def test_twice_as_many_layers_need_twice_as_many_calls(tmp_path):
+    """Of Python functions, which is what injecting, saving, loading and switching spend their time on."""
+
+    def calls_of(layers):
+        config = {"n_embd": 8, "n_head": 2, "n_positions": 8, "vocab_size": 16, "bos_token_id": 0, "eos_token_id": 0}
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=layers, **config))
+        file, counts = tmp_path / "adapter.safetensors", {}
+        works = {
+            "inject": lambda: lora.inject_lora(model, r=2),
+            "save": lambda: lora.save_lora(model, file),
+            "load": lambda: lora.load_lora(model, file, adapter_name="second"),
+            "switch": lambda: lora.set_adapter(model, "default"),
+        }
+        for what, work in works.items():
+            profiler = cProfile.Profile()
+            profiler.runcall(work)
+            counts[what] = pstats.Stats(profiler).total_calls
+        return counts
+
+    calls_of(1)  # fills what is remembered of classes
+    few, many = calls_of(20), calls_of(40)
+    assert {what: many[what] / few[what] <= 2.02 for what in few} == dict.fromkeys(few, True), (few, many)

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import benchmark_multi_task
 import compare_lora_vs_full
-import COMPARISON_RESULTS as reached
+import COMPARISON_RESULTS as measured
 import evaluate_lora_improvement
 import LORA_vs_FULL_COMPARISON as costs
 import pytest
@@ -24,7 +24,9 @@ import QUALITY_COMPARISON as quality
 import run_training
 import run_training_nlu
 import VISUAL_COMPARISON as visual
-from common import cli, comparison, files, runs
+from common import cli, files
+from common.records import runs
+from common.reports import comparison, missing, reached, reading
 from nlg_models import NLG
 from nlu_models import load_script
 from test_nlu_benchmark import run_here
@@ -35,7 +37,7 @@ SHIPPED = ["nlg_compare", "nlg_compare_base", "nlg_compare_lora", "nlg_compare_f
 SHIPPED += ["nlg_improvement", "nlg_smollm2_lora", "nlg_smollm2_full", "metric_check"]
 PAIR = "nlg_compare_lora", "nlg_compare_full"
 TINY = "nlu_tiny_lora", "nlu_tiny_full"
-SCRIPTS = {"COMPARISON_RESULTS": reached, "QUALITY_COMPARISON": quality, "LORA_vs_FULL_COMPARISON": costs}
+SCRIPTS = {"COMPARISON_RESULTS": measured, "QUALITY_COMPARISON": quality, "LORA_vs_FULL_COMPARISON": costs}
 SCRIPTS["VISUAL_COMPARISON"] = visual
 
 # What benchmark_multi_task.py writes, as far as it is read here.
@@ -69,12 +71,14 @@ def folder(tmp_path_factory, roberta):
     few = {"max_steps": 2, "max_train_samples": 64, "max_eval_samples": 24, "seeds": 2, "resamples": 50}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "make_run", run_here)
-        patch.setattr("common.results.RESULTS", folder)
+        patch.setattr("common.records.results.RESULTS", folder)
         improving.measure_improvement(
             "sst2", model=roberta, device="cpu", output_dir=str(made), record="nlu_tiny", **few
         )
     for name, run in zip(TINY, ("lora_0.004_0", "full_0.0004_0"), strict=True):
         shutil.copy(made / run / "results.json", folder / f"{name}.json")
+    for path in folder.glob("nlu_*.json"):  # as if its few lines were all there are
+        path.write_text(re.sub(r'"max_eval_samples": 24', '"max_eval_samples": null', path.read_text("utf-8")), "utf-8")
     trial = json.loads((folder / "nlu_tiny.json").read_text(encoding="utf-8"))
     benchmark = {**SERVED, "configuration": trial["configuration"], "environment": trial["environment"]}
     (folder / "nlu_tiny_tasks.json").write_text(json.dumps(benchmark), encoding="utf-8")
@@ -83,7 +87,7 @@ def folder(tmp_path_factory, roberta):
 
 @pytest.fixture
 def records(folder):
-    return comparison.read_folder(folder)
+    return reading.read_folder(folder)
 
 
 def put(records, name, path, value):
@@ -103,13 +107,13 @@ def printed(capsys, blocks):
 
 def reports(records, capsys):
     """{script: what it prints} of all four."""
-    gaps = comparison.Gaps()
+    gaps = missing.Gaps()
     texts = {
-        reached: printed(capsys, [(*table, []) for table in reached.tables_of(records, gaps)] + gaps.block()),
+        measured: printed(capsys, [(*table, []) for table in measured.tables_of(records, gaps)] + gaps.block()),
         quality: printed(capsys, quality.report(records)),
         costs: printed(capsys, costs.report(records, costs.Knobs())),
     }
-    pairs, gaps = comparison.pairs(records), comparison.Gaps()
+    pairs, gaps = comparison.pairs(records), missing.Gaps()
     visual.report(records, pairs, visual.panels_of(records, pairs, gaps), gaps)
     return {**texts, visual: capsys.readouterr().out}
 
@@ -131,7 +135,7 @@ def test_each_reads_the_shipped_results_without_torch_in_ten_seconds(tmp_path):
         "assert time.process_time() < 10"
     )
     for name, options in {**dict.fromkeys(SCRIPTS, []), "VISUAL_COMPARISON": ["--output_dir", str(tmp_path)]}.items():
-        command = [sys.executable, "-W", "error", "-c", check, f"{name}.py", *options]
+        command = [sys.executable, "-W", "error", "-c", check, f"{name}.py", "--all", *options]
         done = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "nlg_compare_full.json" in done.stdout, name
@@ -143,40 +147,50 @@ def test_each_reads_the_shipped_results_without_torch_in_ten_seconds(tmp_path):
         assert f"{name}.png, {name}.svg" in done.stdout
 
 
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_by_default_each_prints_one_screen_of_the_shipped_results(script, call, tmp_path):
+    options = ["--output_dir", tmp_path] if script is visual else []
+    status, out, err = call(script, *options)
+    lines = out.removeprefix("\n").splitlines()
+    assert (status, err) == (0, "") and len(lines) <= 40 and max(map(len, lines[:-1])) <= 120
+    assert "not measured [" not in out and "E2E" in out and "STS-B" in out
+    assert any(line.startswith("--all prints everything") for line in lines)
+
+
 def test_the_document_is_that_of_the_shipped_results(tmp_path, monkeypatch, call):
-    text = reached.DOCUMENT.read_text(encoding="utf-8")
-    assert text == reached.document(comparison.read_folder(files.RESULTS)), "cd examples; COMPARISON_RESULTS.py --write"
+    text = measured.DOCUMENT.read_text(encoding="utf-8")
+    assert text == measured.document(reading.read_folder(files.RESULTS)), "cd examples; COMPARISON_RESULTS.py --write"
     for link in re.findall(r"\]\(([^)]+)\)", text):
-        assert (reached.DOCUMENT.parent / link).exists(), link
-    monkeypatch.setattr(reached, "DOCUMENT", tmp_path / "COMPARISON_RESULTS.md")
-    status, out, _ = call(reached, "--write")
+        assert (measured.DOCUMENT.parent / link).exists(), link
+    monkeypatch.setattr(measured, "DOCUMENT", tmp_path / "COMPARISON_RESULTS.md")
+    status, out, _ = call(measured, "--write")
     assert status == 0 and out.endswith(f"written to {tmp_path / 'COMPARISON_RESULTS.md'}\n")
-    assert reached.DOCUMENT.read_text(encoding="utf-8") == text
+    assert measured.DOCUMENT.read_text(encoding="utf-8") == text
 
 
 @pytest.mark.parametrize(
     "name, path, value, text, scripts",
     [
-        ("nlg_compare_lora", "after/bleu", 41.26, "41.3", [reached, quality, visual]),
-        ("nlg_compare_base", "before/nist", 3.333, "3.33", [reached]),
+        ("nlg_compare_lora", "after/bleu", 41.26, "41.3", [measured, quality, visual]),
+        ("nlg_compare_base", "before/nist", 3.333, "3.33", [measured]),
         ("nlg_smollm2_full", "after/slot_share", 0.4321, "43.2", [quality, visual]),
-        ("nlg_compare_full", "bytes/checkpoint", 7654321, "7,654,321", [reached, costs, visual]),
+        ("nlg_compare_full", "bytes/checkpoint", 7654321, "7,654,321", [measured, costs, visual]),
         ("nlg_compare_full", "bytes/optimizer", 1234567, "1,234,567", [costs, visual]),
         ("nlg_compare_lora", "peak_memory_bytes/process", 4321 * 2**20, "4,321", [costs, visual]),
         ("nlg_compare_lora", "seconds/step", 0.1239, "123.9", [costs, visual]),
         ("nlg_compare_lora", "seconds/train", 314.25, "314.2", [costs]),
-        ("nlg_compare_lora", "parameters/trainable", 54321, "54,321", [reached, costs]),
+        ("nlg_compare_lora", "parameters/trainable", 54321, "54,321", [measured, costs]),
         ("nlg_compare", "steps_in_turn/lora", 0.4444, "444.4", [costs]),
         ("nlg_improvement", "intervals/systems/adapted/bleu", [11.1, 12.2], "[11.1, 12.2]", [quality]),
         (
             "nlu_tiny",
             "systems/lora/scores/accuracy",
-            {"mean": 0.123, "deviation": 0.0456},
+            {"mean": 0.123, "deviation": 0.0456, "values": [0.1, 0.146]},
             "12.3 +- 4.6",
-            [reached, quality],
+            [measured, quality],
         ),
-        ("nlu_tiny_full", "after/dev/accuracy", 0.0123, "1.2", [reached, quality, visual]),
-        ("nlu_tiny_lora", "majority/dev/accuracy", 0.0321, "3.2", [reached, visual]),
+        ("nlu_tiny_full", "after/dev/accuracy", 0.0123, "1.2", [measured, quality, visual]),
+        ("nlu_tiny_lora", "majority/dev/accuracy", 0.0321, "3.2", [measured, visual]),
         ("nlu_tiny_tasks", "served/lora/texts_per_second/in turns", 777.0, "777", [costs]),
         ("nlg_compare_lora", "history/0/valid_loss", 9.8765, "9.8765", [visual]),
     ],
@@ -284,19 +298,19 @@ def test_a_pair_that_is_asked_for_stands_alone(script, call, folder, tmp_path):
 def test_what_a_grammar_made_is_known_by_its_place_and_its_fingerprint(change, title, records):
     for path, value in change.items():
         put(records, PAIR[0], path, value)
-    assert comparison.group_of(records[PAIR[0]]) == title
+    assert reading.group_of(records[PAIR[0]]) == title
 
 
 def test_no_table_and_no_panel_holds_synthetic_figures_with_others(records):
-    tables = reached.tables_of(records, comparison.Gaps())
+    tables = measured.tables_of(records, missing.Gaps())
     assert len(tables) == 4
     for title, rows in tables:
-        for name in {cells[-1].removesuffix(".json") for cells in rows if cells[-1].endswith(".json")}:
-            assert comparison.group_of(records[name]) == title
+        for name in {name for cells in rows for name in re.findall(r"([\w.-]+)\.json", cells[-1])}:
+            assert reading.group_of(records[name]) == title
     pairs = comparison.pairs(records)
-    panels = visual.quality_panels(records, pairs, comparison.Gaps())
+    panels = visual.quality_panels(records, pairs, missing.Gaps())
     for chart in visual.COSTS.values():
-        panels += visual.cost_panels(records, pairs, chart, comparison.Gaps())
+        panels += visual.cost_panels(records, pairs, chart, missing.Gaps())
     assert len(panels) == 3 + 2 * 4
     for panel in panels:
         text = panel.title + "".join(panel.bars)
@@ -305,7 +319,7 @@ def test_no_table_and_no_panel_holds_synthetic_figures_with_others(records):
 
 
 def test_published_figures_are_marked_with_their_source():
-    for title, (header, *rows) in reached.published():
+    for title, (header, *rows) in measured.published():
         assert title.startswith("Published by others, not measured here")
         for row in rows:
             assert len(row) == len(header) and row[0].startswith("published: ") and "arXiv 2106.09685, table" in row[-1]
@@ -315,7 +329,7 @@ def test_published_figures_are_marked_with_their_source():
 
 
 def test_a_row_says_what_a_run_was_and_reached(records):
-    tables = dict(reached.tables_of(records, comparison.Gaps()))
+    tables = dict(measured.tables_of(records, missing.Gaps()))
     run = records["nlg_smollm2_lora"]
     rows = {row[-1]: row for row in tables["E2E, base smollm2, data from outside: e2e"]}
     after = run["after"]
@@ -325,8 +339,9 @@ def test_a_row_says_what_a_run_was_and_reached(records):
         *(f"{after['cider']:.2f}", f"{100 * after['slot_error_rate']:.1f}"),
         *("460,800", f"{run['bytes']['checkpoint']:,}", "cpu, 2 threads, bf16", "nlg_smollm2_lora.json"),
     ]
-    header, *rows = tables[comparison.group_of(records[PAIR[0]])]
-    assert [row[0].split()[0] for row in rows] == ["base", "LoRA", "LoRA", "full"]  # the base and the improvement once
+    header, *rows = tables[reading.group_of(records[PAIR[0]])]
+    assert [row[0].split()[0] for row in rows] == ["base", "LoRA", "full"]
+    assert rows[1][-1] == "nlg_compare_lora.json, nlg_embedded.json"  # one and the same run
     task = [title for title in tables if title.startswith("SST-2")]
     systems = records["nlu_tiny"]["systems"]
     rows = {(row[0].split(",")[0].split()[0], row[-1]): row for row in tables[task[0]]}
@@ -340,10 +355,130 @@ def test_a_row_says_what_a_run_was_and_reached(records):
     assert [row[3] for row in rows.values() if row[0] == "majority guess"] == [f"{majority:.1f}"]
 
 
-@pytest.mark.parametrize("targets, title", [("all-linear", "all linear layers"), ("q,v", "q,v")])
+# Which run a figure is of
+
+
+def e2e_rows(records):
+    (members,) = [members for title, members in reached.groups(records).items() if "smollm2" in title]
+    return {row.files[0]: row for row in reached.rows_of(records, members)}
+
+
+@pytest.fixture
+def in_part(records):
+    """A run of which the record has the scores of 20 meanings, and an improvement that scored its checkpoint on all."""
+    part, whole = copy.deepcopy(records["nlg_smollm2_full"]), copy.deepcopy(records["nlg_improvement"])
+    part["configuration"] |= {"max_eval_samples": 20, "lr": 3e-4}
+    part["counts"]["test_meanings"], part["after"]["bleu"] = 20, 99.0
+    part["checkpoint_sha256"] = {"model.safetensors": "f" * 64}
+    whole["configuration"] |= {knob: part["configuration"][knob] for knob in reached.DECODING}
+    whole["data"], whole["counts"] = copy.deepcopy(part["data"]), {"test_meanings": 630}
+    whole["inputs_sha256"] = {"base_texts": {"a.jsonl": "0"}, "adapted_model": {"model.safetensors": "f" * 64}}
+    whole["base"] = copy.deepcopy(records["nlg_smollm2_lora"]["after"])
+    whole["adapted"] = {**whole["base"], "bleu": 77.7}
+    whole["intervals"]["systems"] = {"base": {"bleu": [60.0, 66.0]}, "adapted": {"bleu": [76.0, 78.0]}}
+    whole["intervals"]["differences"] = {"adapted - base": {"bleu": [13.0, 15.0]}}
+    records |= {"nlg_part": part, "nlg_part_against_lora": whole}
+    return records
+
+
+def test_what_was_scored_in_part_stands_with_its_scores_on_the_whole(in_part, capsys):
+    row = e2e_rows(in_part)["nlg_part"]
+    assert (row.scores["bleu"], row.scored, row.method) == ((77.7, None), "630 meanings", "full")
+    assert row.files == ("nlg_part", "nlg_part_against_lora") and row.intervals == {"bleu": [76.0, 78.0]}
+    assert e2e_rows(in_part)["nlg_smollm2_lora"].intervals == {"bleu": [60.0, 66.0]}
+    bounds, source = reached.difference_intervals(in_part, "nlg_smollm2_lora", "nlg_part")
+    assert (bounds, source) == ({"bleu": [-15.0, -13.0]}, "nlg_part_against_lora")
+    assert reached.unexplained(in_part) == []
+    assert all("99.0" not in text for text in reports(in_part, capsys).values())
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        ("inputs_sha256/adapted_model", {"model.safetensors": "e" * 64}),  # of another run
+        ("configuration/num_beams", 1),  # decoded otherwise
+        ("configuration/max_eval_samples", 50),  # a part again
+        ("data/test/sha256", "0" * 64),  # of another test set
+    ],
+)
+def test_what_is_of_no_run_that_is_here_stands_in_no_table(path, value, in_part, capsys):
+    put(in_part, "nlg_part_against_lora", path, value)
+    in_part["nlg_part_against_lora"]["compared"] = {"base": "LoRA so", "adapted": "LoRA otherwise"}
+    assert "nlg_part" not in e2e_rows(in_part)
+    assert reached.unexplained(in_part) == ["nlg_part_against_lora"]
+    assert measured.unexplained(in_part)[0][2] == ["nlg_part_against_lora.json: LoRA so against LoRA otherwise"]
+    tables = dict(measured.tables_of(in_part, missing.Gaps()))
+    (title,) = [title for title in tables if "smollm2" in title and "part of the test set" in title]
+    assert [row[-1] for row in tables[title]] == ["result file", "nlg_part.json"]
+    for text in reports(in_part, capsys).values():
+        assert "77.7" not in text and "99.0" not in text
+
+
+def test_every_row_of_the_shipped_results_has_a_run_of_its_method():
+    shipped = reading.read_folder(files.RESULTS)
+    assert reached.unexplained(shipped) == []
+    assert not [title for title in reached.groups(shipped) if "test data" in title]  # one test set for each task
+    for members in reached.groups(shipped).values():
+        for row in reached.rows_of(shipped, members):
+            mark = {"none": "before", "majority": "majority"}.get(row.method)
+            behind = [shipped[name] for name in row.files if name in members]
+            assert behind and reading.is_whole(shipped[row.files[-1]])
+            for record in behind:
+                found = [record["adapt"]] if reading.is_run(record) else record["systems"]
+                assert mark in record if mark else row.method in found
+
+
+def test_scores_on_another_test_file_stand_apart(records):
+    put(records, "nlu_tiny_full", "data/dev/sha256", "ab" * 32)
+    titles = [title for title, members in reached.groups(records).items() if title.startswith("SST-2")]
+    assert len(titles) == 2 and titles[0].endswith(", test data abababab")
+
+
+def seeds_of(records, **values):
+    """Runs like TINY's LoRA, {name: its accuracy}, each with a seed and a checkpoint of its own."""
+    for seed, (name, accuracy) in enumerate(values.items()):
+        records[name] = run = copy.deepcopy(records[TINY[0]])
+        run["configuration"] |= {"seed": seed + 5, "lr": 0.1}
+        run["after"]["dev"]["accuracy"], run["checkpoint_sha256"] = accuracy, {"a": name}
+    return [members for title, members in reached.groups(records).items() if title.startswith("SST-2")][0]
+
+
+def test_runs_that_differ_in_the_seed_are_one_row(records):
+    members = seeds_of(records, one=0.5, two=0.75, three=0.25)
+    (row,) = [row for row in reached.rows_of(records, members) if "one" in row.files]
+    assert row.files == ("one", "two", "three") and row.seeds == 3 and row.title.endswith("lr 0.1, mean of 3 seeds")
+    assert row.scores["dev accuracy"] == (0.5, 0.25)
+    assert reached.best_of(reached.rows_of(records, members))["lora"] == row  # three seeds come before two
+
+
+def test_a_run_that_is_made_again_is_no_other_seed(records):
+    members = seeds_of(records, one=0.5, two=0.75)
+    records["two"]["configuration"]["seed"] = records["one"]["configuration"]["seed"]
+    rows = {row.files: row for row in reached.rows_of(records, members)}
+    assert rows["one",].scores["dev accuracy"] == (0.5, None) and rows["two",].scores["dev accuracy"] == (0.75, None)
+
+
+def test_of_runs_with_one_seed_the_best_is_chosen_by_validation(records):
+    better = copy.deepcopy(records["nlg_smollm2_full"])
+    better["configuration"]["lr"], better["after"]["bleu"] = 7e-4, 1.0
+    for entry in better["history"]:
+        entry["valid_loss"] -= 0.5
+    records["nlg_better"] = better
+    assert reached.best_of(e2e_rows(records).values())["full"].files == ("nlg_better",)
+    assert comparison.best_pairs(records)[reading.group_of(better)] == ("nlg_smollm2_lora", "nlg_better")
+
+
+def test_names_of_files_are_folded():
+    names = ["a_lora", "a_full", "b", "a_lora", "c_x", "d_b_1", "d_b_2"]
+    assert comparison.in_braces(names) == "a_{lora,full}, b, c_x, d_b_{1,2}"
+
+
+@pytest.mark.parametrize(
+    "targets, title", [("all-linear", "all linear layers"), ("q,v", "q,v"), ("query-value", "query and value")]
+)
 def test_targets_are_named(targets, title):
     settings = {"lora_dim": 2, "lora_alpha": 4.0, "target_modules": targets, "lr": None}
-    assert comparison.settings_title(settings, "lora") == f"LoRA r=2, alpha=4, {title}"
+    assert reading.settings_title(settings, "lora") == f"LoRA r=2, alpha=4, {title}"
 
 
 # Quality
@@ -353,18 +488,39 @@ def test_differences_and_which_is_better(records):
     blocks = quality.report(records, PAIR)
     lora, full = (records[name]["after"] for name in PAIR)
     (bleu,), (errors,) = cells(blocks, "BLEU"), cells(blocks, "slot errors, % (less is better)")
-    assert bleu[1:5] == [f"{lora['bleu']:.1f}", f"{full['bleu']:.1f}", f"{lora['bleu'] - full['bleu']:+.1f}", "full"]
-    assert cells(blocks, "distinct 1")[0][4] == "-"  # neither more nor less is better
-    assert errors[3:5] == [f"{100 * (lora['slot_error_rate'] - full['slot_error_rate']):+.1f}", "full"]
-    full["slot_error_rate"] = 2 * lora["slot_error_rate"]
-    full["bleu"] = lora["bleu"]
-    blocks = quality.report(records, PAIR)
-    assert cells(blocks, "BLEU")[0][3:5] == ["+0.0", "equal"]
-    assert cells(blocks, "slot errors, % (less is better)")[0][4] == "LoRA"
+    assert bleu[1:4] == [f"{lora['bleu']:.1f}", f"{full['bleu']:.1f}", f"{lora['bleu'] - full['bleu']:+.1f}"]
+    assert errors[3] == f"{100 * (lora['slot_error_rate'] - full['slot_error_rate']):+.1f}"
+    assert bleu[5] == errors[5] == "no interval"  # as no improvement here compares the two
+    assert cells(blocks, "distinct 1")[0][4:6] == ["-", "-"]  # neither more nor less is better
 
 
-@pytest.mark.parametrize("lora_is, interval", [("adapted", "[-4.1, -2.0]"), ("base", "[2.0, 4.1]")])
-def test_intervals_are_of_the_texts_that_scored_as_the_run(lora_is, interval, records):
+@pytest.mark.parametrize(
+    "sign, gap, bounds, said",
+    [
+        (1, 0.2, [0.1, 0.3], "LoRA"),
+        (1, -0.2, [-0.3, -0.1], "full"),
+        (-1, 0.2, [0.1, 0.3], "full"),
+        (-1, -0.2, [-0.3, -0.1], "LoRA"),
+        (1, 0.2, [-0.1, 0.5], "may be chance"),
+        (1, 0.2, [0.0, 0.5], "may be chance"),
+        (1, -0.2, [0.1, 0.3], "may be chance"),  # the first seed says otherwise than the mean of all
+        (1, 0.0, [0.1, 0.3], "may be chance"),
+        (1, 0.2, None, "no interval"),
+        (0, 0.2, [0.1, 0.3], "-"),
+    ],
+)
+def test_nothing_is_better_without_an_interval_that_says_so(sign, gap, bounds, said):
+    kind = reading.Score("of a test", sign=sign)
+    assert quality.difference(kind, 1 + gap, 1, bounds, [gap, 2 * gap])[2] == said
+    if said in ("LoRA", "full"):  # unless a seed disagrees
+        assert quality.difference(kind, 1 + gap, 1, bounds, [gap, -0.1 * gap])[2] == "may be chance"
+    assert quality.difference(kind, None, 1, bounds) == ["-", "-", "-"]
+
+
+@pytest.mark.parametrize(
+    "lora_is, interval, better", [("adapted", "[-4.1, -2.0]", "full"), ("base", "[2.0, 4.1]", "may be chance")]
+)
+def test_intervals_are_of_the_texts_that_scored_as_the_run(lora_is, interval, better, records):
     """An improvement with the run of full fine-tuning as its base, or the other way round."""
     record = copy.deepcopy(records["nlg_improvement"])
     full_is = {"adapted": "base", "base": "adapted"}[lora_is]
@@ -374,10 +530,11 @@ def test_intervals_are_of_the_texts_that_scored_as_the_run(lora_is, interval, re
     del records["nlg_improvement"]
     records["nlg_against"] = record
     blocks = quality.report(records, PAIR)
-    assert cells(blocks, "BLEU")[0][5:] == ["[90.0, 93.0]", "[94.0, 97.0]", interval]
+    assert cells(blocks, "BLEU")[0][4:] == [interval, better, "[90.0, 93.0]", "[94.0, 97.0]"]
     assert blocks[0][2][-1] == "95 % of LoRA - full: nlg_against.json, 1000 resamples"
     record["data"]["test"]["sha256"] = "0" * 64  # another test file
-    assert all(cell.startswith("not measured") for cell in cells(quality.report(records, PAIR), "BLEU")[0][5:])
+    again = cells(quality.report(records, PAIR), "BLEU")[0]
+    assert again[5] == "no interval" and all(again[place].startswith("not measured") for place in (4, 6, 7))
 
 
 def test_a_trial_shows_means_deviations_and_the_interval_of_lora_minus_full(records):
@@ -390,8 +547,8 @@ def test_a_trial_shows_means_deviations_and_the_interval_of_lora_minus_full(reco
         "Accuracy",
         *(f"{statistics.fmean(side):.1f} +- {statistics.stdev(side):.1f}" for side in (lora, full)),
         f"{difference:+.1f}",
-        "LoRA" if difference > 0 else "full" if difference < 0 else "equal",
         "[-12.5, 25.0]",
+        "may be chance",
     ]
 
 
@@ -476,7 +633,7 @@ def test_bars_are_as_long_as_the_figures(records, capsys):
     from matplotlib import pyplot
 
     pairs = comparison.pairs(records)
-    panels = visual.quality_panels(records, pairs, comparison.Gaps())
+    panels = visual.quality_panels(records, pairs, missing.Gaps())
     visual.print_panel(panels[0])
     bleu = [records[name]["after"]["bleu"] for name in PAIR]
     lines = capsys.readouterr().out.splitlines()
@@ -532,7 +689,7 @@ def test_what_is_undefined_needs_no_measuring(records):
     put(records, TINY[0], "after/dev/accuracy", None)
     full = 100 * records[TINY[1]]["after"]["dev"]["accuracy"]
     blocks = quality.report(records, TINY)
-    assert cells(blocks, "Accuracy") == [["Accuracy", "undefined", f"{full:.1f}", "-", "-"]]
+    assert cells(blocks, "Accuracy") == [["Accuracy", "undefined", f"{full:.1f}", "-", "-", "-"]]
     assert not any("run_training_nlu" in line for _, _, lines in blocks for line in lines)
 
 
@@ -572,7 +729,7 @@ def test_every_command_is_one_that_its_script_takes(records, tmp_path, capsys):
             assert (knobs.seed, knobs.lr_lora, knobs.lr_full, knobs.max_steps) == (7, 1e-3, 1e-4, 400)
             others += 1
     assert others == 1
-    again = parsed(comparison.remake("nlg_smollm2_lora", records["nlg_smollm2_lora"]))
+    again = parsed(missing.remake("nlg_smollm2_lora", records["nlg_smollm2_lora"]))
     was = records["nlg_smollm2_lora"]["configuration"]
     newer = {"fsdp": False, "base_dtype": "float32"}  # than the records
     assert {**vars(again), "output_dir": None, "record": None} == {**newer, **was, "output_dir": None, "record": None}
@@ -609,10 +766,10 @@ def test_run_measures_what_is_missing_and_says_how_long_it_took_others(status, f
     names = ["nlg_compare_lora", "nlg_compare_full"]
     first = "python examples/NLG/writer.py --to=elsewhere"
     line = f"{first} && python examples/NLG/writer.py --record=x"
-    monkeypatch.setattr(comparison, "measurements", lambda: {line: names})
-    monkeypatch.setattr(comparison, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(missing, "measurements", lambda: {line: names})
+    monkeypatch.setattr(missing, "REPOSITORY", tmp_path)
     monkeypatch.setattr(comparison, "RESULTS", tmp_path)
-    ended, out, err = call(quality, "--run", "--results", tmp_path)
+    ended, out, err = call(quality, "--run", "--all", "--results", tmp_path)
     assert out.startswith(f"missing: nlg_compare_full.json\nrunning: {line}\n")
     calls = (tmp_path / "nlg_compare_full.json.calls").read_text().splitlines()
     assert calls == ["--to=elsewhere"] + ["--record=x"] * (status == 0)
@@ -629,12 +786,12 @@ def test_run_measures_what_is_missing_and_says_how_long_it_took_others(status, f
 
 
 def test_how_long_it_takes_may_be_unknown():
-    line = comparison.NLU_BENCHMARK
-    assert comparison.how_long({}, line) == "how long it takes is not known: no result file has such a run"
+    line = missing.NLU_BENCHMARK
+    assert missing.how_long({}, line) == "how long it takes is not known: no result file has such a run"
 
 
 def test_run_writes_to_the_shipped_results_alone(tmp_path, monkeypatch, call):
-    monkeypatch.setattr(comparison, "measurements", dict)  # were it not refused, nothing long would begin
+    monkeypatch.setattr(missing, "measurements", dict)  # were it not refused, nothing long would begin
     status, out, err = call(quality, "--run", "--results", tmp_path)
     assert (status, out) == (2, "") and err == (
         f"error: --run writes to {files.RESULTS}, and --results is {tmp_path}; leave one of them out\n"

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -24,7 +25,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "examples"))
 
 import update_documents  # noqa: E402 (after the folder that holds it)
-from common import cli, tables  # noqa: E402
+from common import cli  # noqa: E402
+from common.reports import pictures, reading, tables  # noqa: E402
 
 GENERATED = REPOSITORY / "examples" / "COMPARISON_RESULTS.md"
 DOCUMENTS = {path.name: path for path in [*update_documents.DOCUMENTS, GENERATED]}
@@ -126,9 +128,58 @@ def test_tables_are_made_from_the_results(path):
     )
 
 
+def test_the_ratios_of_the_readme():
+    """A range goes from the smallest to the largest ratio of the record; memory is this library's through a rival's."""
+    levels = json.loads((update_documents.RESULTS / "benchmark.json").read_text(encoding="utf-8"))["levels"]
+    works, rows = levels["steps"].values(), list(tables.why(update_documents.RESULTS).values())[2:]
+    for column, rival in enumerate(("peft", "upstream")):
+        times = sorted(work["ratios"][rival]["median"] for work in works)
+        peaks = sorted(work["systems"]["ours"]["peak_bytes"] / work["systems"][rival]["peak_bytes"] for work in works)
+        assert [row[column] for row in rows[:2]] == [f"{low:.2f} to {high:.2f}" for low, *_, high in (times, peaks)]
+    assert [row[1] for row in rows[2:4]] == ["-", "-"]  # the run on a GPU was without 0.1.2
+    assert tables._range([0.5, 0.501]) == "0.50"
+
+
 def test_every_table_is_in_a_document():
     text = "".join(path.read_text(encoding="utf-8") for path in update_documents.DOCUMENTS)
-    assert set(re.findall("<!-- end of (.*) -->", text)) == {*tables.TABLES, *update_documents.MADE}
+    marks = {*tables.TABLES, *update_documents.MADE, *pictures.PICTURES}
+    assert set(re.findall("<!-- end of (.*) -->", text)) == marks
+
+
+def test_pictures_are_drawn_from_the_results():
+    drawn = {f"{name}.svg": picture for name, (_, picture) in update_documents.draw().items()}
+    shipped = {path.name: path.read_text(encoding="utf-8") for path in update_documents.PICTURES.iterdir()}
+    assert shipped == drawn, "run: cd examples && python update_documents.py"
+    for name, picture in drawn.items():
+        root = ElementTree.fromstring(picture)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg" and len(picture) < 15_000, name
+        assert root.find("{*}title").text and root.findall("{*}text")
+
+
+@pytest.mark.parametrize(
+    "picture, name, path, text",
+    [
+        ("loss_curve", "nlg_compare_lora", ["history", -1, "valid_loss"], ">0.123<"),
+        ("quality_embedded", "nlg_compare_full", ["after", "bleu"], ">12.3<"),
+        ("quality_embedded", "nlu_rte", ["systems", "lora", "scores", "accuracy", "mean"], ">12.3<"),
+        ("quality", "nlu_sst2_minilm", ["systems", "full", "scores", "accuracy", "mean"], ">12.3<"),
+    ],
+)
+def test_a_picture_shows_what_its_record_says(picture, name, path, text):
+    records = reading.read_folder(update_documents.RESULTS)
+    place = records[name]
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = 12.3 if "bleu" in path else 0.123
+    before, (_, after) = update_documents.draw()[picture][1], pictures.PICTURES[picture](records)
+    assert text in after and text not in before
+
+
+def test_a_whisker_is_as_long_as_its_interval():
+    records = reading.read_folder(update_documents.RESULTS)
+    records["nlu_rte"]["intervals"]["systems"]["lora"]["accuracy"] = [0.25, 0.5]
+    _, picture = pictures.quality(records, synthetic=True)
+    assert 'x1="265.0"' in picture and 'x2="340.0"' in picture  # 190 + 300 x 0.25 and 190 + 300 x 0.5
 
 
 def test_commands_are_those_of_ci():

@@ -27,7 +27,8 @@ REAL_DATA = ROOT.parent / "shared" / "data" / "e2e"
 sys.path[:0] = [str(NLG), str(NLG.parent)]
 
 import download_data  # noqa: E402
-from common import cli, e2e  # noqa: E402
+from common import cli  # noqa: E402
+from common.data import e2e  # noqa: E402
 
 needs_real_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"the official E2E files are not in {REAL_DATA}")
 

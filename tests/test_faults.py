@@ -21,8 +21,10 @@ from pathlib import Path
 import pytest
 import run_training
 import torch
-from common import cli, files, pretrained, stopping, training
-from nlg_models import NLG, ROOT
+from common import cli, files, stopping
+from common.models import pretrained
+from common.training import loop
+from nlg_models import NLG, ROOT, own_lines
 from safetensors.torch import save_file
 from toy_training import TASK, train
 
@@ -69,7 +71,7 @@ def record(folder):
 
 def after_step(monkeypatch, number, action):
     """Have `action(model)` done at the end of an optimizer step."""
-    step, calls = training.optimizer_step, []
+    step, calls = loop.optimizer_step, []
 
     def wrapped(model, *arguments):
         loss = step(model, *arguments)
@@ -78,7 +80,7 @@ def after_step(monkeypatch, number, action):
             action(model)
         return loss
 
-    monkeypatch.setattr(training, "optimizer_step", wrapped)
+    monkeypatch.setattr(loop, "optimizer_step", wrapped)
 
 
 def terminate(*_):
@@ -150,7 +152,7 @@ def test_a_signal_during_a_validation_waits_for_its_end(tmp_path):
 
     with pytest.raises(stopping.Stopped, match="after step 4 of 18"):
         train(tmp_path, TASK._replace(validate=validate))
-    state = training.read_state(tmp_path / "state.pt", {})
+    state = loop.read_state(tmp_path / "state.pt", {})
     assert (state["step"], state["history"][0]["figure"]) == (4, 1.0)
 
 
@@ -187,6 +189,86 @@ def test_a_signal_that_need_not_wait_ends_the_script_at_once(name, status, said,
             time.sleep(0.3)
         _, stderr = process.communicate(timeout=10)
     assert (process.returncode, stderr) == (status, f"\n{said}; no file was left half-written\n")
+
+
+# A reader that leaves
+
+EXAMPLES = NLG.parent
+SCRIPTS = [path for path in sorted(EXAMPLES.rglob("*.py")) if "__main__" in path.read_text(encoding="utf-8")]
+# Those that start within a second; of the others each takes some.
+LIGHT = ("COMPARISON_RESULTS", "QUALITY_COMPARISON", "LORA_vs_FULL_COMPARISON", "download_data", "make_data")
+PRINTING = """
+import subprocess, sys
+sys.path.insert(0, "..")
+from common import cli
+def many():
+    for number in range(100_000):
+        print(number)
+def last():
+    print("one line, which waits for the end")
+def wrong():
+    print("one line")
+    raise cli.UserError("said all the same")
+def child():
+    cli.call([sys.executable, "-c", "import sys; sys.exit(141)"])
+def other():
+    with subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, bufsize=0) as process:
+        process.wait()
+        process.stdin.write(b"to nobody")
+cli.run({})
+"""
+
+
+def unread(*command, lines=0, **environment):
+    """(exit status, stderr) of a Python process in examples/ whose reader leaves after so many lines."""
+    read, write = os.pipe()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, *map(str, command)]
+    process = subprocess.Popen(command, cwd=NLG, env=environment, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    with open(read, encoding="utf-8") as reader:
+        for _ in range(lines):
+            reader.readline()
+    _, stderr = process.communicate(timeout=60)
+    return process.returncode, own_lines(stderr)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[] if path.stem in LIGHT else [pytest.mark.slow], id=path.stem) for path in SCRIPTS],
+)
+def test_no_script_complains_of_a_reader_that_has_left(path):
+    # 0 where the text is longer than the buffer: argparse itself passes over what goes to nobody.
+    status, stderr = unread(path, "--help", PYTHONUNBUFFERED="")
+    assert status in (141, 0) and "Traceback" not in stderr and "BrokenPipe" not in stderr
+
+
+def test_every_script_is_run_by_what_knows_of_such_readers():
+    for path in SCRIPTS:
+        assert path.read_text(encoding="utf-8").endswith('if __name__ == "__main__":\n    run(main)\n'), path
+
+
+@pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize(
+    "main, lines, expected",
+    [
+        ("many", 0, (141, "")),
+        ("many", 3, (141, "")),
+        ("last", 0, (141, "")),
+        ("wrong", 0, (141, "error: said all the same\n")),
+        ("child", 0, (141, "")),
+    ],
+)
+def test_a_reader_that_leaves_ends_the_script_without_a_word(main, lines, expected, buffered):
+    if (main, buffered) == ("wrong", "1"):
+        expected = 141, ""  # the line before it went to nobody
+    assert unread("-c", PRINTING.format(main), lines=lines, PYTHONUNBUFFERED=buffered) == expected
+
+
+def test_a_pipe_that_breaks_elsewhere_is_a_fault():
+    with start("-c", PRINTING.format("other")) as process:
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1 and stderr.endswith("BrokenPipeError: [Errno 32] Broken pipe\n")
 
 
 # Several processes
@@ -463,7 +545,7 @@ def test_a_loss_that_is_nan_names_the_last_good_checkpoint(tmp_path, monkeypatch
     after_step(monkeypatch, at, spoil)
     path = tmp_path / "state.pt"
     checkpoint = "there is none yet" if saved is None else f"{path}, of step {saved}"
-    rate = training.learning_rate(at, 18, 0.1, 2)
+    rate = loop.learning_rate(at, 18, 0.1, 2)
     with pytest.raises(cli.UserError) as raised:
         train(tmp_path)
     assert str(raised.value) == (
@@ -472,7 +554,7 @@ def test_a_loss_that_is_nan_names_the_last_good_checkpoint(tmp_path, monkeypatch
     )
     assert path.exists() == (saved is not None)
     if saved:
-        assert training.read_state(path, {})["step"] == saved
+        assert loop.read_state(path, {})["step"] == saved
 
 
 def test_a_resumed_run_knows_the_checkpoint_it_began_with(tmp_path, monkeypatch):
@@ -482,7 +564,7 @@ def test_a_resumed_run_knows_the_checkpoint_it_began_with(tmp_path, monkeypatch)
     after_step(monkeypatch, 1, spoil)
     with pytest.raises(cli.UserError, match="not all weights are finite at step 4 of 18 .*state.pt, of step 3. Try"):
         train(tmp_path, resume=True)
-    assert training.read_state(tmp_path / "state.pt", {})["step"] == 3
+    assert loop.read_state(tmp_path / "state.pt", {})["step"] == 3
 
 
 def test_script_with_a_rate_that_is_far_too_high(gpt2, tmp_path, call):

@@ -32,7 +32,8 @@ import loralib as lora
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.append(str(EXAMPLES))
 
-from common import cli, e2e, glue  # noqa: E402
+from common import cli  # noqa: E402
+from common.data import e2e, glue  # noqa: E402
 
 OPTIONS = {"r": 2, "lora_alpha": 6, "target_modules": TARGETS, "modules_to_save": ["head"]}
 FORMATS = ["native", "peft", "upstream", "legacy"]

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = ROOT.parent / "shared" / "data" / "glue"
 sys.path.insert(0, str(ROOT / "examples"))
 
-from common import cli, glue  # noqa: E402
+from common import cli  # noqa: E402
+from common.data import glue  # noqa: E402
 
 needs_real_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"the official GLUE files are not in {REAL_DATA}")
 

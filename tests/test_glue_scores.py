@@ -17,7 +17,8 @@ from sklearn import metrics
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from common import glue, glue_scores, intervals  # noqa: E402
+from common.data import glue  # noqa: E402
+from common.scores import glue_scores, intervals  # noqa: E402
 
 SST2, MNLI, COLA, MRPC, STSB = (glue.TASKS[name] for name in ("sst2", "mnli", "cola", "mrpc", "stsb"))
 CLASSIFICATION = ["accuracy", "f1", "precision", "recall", "matthews"]

@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
 
 import integrations  # noqa: E402 (after the folder that holds it)
-from common import tables  # noqa: E402
+from common.reports import tables  # noqa: E402
 
 PACKAGES = {"sentence-transformers": "sentence_transformers"}
 IN_DEFAULT = {"accelerate"}

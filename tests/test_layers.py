@@ -688,3 +688,49 @@ def test_zero_alpha_is_no_update():
     case = Case("Linear", (5, 7), (4, 5), lora={"lora_alpha": 0, **IO})
     layer, x = case.layer(), case.inputs()
     assert torch.equal(layer(x), F.linear(x, layer.weight.T, layer.bias))
+
+
+@pytest.mark.parametrize(
+    ("conv", "channels", "kernel", "options"),
+    [
+        ("Conv1d", 5, 3, {"padding": 1}),
+        ("Conv2d", 1, 3, {}),
+        ("Conv2d", 4, 3, {"padding": 1, "stride": 2}),
+        ("Conv2d", 6, 3, {"padding": 1, "padding_mode": "reflect"}),
+        ("Conv2d", 5, (2, 3), {"dilation": 2}),
+        ("Conv2d", 5, (3, 1), {"bias": False}),
+        ("Conv2d", 5, (1, 3), {}),
+        ("Conv2d", 16, 7, {"padding": "same"}),
+        ("Conv3d", 5, (3, 2, 1), {}),
+    ],
+)
+def test_the_narrow_branch_of_a_convolution_is_the_sum(monkeypatch, conv, channels, kernel, options):
+    """It is taken where it has less to compute; here it is asked for, also where channels do not divide by rows."""
+    monkeypatch.setattr(lora.layers.Kernel, "_narrow_is_cheaper", lambda self, x: True)
+    torch.manual_seed(0)
+    dimensions = int(conv[4])
+    plain = getattr(nn, conv)(channels, 7, kernel, **options)
+    kernels = kernel if isinstance(kernel, tuple) else (kernel,) * dimensions
+    if len(set(kernels)) == 1:
+        layer = getattr(lora, conv)(channels, 7, kernel, r=3, lora_alpha=5, **options)
+    else:
+        layer = nn.Sequential(copy.deepcopy(plain))
+        lora.inject_lora(layer, r=3, lora_alpha=5, target_modules=["0"])
+        layer = layer[0]
+    layer, plain = layer.double(), plain.double()
+    plain.load_state_dict({key: value for key, value in layer.state_dict().items() if "lora_" not in key})
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, channels, *[9, 10, 8][:dimensions], dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    grads = torch.autograd.grad(y.square().sum(), (x, layer.lora_A, layer.lora_B))
+    delta = (layer.lora_B @ layer.lora_A).view(plain.weight.shape) * 5 / 3
+    wanted = torch.func.functional_call(plain, {"weight": plain.weight.detach() + delta}, (x,))
+    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(layer(x[0]), wanted[0])  # without a batch
+    torch.testing.assert_close(grads, torch.autograd.grad(wanted.square().sum(), (x, layer.lora_A, layer.lora_B)))
+
+
+def test_wide_convolutions_of_few_places_take_the_narrow_branch():
+    wide, slim = lora.Conv2d(512, 512, 7, r=8, padding=3, device="meta"), lora.Conv2d(32, 32, 7, r=8, padding=3)
+    assert wide._narrow_is_cheaper(torch.empty(4, 512, 8, 8, device="meta"))
+    assert not slim._narrow_is_cheaper(torch.empty(4, 32, 32, 32))

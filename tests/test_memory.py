@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from common import memory
+from common.training import memory
 
 import loralib as lora
 

@@ -22,9 +22,12 @@ import sacrebleu
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "examples" / "NLG" / "data"
 REAL_DATA = ROOT.parent / "shared" / "data" / "e2e"
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "benchmarks")]
 
-from common import cli, e2e, e2e_scorer, metrics  # noqa: E402
+import metric_check  # noqa: E402
+from common import cli  # noqa: E402
+from common.data import e2e  # noqa: E402
+from common.scores import e2e_scorer, text_scores  # noqa: E402
 
 MISSING = e2e_scorer.missing_for_ptb()
 needs_java = pytest.mark.skipif(MISSING is not None, reason=f"METEOR, ROUGE-L and CIDEr need {MISSING}")
@@ -40,8 +43,8 @@ MEANINGS = [
     "name : Rook | food : Thai",
 ]
 # A text that equals a reference and an empty one beside the outputs of the check table.
-TEXTS = [*metrics.CHECKS[0]["texts"], "Rook is a pub.", ""]
-REFERENCES = [*metrics.CHECKS[0]["references"], ["Rook is a pub.", "The pub Rook"], ["Rook has Thai food."]]
+TEXTS = [*metric_check.CHECKS[0]["texts"], "Rook is a pub.", ""]
+REFERENCES = [*metric_check.CHECKS[0]["references"], ["Rook is a pub.", "The pub Rook"], ["Rook has Thai food."]]
 BETTER = ["Quince is a cheap Thai pub in the old town.", "The Tamarind Yard serves Italian food near Café Luna."]
 BETTER += ["Rook is a pub near the station with a low rating.", *TEXTS[3:6], "Rook has Thai food."]
 
@@ -122,7 +125,7 @@ BLEU_CASES = {
 
 @pytest.mark.parametrize("texts, references, expected", BLEU_CASES.values(), ids=BLEU_CASES)
 def test_bleu(texts, references, expected):
-    score, signature = metrics.bleu(texts, references)
+    score, signature = text_scores.bleu(texts, references)
     assert score == pytest.approx(literal_bleu(texts, references), abs=1e-9)
     assert mteval(texts, references)["bleu"] == pytest.approx(score, abs=1e-9)
     if expected is not None:
@@ -132,7 +135,7 @@ def test_bleu(texts, references, expected):
 
 def test_case_counts_for_sacrebleu_alone():
     texts, references = ["a b c d X"], [["a b c d x"]]
-    assert metrics.bleu(texts, references)[0] == pytest.approx(100 * (1 / 5) ** 0.25)
+    assert text_scores.bleu(texts, references)[0] == pytest.approx(100 * (1 / 5) ** 0.25)
     assert mteval(texts, references)["bleu"] == pytest.approx(100)
 
 
@@ -143,7 +146,7 @@ def test_bleu_of_fewer_than_four_words_counts_the_orders_there_are():
 
 def test_bleu_of_nothing_is_an_error():
     with pytest.raises(ValueError, match="no texts"):
-        metrics.bleu([], [])
+        text_scores.bleu([], [])
 
 
 NIST_CASES = {
@@ -193,7 +196,7 @@ def test_nist_of_nothing_but_empty_texts_is_zero():
 
 @pytest.fixture(scope="module")
 def scores():
-    return metrics.score(TEXTS, REFERENCES, MEANINGS)
+    return text_scores.score(TEXTS, REFERENCES, MEANINGS)
 
 
 @pytest.fixture(scope="module")
@@ -233,14 +236,14 @@ SCALE = {"meteor": 100, "rouge_l": 100, "cider": 1}
 def test_corpus_and_sentences_by_the_wrappers(scores, wrapped, name):
     score, each = wrapped[name]
     assert scores[name] == pytest.approx(SCALE[name] * score, abs=1e-9)
-    ours = metrics.per_sentence(TEXTS, REFERENCES, MEANINGS)[name]
+    ours = text_scores.per_sentence(TEXTS, REFERENCES, MEANINGS)[name]
     assert ours == pytest.approx([SCALE[name] * value for value in each], abs=1e-9)
     assert ours[6] == 0 and ours[5] == pytest.approx(10 if name == "cider" else 100, rel=0.7)
 
 
 @needs_java
 def test_published_and_official_values():
-    rows = metrics.check_table()
+    rows = metric_check.check_table()
     assert {row["metric"] for row in rows} == {"bleu", "nist", "meteor", "rouge_l", "cider", "sacrebleu"}
     for row in rows:
         printed = 1e-9 if row["outputs"] in ("fixed outputs", "It is a guide to action") else 1e-4
@@ -279,18 +282,18 @@ def test_what_cannot_be_measured_is_none_with_a_reason(monkeypatch, tmp_path, ta
         [["a b ."], ["d", "c"]],
         ["name : a b", f"name : {take_away.__name__}"],
     )
-    scores = metrics.score(texts, references, meanings)
+    scores = text_scores.score(texts, references, meanings)
     for key, name in {"meteor": "METEOR", "rouge_l": "ROUGE-L", "cider": "CIDEr"}.items():
         assert scores[key] is None
         assert scores["not_measured"][key].startswith(f"not measured: {name} needs {needed}")
     assert scores["nist"] > 0 and scores["slot_share"] == 0.5 and len(scores["not_measured"]) == 3
-    each = metrics.per_sentence(texts, references, meanings)
+    each = text_scores.per_sentence(texts, references, meanings)
     assert each["meteor"] is None and len(each["bleu"]) == 2
-    assert metrics.wins(each, each)["cider"] is None
-    intervals = metrics.bootstrap({"a": texts, "b": texts}, references, meanings, resamples=5)
+    assert text_scores.wins(each, each)["cider"] is None
+    intervals = text_scores.bootstrap({"a": texts, "b": texts}, references, meanings, resamples=5)
     assert intervals["systems"]["a"]["rouge_l"] is None and intervals["differences"]["b - a"]["meteor"] is None
     with pytest.raises(cli.UserError, match=re.escape(f"the check of METEOR, ROUGE-L and CIDEr needs {needed}")):
-        metrics.check_table()
+        metric_check.check_table()
     json.dumps(scores, allow_nan=False)
 
 
@@ -349,15 +352,15 @@ def test_a_failing_java_is_an_error_not_another_number(monkeypatch, tmp_path, ac
     ],
 )
 def test_slot_value_is_mentioned(slot, value, text, mentioned):
-    assert metrics.slot_share([text], [f"{slot} : {value}"]) == float(mentioned)
-    assert metrics.slot_error_rate([text], [f"{slot} : {value}"]) == float(not mentioned)
+    assert text_scores.slot_share([text], [f"{slot} : {value}"]) == float(mentioned)
+    assert text_scores.slot_error_rate([text], [f"{slot} : {value}"]) == float(not mentioned)
 
 
 def test_slot_scores_count_values_over_all_texts():
     meanings = ["name : A | food : B | near : C", "name : D"]
-    assert metrics.slot_share(["A has B .", "nothing"], meanings) == 2 / 4
-    assert metrics.slot_error_rate(["A has B .", "nothing"], meanings) == 2 / 4
-    for share in (metrics.slot_share, metrics.slot_error_rate):
+    assert text_scores.slot_share(["A has B .", "nothing"], meanings) == 2 / 4
+    assert text_scores.slot_error_rate(["A has B .", "nothing"], meanings) == 2 / 4
+    for share in (text_scores.slot_share, text_scores.slot_error_rate):
         with pytest.raises(ValueError):
             share(["A"], meanings)
 
@@ -404,25 +407,25 @@ OTHERS = [
 def test_slot_errors(meaning, text, errors):
     perfect = ["Rook, a pub, has Indian food at high prices and a low rating. It is family-friendly."]
     perfect += ["Old Mill, a coffee shop, has Thai food at £20-25 and a high rating.", "Near Raja Indian Cuisine, low."]
-    assert metrics.slot_error_rate(perfect, OTHERS) == 0
+    assert text_scores.slot_error_rate(perfect, OTHERS) == 0
     slots = sum(len(e2e.slots(each)) for each in (meaning, *OTHERS))
-    assert metrics.slot_error_rate([text, *perfect], [meaning, *OTHERS]) == errors / slots
+    assert text_scores.slot_error_rate([text, *perfect], [meaning, *OTHERS]) == errors / slots
 
 
 def test_family_statements_are_no_error_where_no_meaning_has_the_slot():
-    assert metrics.slot_error_rate(["Rook is family-friendly."], ["name : Rook"]) == 0
+    assert text_scores.slot_error_rate(["Rook is family-friendly."], ["name : Rook"]) == 0
 
 
 def test_shipped_references_mention_every_value():
     meanings, texts = zip(*e2e.read_pairs(DATA / "test.txt"), strict=True)
-    assert metrics.slot_share(texts, meanings) == 1.0
+    assert text_scores.slot_share(texts, meanings) == 1.0
 
 
 @needs_real_data
 def test_people_mention_most_but_not_all_slot_values():
     """The reference point of the slot scores: neither near zero (a broken matcher) nor perfect."""
     meanings, texts = zip(*e2e.read_pairs(REAL_DATA / "test.txt"), strict=True)
-    share, errors = metrics.slot_share(texts, meanings), metrics.slot_error_rate(texts, meanings)
+    share, errors = text_scores.slot_share(texts, meanings), text_scores.slot_error_rate(texts, meanings)
     assert 0.6 < share < 0.95
     # Few values are added, some missing ones are replaced.
     assert 1 - share <= errors < 1.2 * (1 - share)
@@ -433,24 +436,24 @@ def test_people_mention_most_but_not_all_slot_values():
 
 def test_distinct_ngrams(scores):
     words = [["a", "b", "a"], ["a", "b"], []]
-    assert metrics.distinct(words, 1) == 2 / 5
-    assert metrics.distinct(words, 2) == 2 / 3  # a b, b a, a b
-    assert metrics.distinct([["a"], []], 2) == 0
+    assert text_scores.distinct(words, 1) == 2 / 5
+    assert text_scores.distinct(words, 2) == 2 / 3  # a b, b a, a b
+    assert text_scores.distinct([["a"], []], 2) == 0
     words = [e2e_scorer.mteval_tokens(text) for text in TEXTS]
     assert words[0][-2:] == ["town", "."] and words[4][0] == "the"
-    assert (scores["distinct_1"], scores["distinct_2"]) == tuple(metrics.distinct(words, n) for n in (1, 2))
+    assert (scores["distinct_1"], scores["distinct_2"]) == tuple(text_scores.distinct(words, n) for n in (1, 2))
 
 
 # All scores of a system, intervals, wins
 
 
 def test_scores_have_their_scales_and_say_how_they_are_made(scores):
-    assert set(scores) == {*metrics.METRICS, "distinct_1", "distinct_2", "sacrebleu", "signature", "not_measured"}
+    assert set(scores) == {*text_scores.METRICS, "distinct_1", "distinct_2", "sacrebleu", "signature", "not_measured"}
     statistics = mteval(TEXTS, REFERENCES)
     assert (scores["bleu"], scores["nist"]) == (statistics["bleu"], statistics["nist"])
-    assert scores["slot_share"] == metrics.slot_share(TEXTS, MEANINGS)
-    assert scores["slot_error_rate"] == metrics.slot_error_rate(TEXTS, MEANINGS)
-    assert (scores["sacrebleu"], scores["signature"]["sacrebleu"]) == metrics.bleu(TEXTS, REFERENCES)
+    assert scores["slot_share"] == text_scores.slot_share(TEXTS, MEANINGS)
+    assert scores["slot_error_rate"] == text_scores.slot_error_rate(TEXTS, MEANINGS)
+    assert (scores["sacrebleu"], scores["signature"]["sacrebleu"]) == text_scores.bleu(TEXTS, REFERENCES)
     assert f"case:lc|eff:yes|tok:13a|smooth:exp|version:{sacrebleu.__version__}" == scores["signature"]["bleu"]
     assert MISSING is not None or not scores["not_measured"]
     json.dumps(scores, allow_nan=False)
@@ -467,19 +470,19 @@ def test_scores_have_their_scales_and_say_how_they_are_made(scores):
     ],
 )
 def test_what_cannot_be_scored(texts, references, meanings, message):
-    for function in (metrics.score, metrics.per_sentence):
+    for function in (text_scores.score, text_scores.per_sentence):
         with pytest.raises(ValueError, match=message):
             function(texts, references, meanings)
     with pytest.raises(ValueError, match=message) if meanings else pytest.raises(ZeroDivisionError):
-        metrics.bootstrap({"a": texts}, references, meanings)
+        text_scores.bootstrap({"a": texts}, references, meanings)
 
 
 def test_sentences_are_scored_as_if_alone():
-    each = metrics.per_sentence(TEXTS, REFERENCES, MEANINGS)
+    each = text_scores.per_sentence(TEXTS, REFERENCES, MEANINGS)
     for i, (text, refs) in enumerate(zip(TEXTS, REFERENCES, strict=True)):
         alone = sacrebleu.sentence_bleu(text, refs, lowercase=True).score
         assert each["bleu"][i] == pytest.approx(alone, abs=1e-9)
-        mentioned = metrics.slot_share(TEXTS[i : i + 1], MEANINGS[i : i + 1])
+        mentioned = text_scores.slot_share(TEXTS[i : i + 1], MEANINGS[i : i + 1])
         assert each["slot_share"][i] == mentioned
     assert len(each["nist"]) == len(TEXTS) and each["nist"][6] == 0
 
@@ -495,11 +498,11 @@ def test_a_resample_is_scored_as_a_corpus_of_its_texts():
     drawn = drawn_meanings(seed=0)
     assert len(set(drawn)) < len(drawn) == len(MEANINGS)
     texts, references, meanings = ([values[i] for i in drawn] for values in (TEXTS, REFERENCES, MEANINGS))
-    ends = metrics.bootstrap({"a": TEXTS}, REFERENCES, MEANINGS, resamples=1, seed=0)["systems"]["a"]
+    ends = text_scores.bootstrap({"a": TEXTS}, REFERENCES, MEANINGS, resamples=1, seed=0)["systems"]["a"]
     assert all(value is None or value[0] == value[1] for value in ends.values())
     assert ends["bleu"][0] == pytest.approx(mteval(texts, references)["bleu"], abs=1e-9)
-    assert ends["slot_share"][0] == metrics.slot_share(texts, meanings)
-    each = metrics.per_sentence(TEXTS, REFERENCES, MEANINGS)
+    assert ends["slot_share"][0] == text_scores.slot_share(texts, meanings)
+    each = text_scores.per_sentence(TEXTS, REFERENCES, MEANINGS)
     counts = [len(e2e.slots(meaning)) for meaning in MEANINGS]
     errors = sum(each["slot_error_rate"][i] * counts[i] for i in drawn)  # which values there are is a matter of all
     assert ends["slot_error_rate"][0] == pytest.approx(errors / sum(counts[i] for i in drawn))
@@ -515,7 +518,7 @@ def test_a_resample_keeps_the_information_of_all_references():
     texts, references, meanings = ["a", "d"], [["a a a"], ["d"]], ["name : a", "name : d"]
     values = set()
     for seed in range(10):
-        ends = metrics.bootstrap({"x": texts}, references, meanings, resamples=1, seed=seed)["systems"]["x"]["nist"]
+        ends = text_scores.bootstrap({"x": texts}, references, meanings, resamples=1, seed=seed)["systems"]["x"]["nist"]
         values.add(round(ends[0], 9))
     penalty = [math.exp(math.log(0.5) * (math.log(ratio) / math.log(1.5)) ** 2) for ratio in (1 / 3, 2 / 4, 1)]
     rare, common = 2.0, math.log2(4 / 3)
@@ -524,14 +527,14 @@ def test_a_resample_keeps_the_information_of_all_references():
 
 def test_intervals_are_fixed_by_the_seed_and_paired():
     systems = {"first": TEXTS, "second": BETTER, "third": TEXTS}
-    found = metrics.bootstrap(systems, REFERENCES, MEANINGS, resamples=400, seed=3)
-    assert found == metrics.bootstrap(systems, REFERENCES, MEANINGS, resamples=400, seed=3)
-    other = metrics.bootstrap(systems, REFERENCES, MEANINGS, resamples=400, seed=4)
+    found = text_scores.bootstrap(systems, REFERENCES, MEANINGS, resamples=400, seed=3)
+    assert found == text_scores.bootstrap(systems, REFERENCES, MEANINGS, resamples=400, seed=3)
+    other = text_scores.bootstrap(systems, REFERENCES, MEANINGS, resamples=400, seed=4)
     assert found["systems"]["first"]["bleu"] != other["systems"]["first"]["bleu"]
     assert (found["resamples"], found["seed"]) == (400, 3)
     assert list(found["differences"]) == ["second - first", "third - first", "third - second"]
-    scores = metrics.score(TEXTS, REFERENCES, MEANINGS)
-    for name in metrics.METRICS:
+    scores = text_scores.score(TEXTS, REFERENCES, MEANINGS)
+    for name in text_scores.METRICS:
         if scores[name] is None:
             continue
         low, high = found["systems"]["first"][name]
@@ -540,7 +543,7 @@ def test_intervals_are_fixed_by_the_seed_and_paired():
         # The same resamples for both: narrower than of two systems drawn apart.
         first, second, between = (np.ptp(found["systems"][s][name]) for s in ("first", "second", "third"))
         assert np.ptp(found["differences"]["second - first"][name]) < np.hypot(first, max(second, between)) * 1.2, name
-    one = metrics.bootstrap(systems, REFERENCES, MEANINGS, resamples=1, seed=3)
+    one = text_scores.bootstrap(systems, REFERENCES, MEANINGS, resamples=1, seed=3)
     for name in ("bleu", "nist", "slot_error_rate"):
         first, second = (one["systems"][system][name][0] for system in ("first", "second"))
         assert one["differences"]["second - first"][name][0] == second - first != 0
@@ -548,10 +551,10 @@ def test_intervals_are_fixed_by_the_seed_and_paired():
 
 
 def test_wins_count_fewer_errors_as_better():
-    blank = dict.fromkeys(metrics.METRICS)
+    blank = dict.fromkeys(text_scores.METRICS)
     first = blank | {"bleu": [1.0, 2.0, 3.0, 3.0], "slot_error_rate": [0.0, 0.5, 0.5, 0.1]}
     second = blank | {"bleu": [2.0, 1.0, 1.0, 3.0], "slot_error_rate": [0.5, 0.0, 0.0, 0.0]}
-    assert metrics.wins(first, second) == blank | {
+    assert text_scores.wins(first, second) == blank | {
         "bleu": {"first": 0.5, "second": 0.25, "tie": 0.25},
         "slot_error_rate": {"first": 0.25, "second": 0.75, "tie": 0.0},
     }
@@ -578,7 +581,7 @@ def written(folder, content):
 
 @pytest.mark.parametrize("content", GOOD_FILES.values(), ids=GOOD_FILES)
 def test_prediction_files(tmp_path, content):
-    assert metrics.read_predictions(written(tmp_path, content), ASKED) == ["Text of A .", "B , with C"]
+    assert text_scores.read_predictions(written(tmp_path, content), ASKED) == ["Text of A .", "B , with C"]
 
 
 @pytest.mark.parametrize(
@@ -590,7 +593,7 @@ def test_prediction_files(tmp_path, content):
     ],
 )
 def test_texts_may_be_empty_or_odd(tmp_path, content, texts):
-    assert metrics.read_predictions(written(tmp_path, content), ASKED) == texts
+    assert text_scores.read_predictions(written(tmp_path, content), ASKED) == texts
 
 
 @pytest.mark.parametrize(
@@ -618,10 +621,10 @@ def test_texts_may_be_empty_or_odd(tmp_path, content, texts):
 def test_ill_formed_prediction_files_are_named_with_their_line(tmp_path, content, message):
     path = written(tmp_path, content)
     with pytest.raises(cli.UserError) as error:
-        metrics.read_predictions(path, ASKED)
+        text_scores.read_predictions(path, ASKED)
     assert str(error.value).startswith(f"{path}{message}")
 
 
 def test_a_missing_prediction_file(tmp_path):
     with pytest.raises(cli.UserError, match="nothing.txt: no such file of predictions; run_inference.py --output_file"):
-        metrics.read_predictions(tmp_path / "nothing.txt", ASKED)
+        text_scores.read_predictions(tmp_path / "nothing.txt", ASKED)

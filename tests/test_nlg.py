@@ -21,7 +21,10 @@ import run_training
 import safetensors
 import torch
 import transformers
-from common import causal_lm, cli, files, pretrained, results, training
+from common import cli, files
+from common.models import causal_lm, pretrained
+from common.records import results
+from common.training import loop
 from nlg_models import (
     DATA,
     END,
@@ -397,7 +400,7 @@ def test_the_paper_preset_is_the_papers_recipe():
     recipe.update(length_penalty=0.8, no_repeat_ngram_size=4, max_new_tokens=64, target_modules=None)
     assert {name: getattr(knobs, name) for name in recipe} == recipe
     assert run_training.LEARNING_RATES["paper"]["lora"] == 2e-4
-    assert (training.BETAS, training.EPS) == ((0.9, 0.999), 1e-6)
+    assert (loop.BETAS, loop.EPS) == ((0.9, 0.999), 1e-6)
 
 
 def test_same_seed_same_adapter_in_python_and_on_the_command_line(run, gpt2, tmp_path):

@@ -17,7 +17,10 @@ from pathlib import Path
 import compare_lora_vs_full as comparing
 import pytest
 import run_training
-from common import causal_lm, cli, results, runs, training
+from common import cli
+from common.models import causal_lm
+from common.records import results, runs
+from common.training import compute, loop
 from nlg_models import DATA, own_lines, script
 
 GPT2_COUNTS = {  # total; trained with rank 4 on query and value
@@ -239,13 +242,13 @@ def test_script_prints_the_tables_and_writes_the_folders(compared):
 
 def test_both_methods_step_on_the_same_batches_by_turns(gpt2, monkeypatch):
     """What the training loop calls is called; only who came with which batch is written down."""
-    taken, step = [], training.optimizer_step
+    taken, step = [], loop.optimizer_step
 
     def noted(model, task, batch, optimizer, scaler, knobs):
         taken.append((knobs.adapt, batch, sum(p.numel() for group in optimizer.param_groups for p in group["params"])))
         return step(model, task, batch, optimizer, scaler, knobs)
 
-    monkeypatch.setattr(training, "optimizer_step", noted)
+    monkeypatch.setattr(loop, "optimizer_step", noted)
     knobs = comparing.Knobs(model=gpt2, batch_size=4, max_train_samples=14, max_eval_samples=1, pairs=3)
     seconds = comparing.time_in_turn(knobs)
     assert {method: len(steps) for method, steps in seconds.items()} == {"lora": 3, "full": 3}
@@ -255,9 +258,9 @@ def test_both_methods_step_on_the_same_batches_by_turns(gpt2, monkeypatch):
     assert all(one[1] == other[1] for one, other in pairs)
     assert {(method, trained) for method, _, trained in taken} == {("lora", 1024), ("full", 72_064)}
     # Those of the runs' first epoch, and then again.
-    _, tokenizer = causal_lm.load_causal_lm(gpt2, training.choose_device("cpu"))
+    _, tokenizer = causal_lm.load_causal_lm(gpt2, compute.choose_device("cpu"))
     samples = run_training.encode_pairs(run_training.load_data(knobs)[0], tokenizer, 256, "training")
-    order = training.make_batches([len(sample["input_ids"]) for sample in samples], 4, "110 1")
+    order = loop.make_batches([len(sample["input_ids"]) for sample in samples], 4, "110 1")
     expected = [[samples[index] for index in batch] for batch in order]
     assert [one[1] for one, _ in pairs] == (expected + expected)[:6]
 

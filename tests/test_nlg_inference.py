@@ -13,12 +13,17 @@ import math
 import os
 import re
 import sys
+from pathlib import Path
 
 import evaluate_lora_improvement
 import pytest
 import run_inference
 import torch
-from common import causal_lm, cli, e2e, e2e_scorer, metrics, results
+from common import cli
+from common.data import e2e
+from common.models import causal_lm
+from common.records import results
+from common.scores import e2e_scorer, text_scores
 from nlg_models import DATA, PROMPT, load, own_lines, save_model, script
 
 import loralib as lora
@@ -119,7 +124,7 @@ def test_a_file_gives_a_json_line_for_each_distinct_meaning(adapted, tokenizer, 
         for meaning, text in zip(meanings, generate(original, tokenizer, meanings), strict=True)
     ]
     assert "Café" in content
-    assert metrics.read_predictions(output, meanings[::-1]) == generate(original, tokenizer, meanings)[::-1]
+    assert text_scores.read_predictions(output, meanings[::-1]) == generate(original, tokenizer, meanings)[::-1]
     assert os.listdir(output.parent) == ["texts.jsonl"]
 
 
@@ -262,8 +267,8 @@ def test_both_are_decoded_and_scored(improvement, adapted, gpt2):
         assert len(texts) == 6
         assert list(texts.values()) == generate(model, tokenizer, list(texts))
         chosen = [references[meaning] for meaning in texts]
-        assert record[system]["sacrebleu"] == metrics.bleu(list(texts.values()), chosen)[0]
-        assert record[system]["slot_share"] == metrics.slot_share(list(texts.values()), list(texts))
+        assert record[system]["sacrebleu"] == text_scores.bleu(list(texts.values()), chosen)[0]
+        assert record[system]["slot_share"] == text_scores.slot_share(list(texts.values()), list(texts))
         total = count = 0
         for meaning, refs in zip(texts, chosen, strict=True):
             for reference in refs:
@@ -286,6 +291,7 @@ def test_the_record_says_where_its_numbers_come_from(improvement, adapted, tmp_p
     adapter = adapted[1]["native"]["adapter"]
     assert record["inputs_sha256"]["adapter"] == {"adapter.safetensors": results.sha256(adapter)}
     assert record["inputs_sha256"].keys() == {"model", "adapter"}
+    assert record["compared"]["base"] == "base"
     assert record["references"]["slot_share"] == 1
     assert record["environment"]["versions"]["torch"] == torch.__version__
     assert record["seconds"]["total"] > 0
@@ -300,7 +306,7 @@ def test_the_intervals_are_of_the_written_texts(improvement):
     references = e2e.group_references(e2e.read_pairs(DATA / "test.txt"))
     texts = {system: texts_of(folder, system) for system in ("base", "adapted")}
     meanings = list(texts["base"])
-    expected = metrics.bootstrap(
+    expected = text_scores.bootstrap(
         {system: list(values.values()) for system, values in texts.items()},
         [references[meaning] for meaning in meanings],
         meanings,
@@ -357,6 +363,23 @@ def given_texts(tmp_path, no_java):
         "model": "no-such-model",
         "resamples": 50,
     }
+
+
+@pytest.mark.parametrize("of_the_run", [True, False], ids=["its texts", "other texts"])
+def test_a_comparison_names_both_systems(given_texts, of_the_run, tmp_path, capsys):
+    """By the run beside the texts, if that run scored as they do, and else by the file."""
+    test = e2e.group_references(e2e.read_pairs(Path(given_texts["data_dir"]) / "test.txt"))
+    path = given_texts["adapted_texts" if of_the_run else "base_texts"]
+    settings = {"lora_dim": 4, "lora_alpha": 8.0, "target_modules": "all-linear", "lr": 0.01}
+    run = {"adapt": "lora", "configuration": settings, "after": evaluate_lora_improvement.read_texts(path, test)[0]}
+    beside = tmp_path / "run"
+    beside.mkdir()
+    (beside / "results.json").write_text(json.dumps(run), encoding="utf-8")
+    given_texts["adapted_texts"] = str(Path(given_texts["adapted_texts"]).rename(beside / "texts.jsonl"))
+    record = evaluate_lora_improvement.measure_improvement(**given_texts)
+    title = "LoRA r=4, alpha=8, all linear layers, lr 0.01" if of_the_run else "texts.jsonl"
+    assert record["compared"] == {"base": "base.txt", "adapted": title}
+    assert f"\nbase: base.txt\nadapted: {title}\n5 meanings; in brackets" in capsys.readouterr().out
 
 
 def test_given_texts_are_scored_without_a_model(given_texts, monkeypatch, tmp_path, capsys):
@@ -442,9 +465,9 @@ def test_the_comparison_as_a_script(improvement, adapted, no_java, tmp_path):
 @pytest.mark.skipif(NO_JAVA is not None, reason=f"METEOR, ROUGE-L and CIDEr need {NO_JAVA}")
 def test_all_metrics_where_there_is_java(given_texts, monkeypatch):
     monkeypatch.setenv("PATH", PATH)
-    metrics._measured.cache_clear()
+    text_scores._measured.cache_clear()
     record = evaluate_lora_improvement.measure_improvement(**given_texts)
-    for name in metrics.METRICS:
+    for name in text_scores.METRICS:
         low, high = record["intervals"]["systems"]["adapted"][name]
         assert low <= record["adapted"][name] <= high
         assert sum(record["wins"][name].values()) == pytest.approx(1)

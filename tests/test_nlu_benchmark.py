@@ -22,7 +22,9 @@ import safetensors
 import sklearn.metrics
 import torch
 import transformers
-from common import cli, glue, results, runs
+from common import cli
+from common.data import glue
+from common.records import results, runs
 from nlu_models import GLUE, NLU, load_script, tiny_roberta
 from safetensors.torch import load_file, save_file
 from scipy import stats

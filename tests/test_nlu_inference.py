@@ -14,8 +14,9 @@ import pytest
 import run_inference_nlu as inference
 import torch
 import transformers
-from common import cli, glue
-from common import sequence_classification as classification
+from common import cli
+from common.data import glue
+from common.models import sequence_classification as classification
 from nlg_models import own_lines, save_model, script
 from nlu_models import GLUE, NLU, WINDOW
 from safetensors.torch import load_file

@@ -21,8 +21,11 @@ import run_training_nlu
 import sklearn.metrics
 import torch
 import transformers
-from common import cli, glue, pretrained, training
-from common import sequence_classification as classification
+from common import cli
+from common.data import glue
+from common.models import pretrained
+from common.models import sequence_classification as classification
+from common.training import loop
 from nlg_models import script
 from nlu_models import GLUE, NLU, WINDOW, tiny_roberta
 from run_training_nlu import Knobs, train_model
@@ -663,7 +666,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(roberta, tmp_path,
     """With dropout in the encoder and in the adapters, and a step lost after the last validation."""
     options = {"lora_dropout": 0.2, "max_steps": 6, "lr": 1e-2}
     whole = train("mrpc", roberta, tmp_path / "whole", **options)
-    step, evaluate, calls = training.optimizer_step, run_training_nlu.evaluate, []
+    step, evaluate, calls = loop.optimizer_step, run_training_nlu.evaluate, []
 
     def killed(*arguments):
         if len(calls) == at:
@@ -675,7 +678,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(roberta, tmp_path,
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "optimizer_step", killed)
+        patch.setattr(loop, "optimizer_step", killed)
         patch.setattr(run_training_nlu, "evaluate", killed_after)
         with pytest.raises(Killed):
             train("mrpc", roberta, tmp_path / "killed", **options)
@@ -774,7 +777,7 @@ def test_the_papers_beginning_from_mnli_is_told(roberta, tmp_path, capsys, task,
     "share, steps, warm_up", [(0.06, 100, 6), (0.06, 50, 3), (0.06, 4, 0), (0.5, 10, 5), (3, 10, 3)]
 )
 def test_the_warm_up_is_a_share_of_the_steps_or_a_number_of_them(share, steps, warm_up):
-    rates = [training.learning_rate(step, steps, 1.0, share) for step in range(steps)]
+    rates = [loop.learning_rate(step, steps, 1.0, share) for step in range(steps)]
     assert rates[:warm_up] == pytest.approx([(step + 1) / warm_up for step in range(warm_up)])
     falling = [(steps - step) / (steps - warm_up) for step in range(warm_up, steps)]
     assert rates[warm_up:] == pytest.approx(falling)
@@ -876,6 +879,6 @@ def test_every_knob_is_an_option_with_a_reason(call):
 
 
 def test_the_record_can_be_named(roberta, tmp_path, monkeypatch):
-    monkeypatch.setattr("common.results.RESULTS", tmp_path)
+    monkeypatch.setattr("common.records.results.RESULTS", tmp_path)
     train("sst2", roberta, tmp_path / "output", record="named")
     assert (tmp_path / "named.json").read_bytes() == (tmp_path / "output" / "results.json").read_bytes()

@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from reference import randomize
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -327,3 +328,26 @@ def test_embeddings_of_gptqmodel_are_refused():
 def test_parameters_are_counted_as_the_numbers_that_they_stand_for():
     model = Model(QUANTIZED["bitsandbytes nf4"])
     assert lora.count_parameters(model).total == lora.count_parameters(Model(lambda layer: layer)).total
+
+
+def test_gpt2_in_four_bits_becomes_a_gpt2_again(tmp_path):
+    """Its layers are `Conv1D`, whose weights lie the other way round; a saved model has to load as an ordinary one."""
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_embd": 64, "n_head": 2, "n_positions": 16, "vocab_size": 32}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(
+        tmp_path / "base"
+    )
+    four_bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    load = transformers.GPT2LMHeadModel.from_pretrained
+    model = load(tmp_path / "base", quantization_config=four_bits, dtype=torch.float32, device_map="cpu").eval()
+    lora.inject_lora(model, r=2, target_modules=["c_attn", "c_fc"])
+    randomize(model)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+    plain = lora.merge_and_unload(model, dequantize=True)
+    assert type(plain.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
+    plain.save_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(plain(input_ids=ids).logits, wanted, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(load(tmp_path / "merged")(input_ids=ids).logits, plain(input_ids=ids).logits)

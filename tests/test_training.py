@@ -12,17 +12,19 @@ import signal
 
 import pytest
 import torch
-from common import causal_lm, cli, training
+from common import cli
+from common.models import causal_lm
+from common.training import compute, loop
 from nlg_models import DATA, load, start
 
 pytestmark = pytest.mark.usefixtures("no_java")
-TASK = training.Task(causal_lm.collate, causal_lm.loss_sum, causal_lm.count_labels)
+TASK = loop.Task(causal_lm.collate, causal_lm.loss_sum, causal_lm.count_labels)
 LINES = (DATA / "train.txt").read_text(encoding="utf-8").splitlines()[:24]
 LENGTHS = [(7 * i) % 60 + 1 for i in range(1003)]
 
 
 def knobs(**changes):
-    return training.Knobs(**{"batch_size": 4, "num_epochs": 3, "lr": 1e-2, "warmup_steps": 2, "seed": 0, **changes})
+    return loop.Knobs(**{"batch_size": 4, "num_epochs": 3, "lr": 1e-2, "warmup_steps": 2, "seed": 0, **changes})
 
 
 @pytest.fixture
@@ -46,8 +48,8 @@ def trained(model):
 
 def train(model, samples, tmp_path, identity=None, **changes):
     options, path, identity = knobs(**changes), tmp_path / "state.pt", identity or {}
-    state = training.read_state(path, identity) if options.resume else None
-    return training.train(model, TASK, samples, samples[:8], options, path, identity, state)
+    state = loop.read_state(path, identity) if options.resume else None
+    return loop.train(model, TASK, samples, samples[:8], options, path, identity, state)
 
 
 def equal(one, other):
@@ -59,35 +61,35 @@ def equal(one, other):
 
 @pytest.mark.parametrize("batch_size", [1, 8, 2000])
 def test_batches_hold_every_sample_once(batch_size):
-    batches = training.make_batches(LENGTHS, batch_size, seed=3)
+    batches = loop.make_batches(LENGTHS, batch_size, seed=3)
     assert sorted(index for batch in batches for index in batch) == list(range(len(LENGTHS)))
     assert len(batches) == math.ceil(len(LENGTHS) / batch_size)
     assert max(map(len, batches)) <= batch_size
 
 
 def test_batches_are_fixed_by_the_seed_and_waste_little():
-    batches = training.make_batches(LENGTHS, 8, seed="1 1")
-    assert batches == training.make_batches(LENGTHS, 8, seed="1 1")
-    assert batches != training.make_batches(LENGTHS, 8, seed="1 2")
+    batches = loop.make_batches(LENGTHS, 8, seed="1 1")
+    assert batches == loop.make_batches(LENGTHS, 8, seed="1 1")
+    assert batches != loop.make_batches(LENGTHS, 8, seed="1 2")
     padded = sum(len(batch) * max(LENGTHS[i] for i in batch) for batch in batches)
     assert padded < 1.1 * sum(LENGTHS)
-    one_pool = training.make_batches(LENGTHS[:300], 8, seed=0)
+    one_pool = loop.make_batches(LENGTHS[:300], 8, seed=0)
     means = [sum(LENGTHS[i] for i in batch) / len(batch) for batch in one_pool]
     assert means != sorted(means)  # no curriculum of lengths
 
 
 def test_learning_rate_rises_and_falls_linearly():
-    rates = [training.learning_rate(step, 10, 1.0, 4) for step in range(10)]
+    rates = [loop.learning_rate(step, 10, 1.0, 4) for step in range(10)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
-    assert training.learning_rate(0, 10, 1.0, 0) == 1.0
+    assert loop.learning_rate(0, 10, 1.0, 0) == 1.0
 
 
 def test_choose_device():
-    assert training.choose_device("cpu") == torch.device("cpu")
-    assert training.choose_device("auto").type in ("cpu", "cuda", "mps")
+    assert compute.choose_device("cpu") == torch.device("cpu")
+    assert compute.choose_device("auto").type in ("cpu", "cuda", "mps")
     for name in ("cuda:99", "gpu", "meta"):
         with pytest.raises(cli.UserError, match=f"--device {name}: no such device here; use auto or one of: .*cpu"):
-            training.choose_device(name)
+            compute.choose_device(name)
 
 
 # Steps
@@ -103,7 +105,7 @@ def test_steps_are_those_of_adamw_on_the_mean_over_all_labels(model, samples, gp
     weights = [layer.mlp.c_fc.weight for layer in other.transformer.h]
     state = [[torch.zeros_like(w), torch.zeros_like(w)] for w in weights]
     options = knobs(label_smoothing=0.1, max_steps=2)
-    batches = training.make_batches([len(s["input_ids"]) for s in samples], 4, "0 1")[:2]
+    batches = loop.make_batches([len(s["input_ids"]) for s in samples], 4, "0 1")[:2]
     for step, batch in enumerate(batches):
         loss, count = 0.0, 0
         for sample in (samples[index] for index in batch):
@@ -119,7 +121,7 @@ def test_steps_are_those_of_adamw_on_the_mean_over_all_labels(model, samples, gp
                 moments[1] = 0.999 * moments[1] + 0.001 * grad**2
                 first, second = moments[0] / (1 - 0.9 ** (step + 1)), moments[1] / (1 - 0.999 ** (step + 1))
                 weight.copy_(weight * (1 - rate * 0.01) - rate * first / (second.sqrt() + 1e-6))
-    training.train(model, TASK, samples, samples[:8], options, tmp_path / "state.pt", {})
+    loop.train(model, TASK, samples, samples[:8], options, tmp_path / "state.pt", {})
     for layer, weight in zip(model.transformer.h, weights, strict=True):
         torch.testing.assert_close(layer.mlp.c_fc.weight, weight, rtol=1e-3, atol=2e-5)
 
@@ -179,7 +181,7 @@ def test_max_steps_ends_the_training_within_an_epoch(model, samples, tmp_path):
 
 
 def test_the_curve_has_few_points(model, samples, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "CURVE_POINTS", 3)
+    monkeypatch.setattr(loop, "CURVE_POINTS", 3)
     outcome = train(model, samples[:8], tmp_path, max_steps=7, num_epochs=9)
     assert [step for step, _ in outcome.curve] == [2, 4, 6, 7]
 
@@ -196,7 +198,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(model, samples, tmp_path):
 def test_mean_loss_is_the_mean_over_labels_whatever_the_batches(gpt2, samples, batch_size):
     model, _ = load(gpt2)
     total = sum(causal_lm.loss_sum(model.eval(), causal_lm.collate([s]), 0.0).item() for s in samples[:7])
-    mean = training.mean_loss(model.train(), TASK, samples[:7], knobs(eval_batch_size=batch_size))
+    mean = loop.mean_loss(model.train(), TASK, samples[:7], knobs(eval_batch_size=batch_size))
     assert mean == pytest.approx(total / causal_lm.count_labels(samples[:7]), rel=1e-6)
 
 
@@ -210,7 +212,7 @@ def test_the_best_validation_is_what_is_kept_and_patience_ends_the_training(gpt2
     losses = [entry["valid_loss"] for entry in outcome.history]
     best = min(range(len(losses)), key=losses.__getitem__)
     assert outcome.best_step == best + 1 and len(losses) == best + 1 + 3 < 18
-    kept = training.mean_loss(model, TASK, samples[:8], knobs())
+    kept = loop.mean_loss(model, TASK, samples[:8], knobs())
     assert kept == pytest.approx(losses[best], rel=1e-6)
     assert kept < losses[-1]
 
@@ -235,7 +237,7 @@ RESUMED = {  # the knobs, and after how many steps the run is killed
 @pytest.mark.parametrize("options, at", RESUMED.values(), ids=RESUMED)
 def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(gpt2, samples, tmp_path, monkeypatch, options, at):
     """Weights, losses and curve, with dropout, steps lost after the last validation, and a point of the curve begun."""
-    monkeypatch.setattr(training, "CURVE_POINTS", 6)  # every third step
+    monkeypatch.setattr(loop, "CURVE_POINTS", 6)  # every third step
 
     def run(folder, **changes):
         folder.mkdir(exist_ok=True)
@@ -243,7 +245,7 @@ def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(gpt2, samples, tmp_p
         return train(model, samples, folder, identity={"a": 1}, **options, **changes), trained(model)
 
     whole, weights = run(tmp_path / "whole")
-    step = training.optimizer_step
+    step = loop.optimizer_step
     calls = []
 
     def killed(*arguments):
@@ -252,10 +254,10 @@ def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(gpt2, samples, tmp_p
             raise Killed
         return step(*arguments)
 
-    monkeypatch.setattr(training, "optimizer_step", killed)
+    monkeypatch.setattr(loop, "optimizer_step", killed)
     with pytest.raises(Killed):
         run(tmp_path / "killed")
-    monkeypatch.setattr(training, "optimizer_step", step)
+    monkeypatch.setattr(loop, "optimizer_step", step)
     torch.manual_seed(12345)  # another process begins with other random numbers
     resumed, again = run(tmp_path / "killed", resume=True)
     assert equal(again, weights)
@@ -343,7 +345,7 @@ def test_script_killed_for_real_goes_on_to_the_same_bits(gpt2, tmp_path):
 
 
 @dataclasses.dataclass
-class Two(training.Knobs):
+class Two(loop.Knobs):
     preset: str = cli.knob("fast", "recipe", ["fast", "paper"])
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from common import cli, distributed, training  # noqa: E402 (after the folder that holds it)
+from common import cli  # noqa: E402 (after the folder that holds it)
+from common.training import distributed, loop  # noqa: E402
 
-TASK = training.Task(
+TASK = loop.Task(
     collate=lambda samples: {"x": torch.tensor([sample["input_ids"] for sample in samples])},
     loss_sum=lambda model, batch, _: model(batch["x"]).square().sum(),
     count=lambda samples: 8 * len(samples),
@@ -26,10 +27,10 @@ def train(folder, task=TASK, **changes):
     """(Trained weights, outcome) of a small network with dropout: six steps an epoch, three epochs."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 8))
-    knobs = training.Knobs(**{"batch_size": 4, "lr": 0.1, "warmup_steps": 2, "eval_every": 4, "seed": 0, **changes})
+    knobs = loop.Knobs(**{"batch_size": 4, "lr": 0.1, "warmup_steps": 2, "eval_every": 4, "seed": 0, **changes})
     folder.mkdir(exist_ok=True)
-    state = training.read_state(folder / "state.pt", {}) if knobs.resume else None
-    outcome = training.train(model, task, SAMPLES, SAMPLES, knobs, folder / "state.pt", {}, state)
+    state = loop.read_state(folder / "state.pt", {}) if knobs.resume else None
+    outcome = loop.train(model, task, SAMPLES, SAMPLES, knobs, folder / "state.pt", {}, state)
     return [parameter.detach() for parameter in model.parameters()], outcome
 
 

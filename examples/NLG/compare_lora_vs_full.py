@@ -42,8 +42,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
 import run_training
-from common import causal_lm, distributed, memory, results, runs, training
 from common.cli import UserError, fill_in, knob, make_output_folder, parse_knobs, require_positive, run
+from common.models import causal_lm
+from common.records import results, runs
+from common.reports import tables
+from common.training import compute, distributed, loop, memory
 
 import loralib as lora
 
@@ -95,7 +98,7 @@ def check(knobs):
         raise UserError(f"--pairs {knobs.pairs}: must be 0, or at least 2 for a spread")
     if distributed.started() > 1:
         raise UserError("the comparison takes place in one process; start it with python instead of torchrun")
-    training.choose_device(knobs.device)
+    compute.choose_device(knobs.device)
     for method in METHODS:
         run_training.check(knobs_of_run(knobs, method))
 
@@ -131,7 +134,7 @@ def load_data(run_knobs, tokenizer):
     train, _, _ = run_training.load_data(run_knobs)
     samples = run_training.encode_pairs(train, tokenizer, run_knobs.seq_len, "training")
     lengths = [len(sample["input_ids"]) for sample in samples]
-    batches = training.make_batches(lengths, run_knobs.batch_size, f"{run_knobs.seed} 1")
+    batches = loop.make_batches(lengths, run_knobs.batch_size, f"{run_knobs.seed} 1")
     return [[samples[index] for index in batch] for batch in batches]
 
 
@@ -140,7 +143,7 @@ def build_model(run_knobs, device):
     model, tokenizer = causal_lm.load_causal_lm(run_knobs.model, device)
     run_training.adapt_model(model, run_knobs)
     if run_knobs.gradient_checkpointing:
-        training.set_checkpointing(model, True)
+        loop.set_checkpointing(model, True)
     return model, tokenizer
 
 
@@ -148,12 +151,12 @@ def time_in_turn(knobs):
     """{method: seconds of its optimizer steps}, taken in turn on the same batches; None without --pairs."""
     if not knobs.pairs:
         return None
-    device, steppers = training.choose_device(knobs.device), {}
+    device, steppers = compute.choose_device(knobs.device), {}
     for method in TRAINED:
         run_knobs = knobs_of_run(knobs, method)
         model, tokenizer = build_model(run_knobs, device)
         scaler = torch.amp.GradScaler(device.type, enabled=knobs.precision == "fp16")
-        steppers[method] = model, training.make_optimizer(model, run_knobs), scaler, run_knobs
+        steppers[method] = model, loop.make_optimizer(model, run_knobs), scaler, run_knobs
     batches = itertools.cycle(load_data(run_knobs, tokenizer))
     seconds = {method: [] for method in TRAINED}
     for pair in tqdm(range(WARM_UP + knobs.pairs), desc="timing in turn", unit="pair"):
@@ -161,7 +164,7 @@ def time_in_turn(knobs):
         for method in TRAINED if pair % 2 else TRAINED[::-1]:  # who is second may find the batch in the cache
             model, optimizer, scaler, run_knobs = steppers[method]
             started = time.perf_counter()
-            training.optimizer_step(model, run_training.TASK, batch, optimizer, scaler, run_knobs)
+            loop.optimizer_step(model, run_training.TASK, batch, optimizer, scaler, run_knobs)
             if pair >= WARM_UP:
                 seconds[method].append(time.perf_counter() - started)
     return seconds
@@ -261,7 +264,7 @@ def compare(**overrides):
         comparison["steps_in_turn"] = seconds and compare_steps(seconds)
         comparison["runs"] = {method: summary(record) for method, record in records.items()}
     comparison["accounting"] = account_gpt2()
-    comparison["environment"] = results.environment(training.choose_device(knobs.device))
+    comparison["environment"] = results.environment(compute.choose_device(knobs.device))
     if records:
         results.write_json(Path(knobs.output_dir) / "comparison.json", comparison)
     if knobs.record:
@@ -283,7 +286,7 @@ def report(comparison):
         scores = comparison["quality"][metric]
         cells = [scores[c] if c == "ratio" or scores[c] is None else factor * scores[c] for c in columns]
         rows.append([title, *("" if cell is None else f"{cell:.3f}" for cell in cells)])
-    print(f"\n{table(rows)}")
+    print(f"\n{tables.aligned(rows)}", end="")
     for reason in comparison["not_measured"].values():
         print(reason)
 
@@ -293,7 +296,7 @@ def report(comparison):
     rows = [["", "LoRA", "full", "LoRA / full"]]
     for name, cost in costs.items():
         rows.append([name.replace("_", " "), *(number(cost[column]) for column in ("lora", "full", "ratio"))])
-    print(f"\n{table(rows)}")
+    print(f"\n{tables.aligned(rows)}", end="")
     if steps:
         low, high, least, most = *steps["quartiles"], *steps["range"]
         print(
@@ -319,7 +322,10 @@ def accounting_table(accounting):
             rows.append([name if method == TRAINED[0] else "", TITLES[method], *cells])
         ratios = size["ratio"]
         rows.append(["", "ratio", "", f"{ratios['trained']:.5f}", *(f"{ratios['bytes'][k]:.5f}" for k in keys)])
-    lines = [table(rows), f"LoRA: rank {PAPER_RANK} on query and value; float32, AdamW, without activations"]
+    lines = [
+        tables.aligned(rows).removesuffix("\n"),
+        f"LoRA: rank {PAPER_RANK} on query and value; float32, AdamW, without activations",
+    ]
     for name, size in accounting.items():
         if "trained_by_the_paper" in size:
             lines.append(f"the paper says {size['trained_by_the_paper'] / 1e6:.2f}M trained for {name}")
@@ -330,16 +336,6 @@ def number(value):
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
-
-
-def table(rows):
-    """Rows of texts as lines, the first column on the left, the others on the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *cells in rows:
-        aligned = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells, widths[1:], strict=True))]
-        lines.append("  ".join(aligned).rstrip())
-    return "\n".join(lines)
 
 
 def main():

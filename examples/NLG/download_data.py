@@ -25,8 +25,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
-from common import e2e, results
 from common.cli import UserError, as_user_error, knob, parse_knobs, run
+from common.data import e2e
+from common.records import results
 
 HERE = Path(__file__).resolve().parent
 TIMEOUT = 30  # seconds without a byte

@@ -15,6 +15,7 @@ for both models at once; where it leaves out 0, another test set of the same kin
 are shares of the meanings, each scored alone.
 """
 
+import json
 import os
 import sys
 import time
@@ -26,8 +27,14 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
-from common import causal_lm, e2e, metrics, results, training
 from common.cli import UserError, as_user_error, fill_in, knob, make_output_folder, parse_knobs, require_positive, run
+from common.data import e2e
+from common.files import portable
+from common.models import causal_lm
+from common.records import results
+from common.reports import reached, reading, tables
+from common.scores import text_scores
+from common.training import compute
 from run_training import SCORES, evaluate, score_references, some_meanings
 
 import loralib as lora
@@ -99,7 +106,7 @@ def build_models(knobs, device):
 
 def evaluate_models(knobs, test, wanted):
     """{system: (scores, texts)} of those wanted of the base and the adapted model."""
-    base, adapted, tokenizer = build_models(knobs, training.choose_device(knobs.device))
+    base, adapted, tokenizer = build_models(knobs, compute.choose_device(knobs.device))
     found = {}
     if "base" in wanted:
         with lora.disable_adapters(base):  # merged or not, the base alone
@@ -111,11 +118,23 @@ def evaluate_models(knobs, test, wanted):
 
 def read_texts(path, test):
     """The same of a file of texts, which leaves the perplexity open."""
-    texts = metrics.read_predictions(path, list(test))
-    scores = metrics.score(texts, list(test.values()), list(test))
+    texts = text_scores.read_predictions(path, list(test))
+    scores = text_scores.score(texts, list(test.values()), list(test))
     scores["perplexity"] = None
     scores["not_measured"]["perplexity"] = "not measured: perplexity needs the model, not texts alone"
     return scores, texts
+
+
+def name_of(path, fingerprint, scores):
+    """What a system is: the settings of the run that made its checkpoint or its texts, else the name of the file."""
+    try:
+        run = json.loads((Path(path).parent / "results.json").read_text(encoding="utf-8"))
+        made_it = set(fingerprint.values()) == set(run.get("checkpoint_sha256", {}).values())
+        if made_it or any(reached.same(run[when], scores) for when in ("before", "after") if when in run):
+            return reading.settings_title(run["configuration"], run["adapt"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # no run beside it
+    return portable(path)
 
 
 def choose_samples(texts, test, values):
@@ -152,18 +171,23 @@ def measure_improvement(**overrides):
     inputs = [f"{system}_texts" if path is not None else "model" for system, path in files.items()]
     if "adapted" in written:
         inputs[1] = "adapter" if knobs.adapted_model is None else "adapted_model"
+    inputs_sha256 = {name: results.weights_fingerprint(getattr(knobs, name)) for name in inputs}
+    names = {"base": "base"} if inputs[0] == "model" else {}
+    for system, name in zip(SYSTEMS, inputs, strict=True):
+        names.setdefault(system, name_of(getattr(knobs, name), inputs_sha256[name] or {}, scores[system]))
     references, meanings = list(test.values()), list(test)
-    values = {system: metrics.per_sentence(texts[system], references, meanings) for system in SYSTEMS}
-    wins = metrics.wins(values["base"], values["adapted"])
+    values = {system: text_scores.per_sentence(texts[system], references, meanings) for system in SYSTEMS}
+    wins = text_scores.wins(values["base"], values["adapted"])
     record = {
         "task": "e2e improvement",
         "configuration": results.configuration(knobs),
         "data": results.fingerprints({"test": test_path}),
-        "inputs_sha256": {name: results.weights_fingerprint(getattr(knobs, name)) for name in inputs},
+        "inputs_sha256": inputs_sha256,
+        "compared": names,
         "counts": {"test_meanings": len(test), "test_references": sum(map(len, references))},
         "references": score_references(test),
         **scores,
-        "intervals": metrics.bootstrap(texts, references, meanings, knobs.resamples, knobs.seed),
+        "intervals": text_scores.bootstrap(texts, references, meanings, knobs.resamples, knobs.seed),
         "wins": {
             name: share and {"base": share["first"], "adapted": share["second"], "tie": share["tie"]}
             for name, share in wins.items()
@@ -171,7 +195,7 @@ def measure_improvement(**overrides):
         "samples": choose_samples(texts, test, values),
     }
     record["seconds"] = {"total": time.perf_counter() - started}
-    record["environment"] = results.environment(training.choose_device(knobs.device))
+    record["environment"] = results.environment(compute.choose_device(knobs.device))
     for system in written:
         results.write_texts(output_dir / f"{system}_texts.jsonl", meanings, texts[system])
     results.write_json(output_dir / "improvement.json", record)
@@ -190,7 +214,10 @@ def report(record):
             print(f"  {name:<10} {sample[name]}")
         print(f"  {'reference':<10} {sample['references'][0]}")
     intervals = record["intervals"]
-    print(f"\n{record['counts']['test_meanings']} meanings; in brackets 95 % of {intervals['resamples']} resamples")
+    print()
+    for system in SYSTEMS:
+        print(f"{system}: {record['compared'][system]}")
+    print(f"{record['counts']['test_meanings']} meanings; in brackets 95 % of {intervals['resamples']} resamples")
     rows = [["", "base", "adapted", "adapted - base", "wins: base", "adapted", "tie"]]
     for key, (name, factor) in SCORES.items():
         base, adapted = (record[system][key] for system in SYSTEMS)
@@ -202,11 +229,7 @@ def report(record):
         numbers = zip((base, adapted, adapted - base), bounds, strict=True)
         cells = [_with_interval(value, interval, factor) for value, interval in numbers]
         rows.append([name, *cells, *(f"{share:.1%}" for share in record["wins"].get(key, {}).values())])
-    columns = list(zip(*(row + [""] * (len(rows[0]) - len(row)) for row in rows), strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    for name, *cells in zip(*columns, strict=True):
-        cells = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
-        print("  ".join([f"{name:<{widths[0]}}", *cells]).rstrip())
+    print(tables.aligned([row + [""] * (len(rows[0]) - len(row)) for row in rows]), end="")
     reasons = [*record["base"]["not_measured"].values(), *record["adapted"]["not_measured"].values()]
     for reason in dict.fromkeys(reasons):
         print(reason)

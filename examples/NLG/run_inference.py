@@ -31,8 +31,11 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
-from common import causal_lm, e2e, results, training
 from common.cli import UserError, as_user_error, given, knob, make_place_for, parse_knobs, refuse_together, run
+from common.data import e2e
+from common.models import causal_lm
+from common.records import results
+from common.training import compute
 
 import loralib as lora
 
@@ -152,7 +155,7 @@ def converse(model, tokenizer, knobs):
 def main():
     knobs = parse_knobs(Knobs, __doc__, presets=PRESETS)
     check(knobs)
-    device = training.choose_device(knobs.device)
+    device = compute.choose_device(knobs.device)
     if knobs.interactive:
         converse(*build_model(knobs, device), knobs)
         return

@@ -37,13 +37,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
-from common import causal_lm, distributed, e2e, metrics, pretrained, results, training
 from common.cli import UserError, as_user_error, fill_in, knob, make_output_folder, parse_knobs, require_positive, run
+from common.data import e2e
+from common.models import causal_lm, pretrained
+from common.records import results
+from common.scores import text_scores
+from common.training import compute, distributed, loop
 
 import loralib as lora
 
 HERE = Path(__file__).resolve().parent
-TASK = training.Task(causal_lm.collate, causal_lm.loss_sum, causal_lm.count_labels)
+TASK = loop.Task(causal_lm.collate, causal_lm.loss_sum, causal_lm.count_labels)
 # Where a knob is not given. The paper's recipe is that for GPT-2 medium (table 11 and the authors' code).
 PRESETS = {
     "fast": {},
@@ -67,7 +71,7 @@ FREE_TO_CHANGE |= set(causal_lm.PAPER_DECODING)
 
 
 @dataclass
-class Knobs(causal_lm.DecodingKnobs, training.Knobs):
+class Knobs(causal_lm.DecodingKnobs, loop.Knobs):
     preset: str = knob("fast", "recipe for all knobs that are not given", PRESETS)
     model: str = knob(str(HERE / "model"), "folder or hub name of a causal language model")
     data_dir: str = knob(str(HERE / "data"), "folder of the three E2E files, lines or CSV")
@@ -101,7 +105,7 @@ def check(knobs):
     require_positive(knobs, "eval_every", "patience", "max_train_samples", "max_eval_samples")
     require_positive(knobs, "max_valid_samples")
     causal_lm.check_decoding(knobs)
-    training.check_fsdp(knobs)
+    loop.check_fsdp(knobs)
     pretrained.check_base_dtype(knobs)
 
 
@@ -177,9 +181,9 @@ def evaluate(model, tokenizer, test, knobs):
     """(Scores of the texts that the model writes for the test meanings, the texts)."""
     pairs = [(meaning, reference) for meaning, references in test.items() for reference in references]
     samples = [causal_lm.encode(tokenizer, *pair) for pair in pairs]
-    perplexity = math.exp(training.mean_loss(model, TASK, samples, knobs))
+    perplexity = math.exp(loop.mean_loss(model, TASK, samples, knobs))
     generated = causal_lm.generate(model, tokenizer, list(test), knobs)
-    scores = metrics.score(generated.texts, list(test.values()), list(test)) if distributed.is_main() else {}
+    scores = text_scores.score(generated.texts, list(test.values()), list(test)) if distributed.is_main() else {}
     return {
         **scores,
         "perplexity": perplexity,
@@ -196,7 +200,7 @@ def train_model(**overrides):
     started = time.perf_counter()
     check(knobs)
     output_dir = make_output_folder(knobs.output_dir)
-    device = distributed.start(training.choose_device(knobs.device))
+    device = distributed.start(compute.choose_device(knobs.device))
     train, valid, test = load_data(knobs)
     model, tokenizer = causal_lm.load_causal_lm(knobs.model, torch.device("cpu") if knobs.fsdp else device)
     window = pretrained.context_window(model)
@@ -224,14 +228,14 @@ def train_model(**overrides):
     }
     record["references"] = score_references(test)
     state_path = output_dir / "training_state.pt"
-    identity = training.identity(knobs, FREE_TO_CHANGE, record, ("train", "valid"))
-    state = training.read_state(state_path, identity) if knobs.resume else None
+    identity = loop.identity(knobs, FREE_TO_CHANGE, record, ("train", "valid"))
+    state = loop.read_state(state_path, identity) if knobs.resume else None
     texts_before = texts = None
     if not knobs.skip_base or knobs.adapt == "none":
         with lora.disable_adapters(model):  # the base alone
             record["before"], texts_before = evaluate(model, tokenizer, test, knobs)
     if knobs.adapt != "none":
-        outcome = training.train(model, TASK, train_samples, valid_samples, knobs, state_path, identity, state)
+        outcome = loop.train(model, TASK, train_samples, valid_samples, knobs, state_path, identity, state)
         results.add_training(record, outcome, device)
         if distributed.is_main() or knobs.fsdp:  # saved before the test, which cannot harm it then
             results.add_checkpoint(record, save_model(model, tokenizer, knobs))
@@ -261,8 +265,8 @@ def score_references(test):
     pairs = [(meaning, reference) for meaning, references in test.items() for reference in references]
     meanings, texts = zip(*pairs, strict=True)
     return {
-        "slot_share": metrics.slot_share(texts, meanings),
-        "slot_error_rate": metrics.slot_error_rate(texts, meanings),
+        "slot_share": text_scores.slot_share(texts, meanings),
+        "slot_error_rate": text_scores.slot_error_rate(texts, meanings),
     }
 
 

@@ -34,9 +34,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
 import run_training_nlu
-from common import glue, glue_scores, results, runs, training
-from common import sequence_classification as classification
 from common.cli import UserError, fill_in, knob, make_output_folder, parse_knobs, require_positive, run
+from common.data import glue
+from common.models import sequence_classification as classification
+from common.records import results, runs
+from common.scores import glue_scores
+from common.training import compute
 
 import loralib as lora
 
@@ -48,7 +51,7 @@ SWITCHES = 200
 
 
 @dataclass
-class Knobs(training.ComputeKnobs):
+class Knobs(compute.ComputeKnobs):
     tasks: str = knob(",".join(glue.TASKS), "what to serve, comma separated")
     model: str = knob(run_training_nlu.Knobs.model, "folder or hub name of the base")
     data_dir: str = knob(run_training_nlu.Knobs.data_dir, "folder of the GLUE folders")
@@ -70,7 +73,7 @@ def check(knobs):
     tasks = [glue.task_of(name.strip()) for name in knobs.tasks.split(",")]
     if len(set(tasks)) < len(tasks) or len(tasks) < 2:
         raise UserError(f"--tasks {knobs.tasks}: give at least two different ones of {', '.join(glue.TASKS)}")
-    training.choose_device(knobs.device)
+    compute.choose_device(knobs.device)
     for task in tasks:
         for method in METHODS:
             run_training_nlu.check(knobs_of_run(knobs, task, method))
@@ -95,7 +98,7 @@ def knobs_of_run(knobs, task, method):
 
 def serve(knobs, tasks, method):
     """What it takes to serve all tasks in this process: seconds, bytes and scores."""
-    device = training.choose_device(knobs.device)
+    device = compute.choose_device(knobs.device)
     idle = results.peak_memory_bytes(device)["process"]
     started = time.perf_counter()
     build = build_on_one_base if method == "lora" else build_models
@@ -237,7 +240,7 @@ def benchmark(**overrides):
             method: sum(records[task.name][method]["bytes"]["checkpoint"] for task in tasks) for method in METHODS
         },
         "served": served,
-        "environment": results.environment(training.choose_device(knobs.device)),
+        "environment": results.environment(compute.choose_device(knobs.device)),
     }
     comparison["bytes"]["base"] = records[tasks[0].name]["full"]["bytes"]["model"]
     results.write_json(output_dir / "multi_task.json", comparison)

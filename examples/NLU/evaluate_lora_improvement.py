@@ -29,8 +29,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
 import run_training_nlu
-from common import glue, glue_scores, results, runs, training
 from common.cli import UserError, fill_in, knob, make_output_folder, parse_knobs, require_positive, run
+from common.data import glue
+from common.records import results, runs
+from common.scores import glue_scores
+from common.training import compute
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "run_training_nlu.py"
@@ -40,7 +43,7 @@ SHOWN = 5
 
 
 @dataclass
-class Knobs(training.ComputeKnobs):
+class Knobs(compute.ComputeKnobs):
     task: str = knob("sst2", "what to learn", glue.TASKS)
     model: str = knob(run_training_nlu.Knobs.model, "folder or hub name of the base")
     data_dir: str = knob(run_training_nlu.Knobs.data_dir, "folder of the GLUE folders")
@@ -81,7 +84,7 @@ def check(knobs):
             raise UserError(f"--lr_{system} {text}: must be numbers with commas between, such as 1e-3,4e-3") from None
         for rate in rates[system]:
             run_training_nlu.check(knobs_of_run(knobs, system, rate, seed=0))
-    training.choose_device(knobs.device)
+    compute.choose_device(knobs.device)
     return rates
 
 
@@ -233,7 +236,7 @@ def measure_improvement(task="sst2", **overrides):
             for rate in rates[system]
             for seed, record in enumerate(records[system][rate])
         ],
-        "environment": results.environment(training.choose_device(knobs.device)),
+        "environment": results.environment(compute.choose_device(knobs.device)),
     }
     results.write_json(output_dir / "improvement.json", comparison)
     if knobs.record:

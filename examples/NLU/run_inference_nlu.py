@@ -31,8 +31,6 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
-from common import glue, pretrained, results, training
-from common import sequence_classification as classification
 from common.cli import (
     UserError,
     as_user_error,
@@ -43,6 +41,11 @@ from common.cli import (
     require_positive,
     run,
 )
+from common.data import glue
+from common.models import pretrained
+from common.models import sequence_classification as classification
+from common.records import results
+from common.training import compute
 
 import loralib as lora
 
@@ -51,7 +54,7 @@ NO_ADAPTER = "none"
 
 
 @dataclass
-class Knobs(training.ComputeKnobs):
+class Knobs(compute.ComputeKnobs):
     task: str | None = knob(
         None, "what the labels are; by default the task that the adapter was trained on", glue.TASKS
     )
@@ -199,7 +202,7 @@ def in_words(answer):
 def main():
     knobs = parse_knobs(Knobs, __doc__)
     check(knobs)
-    task, device = glue.task_of(knobs.task), training.choose_device(knobs.device)
+    task, device = glue.task_of(knobs.task), compute.choose_device(knobs.device)
     texts = load_data(knobs, task)
     model, tokenizer = build_model(knobs, task, device)
     output, seconds = (compare_speed if knobs.compare_speed else classify)(model, tokenizer, texts, knobs)

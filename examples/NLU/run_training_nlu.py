@@ -47,9 +47,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
-from common import distributed, glue, glue_scores, pretrained, results, training
-from common import sequence_classification as classification
 from common.cli import UserError, as_user_error, fill_in, knob, make_output_folder, parse_knobs, require_positive, run
+from common.data import glue
+from common.models import pretrained
+from common.models import sequence_classification as classification
+from common.records import results
+from common.scores import glue_scores
+from common.training import compute, distributed, loop
 
 import loralib as lora
 from loralib.checkpoint import UPSTREAM_SUFFIXES
@@ -85,7 +89,7 @@ def presets(given):
 
 
 @dataclass
-class Knobs(training.Knobs):
+class Knobs(loop.Knobs):
     task: str = knob("sst2", "what to learn", glue.TASKS)
     preset: str = knob("fast", "recipe for all knobs that are not given", ["fast", "paper"])
     model: str = knob(str(HERE / "model"), "folder or hub name of an encoder, or of a decoder")
@@ -112,7 +116,7 @@ def check(knobs):
     """Raise a UserError for a knob that is out of range, or does not go with another."""
     require_positive(knobs, "num_epochs", "max_steps", "batch_size", "grad_accumulation", "lr", "seq_len")
     require_positive(knobs, "eval_every", "patience", "max_train_samples", "max_eval_samples", "eval_batch_size")
-    training.check_fsdp(knobs)
+    loop.check_fsdp(knobs)
     if knobs.init_adapter is not None:
         if knobs.adapt != "lora":
             raise UserError(f"--init_adapter goes with --adapt lora, and this is --adapt {knobs.adapt}; leave it out")
@@ -235,7 +239,7 @@ def train_model(task, **overrides):
     if knobs.preset == "paper" and knobs.adapt == "lora" and knobs.task in FROM_MNLI and knobs.init_adapter is None:
         print("the paper begins this task with an adapter of mnli; give --init_adapter for that")
     task, output_dir = glue.task_of(knobs.task), make_output_folder(knobs.output_dir)
-    device = distributed.start(training.choose_device(knobs.device))
+    device = distributed.start(compute.choose_device(knobs.device))
     splits = load_data(task, knobs)
     load_on = torch.device("cpu") if knobs.fsdp else device
     loaded = model, tokenizer, heads, _ = classification.load(knobs.model, task, load_on, knobs.seed)
@@ -267,9 +271,9 @@ def train_model(task, **overrides):
         record["majority"][split] = glue_scores.score(guesses, labels, task)
 
     state_path = output_dir / "training_state.pt"
-    identity = training.identity(knobs, FREE_TO_CHANGE, record, ("train", chosen_on))
-    state = training.read_state(state_path, identity) if knobs.resume else None
-    outcome = training.train(
+    identity = loop.identity(knobs, FREE_TO_CHANGE, record, ("train", chosen_on))
+    state = loop.read_state(state_path, identity) if knobs.resume else None
+    outcome = loop.train(
         model,
         classification.training_task(task, tokenizer),
         samples["train"],

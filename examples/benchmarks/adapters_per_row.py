@@ -28,8 +28,9 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's 
 
 import measure
 import torch
-from common import results, tables
 from common.cli import UserError, knob, parse_knobs, require_positive, run
+from common.records import results
+from common.reports import tables
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -3,11 +3,12 @@
     cd examples/benchmarks
     python against_peft.py
     python against_peft.py --record benchmark_against_peft
+    python against_peft.py --device cuda --hidden_size 2048 --num_layers 16 --batch_size 4 --length 1024
 
 It takes some minutes on two cores, and needs them for itself. The models are made on the spot. In each round both
 libraries make one step on the same model and batch, in an order drawn anew, and a ratio is the median of the rounds'
-ratios, with quartiles. The peak is what a process of its own takes for three steps beyond what it has when the model is
-ready. Linux alone tells it. Written to --output_dir: against_peft.json.
+ratios, with quartiles. The peak is what three steps take beyond the model: of tensors on a GPU, elsewhere of a process
+of its own, which Linux alone tells. Written to --output_dir: against_peft.json.
 """
 
 import ctypes
@@ -26,14 +27,16 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's 
 
 import measure
 import torch
-from common import pretrained, results, tables
 from common.cli import UserError, knob, parse_knobs, require_positive, run
+from common.models import pretrained
+from common.records import results
+from common.reports import tables
+from common.training import compute
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import loralib as lora
 
 HERE = Path(__file__).resolve().parent
-CPU = torch.device("cpu")
 SHAPE = {"vocab_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}
 LINEAR = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -49,6 +52,7 @@ class Knobs:
     num_layers: int = knob(4, "and their depth")
     rounds: int = knob(9, "how often each library makes a step")
     threads: int = knob(2, "of the CPU")
+    device: str = knob("cpu", "auto, cpu or cuda; on cuda with bfloat16 autocast")
     allow_busy: bool = knob(False, "measure though the machine does something else, too")
     output_dir: str = knob(str(HERE / "output"), "folder for what is written")
     record: str | None = knob(None, "name under which examples/results/ gets the record, too")
@@ -79,28 +83,37 @@ class Step:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 model = get_peft_model(model, LoraConfig(r=knobs.lora_dim, lora_alpha=16, **targets))
-        self.model = model.train()
+        device = compute.choose_device(knobs.device)
+        self.model = model.to(device).train()
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-3, fused=True)
         torch.manual_seed(1)
-        self.ids = torch.randint(5, SHAPE["vocab_size"], (knobs.batch_size, knobs.length))
+        self.ids = torch.randint(5, SHAPE["vocab_size"], (knobs.batch_size, knobs.length)).to(device)
 
     def __call__(self):
-        self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss.backward()
+        with torch.autocast(self.ids.device.type, torch.bfloat16, enabled=self.ids.is_cuda):
+            loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
 def peak_of(library, case, knobs):
-    """The most memory that this process takes for three steps, beyond what it has before them."""
+    """The most memory that three steps take, beyond what there is before them: of this process, or on a GPU."""
     step = Step(library, case, knobs)
     gc.collect()
+    if step.ids.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):
+            step()
+        return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = results.peak_memory_bytes(CPU)["process"]
+    before = results.peak_memory_bytes(step.ids.device)["process"]
     for _ in range(3):
         step()
-    return results.peak_memory_bytes(CPU)["process"] - before
+    return results.peak_memory_bytes(step.ids.device)["process"] - before
 
 
 def check(knobs):
@@ -112,7 +125,7 @@ def check(knobs):
             raise UserError(f"--cases {case}: must be one of nf4, experts")
     if "nf4" in cases:
         pretrained.check_installed("nf4")
-    if not Path("/proc/self/clear_refs").exists():
+    if compute.choose_device(knobs.device).type == "cpu" and not Path("/proc/self/clear_refs").exists():
         raise UserError("the peak of memory can be measured on Linux alone, and this is another system")
     return cases
 
@@ -122,11 +135,12 @@ def measure_all(knobs):
     cases = check(knobs)
     measure.require_quiet(knobs)
     torch.set_num_threads(knobs.threads)
+    device = compute.choose_device(knobs.device)
     found = {}
     for case in cases:
         steps = {library: Step(library, case, knobs) for library in ("loralib", "peft")}
         trained = {library: sum(p.numel() for p in step.trained) for library, step in steps.items()}
-        times = measure.in_turn(steps, knobs.rounds, CPU, case)
+        times = measure.in_turn(steps, knobs.rounds, device, case)
         del steps
         gc.collect()
         # Or the peaks would be what the allocator keeps of freed blocks.
@@ -142,7 +156,7 @@ def measure_all(knobs):
         "task": "against_peft",
         "configuration": results.configuration(knobs),
         "cases": found,
-        "environment": results.environment(CPU),
+        "environment": results.environment(device),
         "versions": {name: metadata.version(name) for name in ("peft", "bitsandbytes", "transformers")},
     }
     print(tables.aligned(tables.in_lists(tables.against_peft_rows(record))))

@@ -26,8 +26,11 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's 
 
 import measure
 import torch
-from common import causal_lm, memory, pretrained, results, tables, training
 from common.cli import UserError, as_user_error, knob, parse_knobs, require_positive, run
+from common.models import causal_lm, pretrained
+from common.records import results
+from common.reports import tables
+from common.training import compute, memory
 
 import loralib as lora
 
@@ -67,7 +70,7 @@ class Step:
         self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
     def __call__(self):
-        with training.autocast(CPU, self.precision):
+        with compute.autocast(CPU, self.precision):
             loss = causal_lm.loss_sum(self.model, self.batch, 0.0) / self.batch["labels"].numel()
         loss.backward()
         self.optimizer.step()

@@ -13,7 +13,6 @@ takes the next time, and in it the adapters.
 """
 
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +28,12 @@ sys.path.insert(3, str(Path(__file__).resolve().parents[2]))  # this checkout's 
 import run_training
 import run_training_nlu
 import torch
-from common import causal_lm, glue, results, tables
-from common import sequence_classification as classification
-from common.cli import UserError, fill_in, knob, parse_knobs, run
+from common.cli import UserError, call, fill_in, knob, parse_knobs, run
+from common.data import glue
+from common.models import causal_lm
+from common.models import sequence_classification as classification
+from common.records import results
+from common.reports import tables
 
 import loralib as lora
 
@@ -98,7 +100,7 @@ def train(task, folder, knobs):
     options = [*task.options, "--adapt=full", f"--output_dir={folder}"]
     for name in ("max_steps", "max_eval_samples"):
         options += [f"--{name}={getattr(knobs, name)}"] if getattr(knobs, name) else []
-    if subprocess.run([sys.executable, str(task.script), *options]).returncode:
+    if call([sys.executable, str(task.script), *options]):
         raise UserError(f"{task.script.name} {' '.join(options)} did not end well, for the reason above")
 
 

@@ -32,8 +32,9 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's 
 import measure
 import torch
 import transformers
-from common import results, tables
 from common.cli import UserError, knob, parse_knobs, require_positive, run
+from common.records import results
+from common.reports import tables
 from tqdm import tqdm
 
 import loralib as lora

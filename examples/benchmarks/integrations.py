@@ -27,8 +27,9 @@ import integrations_trainer
 import measure
 import torch
 import transformers
-from common import results, tables
 from common.cli import UserError, knob, parse_knobs, run
+from common.records import results
+from common.reports import tables
 
 import loralib as lora
 

@@ -14,8 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from common import results
 from common.cli import UserError
+from common.records import results
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -155,6 +155,17 @@ def narrow_products(call, width, repeats):
         shares.append(sum(narrow.values()))
         largest.update({key: share / repeats for key, share in narrow.items()})
     return {"share": spread(shares), "largest": [[*key, share] for key, share in largest.most_common(6)]}
+
+
+def largest_operations(call, repeats):
+    """The operations that take the most of a call's time: [operation, shapes of the operands, share], eight at most."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True) as profiler:
+        for _ in range(repeats):
+            call()
+    times = Counter()
+    for event in profiler.key_averages(group_by_input_shape=True):
+        times[event.key, str([shape for shape in event.input_shapes if shape])] += event.self_cpu_time_total
+    return [[*key, time / times.total()] for key, time in times.most_common(8)]
 
 
 def _is_narrow(operation, shapes, width):

@@ -4,6 +4,7 @@
     pip install --no-deps --target output/upstream loralib==0.1.2
     python run_benchmarks.py
     python run_benchmarks.py --levels layers,operations --rounds 3
+    python run_benchmarks.py --levels operations --record benchmark --keep
     python run_benchmarks.py --device cuda --precisions bf16 --step_precision bf16 --record benchmark_cuda
 
 The whole takes about half an hour on two cores, and needs them for itself; on CUDA the models are larger. They have
@@ -24,6 +25,7 @@ import copy
 import functools
 import gc
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -42,8 +44,10 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's 
 import measure
 import systems
 import torch
-from common import results, tables, training
 from common.cli import UserError, knob, parse_knobs, require_positive, run
+from common.records import results
+from common.reports import tables
+from common.training import compute
 from systems import Step, Work
 
 import loralib as lora
@@ -164,6 +168,7 @@ class Knobs:
     allow_busy: bool = knob(False, "measure though the machine does something else, too")
     output_dir: str = knob(str(HERE / "output"), "folder for what is written")
     record: str | None = knob(None, "name under which examples/results/ gets the record, too")
+    keep: bool = knob(False, "keep the levels of --record that are not measured now, each with its commit")
 
 
 def chosen(text, known, option):
@@ -180,6 +185,8 @@ def check(knobs):
     levels = chosen(knobs.levels, LEVELS, "levels")
     precisions = chosen(knobs.precisions, PRECISIONS, "precisions")
     rivals = chosen(knobs.systems, systems.SYSTEMS, "systems")
+    if knobs.keep and not (knobs.record and (results.RESULTS / f"{knobs.record}.json").is_file()):
+        raise UserError(f"--keep: needs a record to keep levels of, and --record {knobs.record} is none")
     if "upstream" in rivals and not (systems.UPSTREAM / "loralib").is_dir():
         raise UserError(
             "upstream's package is not there; leave upstream out of --systems, or get it by "
@@ -245,6 +252,8 @@ def convolutions(knobs, device, names):
         title, facts = f"Conv2d, k={k}, {channels} channels", {"batch": 4, "side": side, "r": 8}
         calls = {name: functools.partial(forward_and_backward, layer, x, "fp32") for name, layer in made.items()}
         cases[title] = compare(title, calls, knobs, device, **facts)
+        for name in calls.keys() & {"ours", "peft", "peft_same_rank"}:
+            cases[title]["systems"][name]["profile"] = measure.largest_operations(calls[name], PROFILES)
         for layer in made.values():
             keep_apart(layer)
             layer.eval()
@@ -449,14 +458,17 @@ def merge_by_peft(model):
 
 
 def imports(knobs, names):
-    """A fresh interpreter each time; the files are in the cache of the system from the first on."""
+    """A fresh interpreter each time; the files are compiled, and in the cache of the system, from the first on."""
     modules = {"ours": "loralib", "peft": "peft"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     times = {system: [] for system in modules if system in names}
     for _ in range(knobs.rounds + 1):
         for system, values in times.items():
             code = f"import time, torch; start = time.perf_counter(); import {modules[system]}"
             command = [sys.executable, "-W", "ignore", "-c", f"{code}; print(time.perf_counter() - start)"]
-            done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=results.REPOSITORY)
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=True, cwd=results.REPOSITORY, env=environment
+            )
             values.append(float(done.stdout.split()[-1]))
     return {"import": record_case("import beyond torch", {system: values[1:] for system, values in times.items()})}
 
@@ -532,7 +544,7 @@ def measure_all(knobs):
     levels, precisions, names = check(knobs)
     measure.require_quiet(knobs)
     torch.set_num_threads(knobs.threads)
-    device = training.choose_device(knobs.device)
+    device = compute.choose_device(knobs.device)
     suite = LARGE if device.type == "cuda" else SMALL
     calls = {
         "layers": lambda: layers(knobs, device, names, precisions),
@@ -544,13 +556,19 @@ def measure_all(knobs):
         "import": lambda: imports(knobs, names),
     }
     found = {level: calls[level]() for level in levels}
+    environment = results.environment(device)
+    commits = dict.fromkeys(levels, environment["commit"])
+    if knobs.keep:
+        earlier = json.loads((results.RESULTS / f"{knobs.record}.json").read_text(encoding="utf-8"))
+        found, commits = earlier["levels"] | found, earlier["commits"] | commits
     versions = {name: metadata.version(name) for name in ("peft",) if name in names}
     record = {
         "task": "benchmark",
         "configuration": results.configuration(knobs),
         "levels": found,
         "bars": judge(found),
-        "environment": results.environment(device),
+        "environment": environment,
+        "commits": commits,
         "rivals": versions | ({"loralib": "0.1.2"} if "upstream" in names else {}),
     }
     report(record)

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import difflib
 import signal
+import subprocess
 import sys
 import tempfile
 import types
@@ -28,21 +29,33 @@ def as_user_error(*kinds):
 
 
 def run(main):
-    """Call `main()`; exit with status 2 and one message after a UserError, with 130 after Ctrl-C, 143 after SIGTERM."""
-    try:
-        with stopping.terminable():
-            main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except stopping.Stopped as stop:
-        if str(stop):
-            print(f"\n{stop}", file=sys.stderr)
-        sys.exit(128 + stop.signum)
-    except KeyboardInterrupt:
-        # Files are written beside their target and then moved, so what exists is whole.
-        print("\ninterrupted; no file was left half-written", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    """Call `main()`; exit with status 2 and one message after a UserError, with 130 after Ctrl-C, 143 after SIGTERM.
+
+    Where nobody reads the output any more, with 141 and without a word.
+    """
+    with stopping.ended_by_its_reader():
+        try:
+            with stopping.terminable():
+                main()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except stopping.Stopped as stop:
+            if str(stop):
+                print(f"\n{stop}", file=sys.stderr)
+            sys.exit(128 + stop.signum)
+        except KeyboardInterrupt:
+            # Files are written beside their target and then moved, so what exists is whole.
+            print("\ninterrupted; no file was left half-written", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
+
+
+def call(words, **options):
+    """The exit status of a process that prints where this one does; a reader that left it has left this one, too."""
+    status = subprocess.run(words, **options).returncode
+    if status == stopping.UNREAD:
+        raise BrokenPipeError
+    return status
 
 
 def knob(default, reason, choices=None):

@@ -1,9 +1,18 @@
-"""SIGTERM and Ctrl-C: at once where nothing is lost by it, after the step in progress while a model trains."""
+"""What ends a script from outside: SIGTERM and Ctrl-C, and a reader of its output that has left.
+
+SIGTERM and Ctrl-C act at once where nothing is lost by it, and after the step in progress while a model trains.
+"""
 
 import contextlib
+import os
+import select
 import signal
+import sys
 import threading
 from types import SimpleNamespace
+
+# The exit status of a process that SIGPIPE ends, as a shell has it.
+UNREAD = 128 + 13
 
 
 class Stopped(KeyboardInterrupt):
@@ -56,3 +65,29 @@ def put_off():
 
     with handled(note, signal.SIGINT, signal.SIGTERM) as restore:
         yield noted
+
+
+@contextlib.contextmanager
+def ended_by_its_reader():
+    """Within the block a reader that has left, as `| head` does, ends the process without a word, with status 141.
+
+    Python ignores SIGPIPE. A write then raises BrokenPipeError, at the latest when the interpreter ends and flushes.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
+        if not unread:
+            raise  # of another pipe
+        for stream in unread:  # what they still hold is flushed at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.exit(UNREAD)
+
+
+def _is_unread(stream):
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -9,9 +9,13 @@ lines of one meaning are adjacent, and no meaning is in two of the files.
 import argparse
 import os
 import random
+import sys
 from pathlib import Path
 
 from grammar import restaurant_split
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
+from common.cli import run
 
 SEED = 11
 SPLITS = {  # meanings, and the fewest and most references of one
@@ -31,9 +35,13 @@ def make_data(output_dir, seed=SEED):
         os.replace(partial, output_dir / f"{split}.txt")
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", default=Path(__file__).parents[1] / "NLG" / "data")
     parser.add_argument("--seed", type=int, default=SEED, help="of the meanings and texts (default: %(default)s)")
     args = parser.parse_args()
     make_data(args.output_dir, args.seed)
+
+
+if __name__ == "__main__":
+    run(main)

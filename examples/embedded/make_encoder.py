@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -25,6 +26,9 @@ import transformers
 from glue_grammar import OPENINGS, page
 from torch.nn.functional import cross_entropy, layer_norm, mse_loss
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
+from common.cli import run
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 VOCABULARY = 2048  # nearly every word of the grammar is one token
@@ -198,10 +202,14 @@ def make_encoder(output_dir, steps=STEPS, seed=SEED):
     )
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", default=Path(__file__).parents[1] / "NLU" / "model")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the pretraining (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=SEED, help="of text and weights (default: %(default)s)")
     args = parser.parse_args()
     print(json.dumps(make_encoder(args.output_dir, args.steps, args.seed), indent=2))
+
+
+if __name__ == "__main__":
+    run(main)

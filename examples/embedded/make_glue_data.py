@@ -13,9 +13,13 @@ import hashlib
 import json
 import os
 import random
+import sys
 from pathlib import Path
 
 from glue_grammar import MISMATCHED, TASKS, mnli, with_noise
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
+from common.cli import run
 
 SEED = 13
 SIZES = {"dev": 300, "dev_matched": 300, "dev_mismatched": 300, "tune": 300, "train": 1500}  # rows of a file
@@ -107,9 +111,13 @@ def write(path, content):
     os.replace(partial, path)
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", default=Path(__file__).parents[1] / "NLU" / "data")
     parser.add_argument("--seed", type=int, default=SEED, help="of the texts and labels (default: %(default)s)")
     args = parser.parse_args()
     make_data(args.output_dir, args.seed)
+
+
+if __name__ == "__main__":
+    run(main)

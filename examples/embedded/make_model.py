@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -22,6 +23,9 @@ import torch
 import transformers
 from grammar import document
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
+from common.cli import run
 
 END = "<|endoftext|>"
 VOCABULARY = 1024  # small, so that the 2 million parameters sit in the blocks
@@ -128,7 +132,7 @@ def make_model(output_dir, steps=STEPS, seed=SEED):
     )
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", default=Path(__file__).parents[1] / "NLG" / "model")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the pretraining (default: %(default)s)")
@@ -136,3 +140,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()  # it warns of padding where END stands between two pages
     print(json.dumps(make_model(args.output_dir, args.steps, args.seed), indent=2))
+
+
+if __name__ == "__main__":
+    run(main)

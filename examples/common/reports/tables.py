@@ -2,28 +2,11 @@
 
 import json
 
-from common import glue
+from common.data import glue
+from common.reports import reached, reading
 
-# Rows of scores: key, title, factor, digits.
-SCORES = [
-    ("bleu", "BLEU", 1, 1),
-    ("nist", "NIST", 1, 2),
-    ("meteor", "METEOR", 1, 1),
-    ("rouge_l", "ROUGE-L", 1, 1),
-    ("cider", "CIDEr", 1, 2),
-    ("slot_share", "slot values mentioned, %", 100, 1),
-    ("slot_error_rate", "slot errors, %", 100, 1),
-]
 DEFAULT_RUN = "nlg_embedded"
-# What was scored on the real test meanings: title, result file without .json, which part of it.
-E2E = [
-    ("base", "nlg_smollm2_base", "before"),
-    ("LoRA, query and value, lr 1e-3", "nlg_smollm2_lora", "after"),
-    ("LoRA, all linear layers, lr 2e-3", "nlg_smollm2_targets", "adapted"),
-    ("all parameters, lr 1e-4", "nlg_smollm2_full", "after"),
-    ("all parameters, lr 3e-4", "nlg_smollm2_methods", "adapted"),
-]
-# The trainings behind them and those that the settings were chosen by.
+# The trainings by which settings were chosen.
 STUDY = [
     "nlg_smollm2_lora",
     "nlg_smollm2_qv_3e-3",
@@ -33,9 +16,8 @@ STUDY = [
     "nlg_smollm2_full_3e-4",
 ]
 MULTI_TASK = "nlu_multi_task"
-# Head alone, LoRA and full fine-tuning on the GLUE files that ship, and on official ones.
+# Head alone, LoRA and full fine-tuning on the GLUE files that ship.
 EMBEDDED_GLUE = [f"nlu_{task}" for task in glue.TASKS]
-OFFICIAL_GLUE = ["nlu_sst2_minilm", "nlu_mrpc_minilm", "nlu_stsb_minilm", "nlu_cola_smollm2", "nlu_rte_smollm2"]
 
 BENCHMARK, BENCHMARK_CUDA, BENCHMARK_BASE = "benchmark", "benchmark_cuda", "benchmark_base"
 BENCHMARK_PEFT, BENCHMARK_GROWTH = "benchmark_against_peft", "benchmark_growth"
@@ -44,8 +26,16 @@ INTEGRATIONS = "integrations"
 BENCHMARK_ROWS = "benchmark_adapters_per_row"
 # The same training on bases stored in different dtypes.
 BASES = ["nlg_smollm2_all_2e-3", "nlg_smollm2_all_2e-3_nf4"]
-SYSTEMS = {"floor": "no adapter", "ours": "loralib", "upstream": "loralib 0.1.2", "peft": "PEFT", "full": "full"}
-SYSTEMS["peft_same_rank"] = "PEFT at rank r k"
+SYSTEMS = {
+    "floor": "no adapter",
+    "ours": "loralib",
+    "upstream": "loralib 0.1.2",
+    "peft": "PEFT",
+    "peft_same_rank": "PEFT at rank r k",
+    "full": "full",
+}
+# The tutorial whose sections the README's table of ratios links.
+DETAILED = "examples/MODEL_COMPARISON_DETAILED.md"
 
 
 def read(name, folder):
@@ -60,7 +50,7 @@ def figures(folder):
     rows["parameters, of them trained"] = [f"{run['parameters']['total']:,}, {_trained(run['parameters'])}"]
     rows["optimizer steps, of texts"] = [f"{run['history'][-1]['step']:,}, {run['configuration']['batch_size']}"]
     rows["meanings scored"] = [f"{run['counts']['test_meanings']:,}"]
-    for key, title, factor, digits in SCORES:
+    for key, title, factor, digits in reading.SCORES:
         rows[title] = [" -> ".join(_number(run[when][key], factor, digits) for when in ("before", "after"))]
     rows["what is saved, bytes"] = [f"{sizes['checkpoint']:,}"]
     rows["state of the optimizer, bytes"] = [f"{sizes['optimizer']:,}"]
@@ -73,14 +63,20 @@ def figures(folder):
 
 def e2e(folder):
     """A row for each system that was scored on the real test meanings."""
-    rows = {"": [title for _, title, _, _ in SCORES] + ["result file"]}
+    records = reading.read_folder(folder)
+    rows = {"": [title for _, title, _, _ in reading.SCORES] + ["result file"]}
     rows["---"] = ["---:"] * len(rows[""])
-    for title, name, part in E2E:
-        record = read(name, folder)
-        rows[title] = [_number(record[part][key], factor, digits) for key, _, factor, digits in SCORES]
-        rows[title].append(_link(name))
-    references = record["references"]
-    rows["the references themselves"] = [_number(references.get(key), f, digits) for key, _, f, digits in SCORES] + [""]
+    for members in reached.groups(records).values():
+        record = next(iter(members.values()))
+        if reading.glue_task(record) is None and not reading.is_synthetic(record):
+            base, references = record["configuration"]["model"], {}
+            for row in reached.rows_of(records, members):
+                cells = [_number(row.scores[key][0], factor, digits) for key, _, factor, digits in reading.SCORES]
+                title = f"{base}: {row.title}" if row.steps == "0" else f"{base}: {row.title}, {row.steps} steps"
+                rows[title, row.files] = [*cells, ", ".join(map(_link, row.files))]
+                references = records[row.files[-1]]["references"]  # of the file that has the scores
+            cells = [_number(references.get(key), factor, digits) for key, _, factor, digits in reading.SCORES]
+            rows["the references themselves"] = [*cells, ""]
     return rows
 
 
@@ -123,11 +119,10 @@ def tasks(folder):
 def _trial(record):
     """Metric, majority and the scores of head, LoRA and full: mean and deviation over seeds."""
     metric, majority = record["metric"], record["majority"][record["metric"]]
-    scores = [system["scores"][metric] for system in record["systems"].values()]
     return [
         glue.METRICS[metric],
         "-" if majority is None else f"{100 * majority:.1f}",
-        *(f"{100 * score['mean']:.1f} +- {100 * score['deviation']:.1f}" for score in scores),
+        *(_mean(record["systems"][method]["scores"][metric]) for method in ("head", "lora", "full")),
     ]
 
 
@@ -153,17 +148,21 @@ def serving(folder):
 
 
 def official_glue(folder):
-    """A row for each task and pretrained base: mean and deviation over seeds, each method at its best learning rate."""
-    rows = {
-        "": ["metric", "majority", "head alone", "LoRA", "all parameters", "learning rates", "seeds", "result file"]
-    }
+    """A row for each task, base and choice of layers: mean and deviation over seeds, at each method's best rate."""
+    methods = {"head": "head alone", "lora": "LoRA", "full": "all parameters"}
+    rows = {"": ["metric", "majority", *methods.values(), "learning rates", "seeds", "result file"]}
     rows["---"] = ["---"] + ["---:"] * 6 + ["---"]
-    for name in OFFICIAL_GLUE:
-        record = read(name, folder)
-        rows[f"{name.split('_')[1]}, {record['configuration']['model']}"] = [
+    records = reading.read_folder(folder)
+    names = [name for name in reached.best_trials(records) if not reading.is_synthetic(records[name])]
+    for name in sorted(names, key=lambda name: reading.place(records[name])):
+        record, settings = records[name], records[name]["configuration"]
+        title = f"{reading.task_title(record)}, {settings['model']}, {reading.targets_title(settings)}"
+        if title in rows:
+            continue  # a better trial of the same is there
+        rows[title] = [
             *_trial(record),
-            ", ".join(f"{system['lr']:g}" for system in record["systems"].values()),
-            str(record["configuration"]["seeds"]),
+            ", ".join(f"{record['systems'][method]['lr']:g}" for method in methods),
+            str(settings["seeds"]),
             _link(name),
         ]
     return rows
@@ -185,10 +184,103 @@ def accounting(folder):
     return rows
 
 
+def why(folder):
+    """A row for each kind of work: this library's time or memory divided by that of PEFT and of loralib 0.1.2."""
+    record, cuda, peft, several = (
+        read(name, folder) for name in (BENCHMARK, BENCHMARK_CUDA, BENCHMARK_PEFT, BENCHMARK_ROWS)
+    )
+    cases = {level: list(found.values()) for level, found in record["levels"].items()}
+    on_gpu, experts, nf4 = list(cuda["levels"]["steps"].values()), peft["cases"]["experts"], peft["cases"]["nf4"]
+    mixed = [cell for cell in several["cells"] if cell["adapters"] > 1 and cell["rows"] > 1]
+    convolved = _times(cases["convolutions"])
+    found = [
+        (f"training step, {len(cases['steps'])} models on a CPU: time", "Steps", _times(cases["steps"])),
+        ("the same: peak memory of the process", "Steps", _peaks(cases["steps"])),
+        (f"training step, {len(on_gpu)} models on a GPU: time", "On a GPU", _times(on_gpu)),
+        ("the same: peak memory of tensors", "On a GPU", _peaks(on_gpu)),
+        ("training step on a 4-bit base: time", "A 4-bit base", {"peft": [nf4["ratio"]["median"]]}),
+        ("training step of 8 fused experts: time", "Fused experts", {"peft": [experts["ratio"]["median"]]}),
+        ("the same: peak memory of a step", "Fused experts", {"peft": [_peak_ratio(experts)]}),
+        ("writing, merged or not: time of a token", "Generation", _times(cases["generation"])),
+        (
+            "writing with several adapters in one batch: time of a token",
+            "Several adapters in one batch",
+            {"peft": [cell["tokens"]["ratio"]["median"] for cell in mixed]},
+        ),
+        ("inject, merge, save, load, switch and the like: time", "Operations", _times(cases["operations"])),
+        (f"a convolution by itself, {len(cases['convolutions'])} cases: time", "Convolutions", convolved),
+        ("the same, PEFT at rank r k", "Convolutions", {"peft": convolved.get("peft_same_rank", [])}),
+    ]
+    rows = {"": ["beside PEFT", "beside loralib 0.1.2", "measured in"], "---": ["---:", "---:", "---"]}
+    for title, heading, ratios in found:
+        link = f"[{heading}]({DETAILED}#{heading.lower().replace(' ', '-')})"
+        if any(ratios.values()):
+            rows[title] = [*(_range(ratios.get(rival, [])) for rival in ("peft", "upstream")), link]
+    return rows
+
+
+def _times(cases):
+    """The medians of the ratios of the cases, by rival."""
+    rivals = {rival for case in cases for rival in case["ratios"]}
+    return {name: [case["ratios"][name]["median"] for case in cases if name in case["ratios"]] for name in rivals}
+
+
+def _peaks(cases):
+    """The ratios of the peaks of memory of the cases, by rival."""
+    systems = [{name: system["peak_bytes"] for name, system in case["systems"].items()} for case in cases]
+    rivals = {name for peaks in systems for name in peaks}
+    return {name: [peaks["ours"] / peaks[name] for peaks in systems if name in peaks] for name in rivals}
+
+
+def _range(ratios):
+    """Ratios as the smallest and the largest of them."""
+    low, high = (f"{pick(ratios, default=0):.2f}" for pick in (min, max))
+    return "-" if not ratios else low if low == high else f"{low} to {high}"
+
+
+def generation(folder):
+    """A row for each work: writing 32 tokens, one by one."""
+    return _beside(read(BENCHMARK, folder)["levels"]["generation"])
+
+
+def operations(folder):
+    """A row for each thing that is done to a whole model."""
+    return _beside(read(BENCHMARK, folder)["levels"]["operations"])
+
+
+def convolutions(folder):
+    """A row for each convolution, forward and backward or in evaluation."""
+    return _beside(read(BENCHMARK, folder)["levels"]["convolutions"])
+
+
+def generation_cuda(folder):
+    """The same as `generation`, on a GPU."""
+    return _beside(read(BENCHMARK_CUDA, folder)["levels"]["generation"])
+
+
+def operations_cuda(folder):
+    """The same as `operations`, on a GPU."""
+    return _beside(read(BENCHMARK_CUDA, folder)["levels"]["operations"])
+
+
+def _beside(cases):
+    """A row for each case: its time, and that divided by the time of each other system."""
+    others = [name for name in SYSTEMS if any(name in case["ratios"] for case in cases.values())]
+    rows = {"": ["loralib, ms", *(f"loralib / {SYSTEMS[name]}" for name in others)]}
+    rows["---"] = ["---:"] * len(rows[""])
+    for key, case in cases.items():
+        cells = [_spread(case["ratios"][name]) if name in case["ratios"] else "-" for name in others]
+        rows[case["title"], key] = [f"{1e3 * case['systems']['ours']['seconds']['median']:,.2f}", *cells]
+    return rows
+
+
 def bars(folder):
-    """A row for each bar of the benchmark: this library through a rival, at most so much."""
+    """A row for each aim of the benchmark: this library through a rival, at most so much; met ones of convolutions
+    are left out."""
     rows = {"": ["through", "median of the ratios [quartiles]", "aim", "met"], "---": ["---", "---:", "---:", "---"]}
     for bar in read(BENCHMARK, folder)["bars"]:
+        if bar["case"].startswith("Conv") and bar["met"]:
+            continue
         value, met = bar["value"], "yes" if bar["met"] else "no"
         text = f"{value['median']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
         if bar["rival"] is None:
@@ -235,21 +327,17 @@ def steps_cuda(folder):
 
 
 def bases(folder):
-    """A row for each base that was trained on: what it takes, its validation losses and what its texts score."""
+    """A row for each base that was trained on: what it takes, and its validation losses."""
     runs = {name: read(name, folder) for name in BASES}
     steps = [entry["step"] for entry in next(iter(runs.values()))["history"]]
-    columns = [*(f"loss at {step}" for step in steps), "perplexity", "BLEU", "slot errors, %", "result file"]
+    columns = [*(f"loss at {step}" for step in steps), "result file"]
     rows = {"": ["model, bytes", *columns], "---": ["---:"] * (len(columns) + 1)}
     for name, run in runs.items():
         losses = {entry["step"]: entry["valid_loss"] for entry in run["history"]}
-        after = run["after"]
         # The first records are from before --base_dtype.
         rows[run["configuration"].get("base_dtype", "float32"), name] = [
             f"{run['bytes']['model']:,}",
             *(f"{losses[step]:.3f}" for step in steps),
-            f"{after['perplexity']:.2f}",
-            _number(after["bleu"], 1, 1),
-            _number(after["slot_error_rate"], 100, 1),
             _link(name),
         ]
     return rows
@@ -299,9 +387,13 @@ def against_peft_rows(record):
             f"{found['trained']['loralib']:,}",
             f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]",
             f"{ours / 2**20:,.0f}, {theirs / 2**20:,.0f}",
-            f"{ours / theirs:.2f}",
+            f"{_peak_ratio(found):.2f}",
         ]
     return rows
+
+
+def _peak_ratio(case):
+    return case["peak_bytes"]["loralib"] / case["peak_bytes"]["peft"]
 
 
 def growth(folder):
@@ -413,6 +505,12 @@ TABLES = {
     "bases": bases,
     "base_dtypes": base_dtypes,
     "bars": bars,
+    "why": why,
+    "generation": generation,
+    "operations": operations,
+    "convolutions": convolutions,
+    "generation_cuda": generation_cuda,
+    "operations_cuda": operations_cuda,
     "steps_cuda": steps_cuda,
     "steps": steps,
     "figures": figures,
@@ -453,6 +551,14 @@ def _link(name):
 
 def _trained(parameters):
     return f"{parameters['trainable']:,} ({parameters['trainable'] / parameters['total']:.2%})"
+
+
+def _mean(score):
+    """A mean over seeds, x 100, with their standard deviation if there are several."""
+    if score["mean"] is None:
+        return "undefined"
+    deviation = "" if score["deviation"] is None else f" +- {100 * score['deviation']:.1f}"
+    return f"{100 * score['mean']:.1f}{deviation}"
 
 
 def _number(value, factor, digits):

@@ -5,7 +5,6 @@ A task is a few functions: how samples become the arguments of the model (`colla
 follows the mean over all labels of its batch, into however many parts and processes the batch is cut.
 """
 
-import contextlib
 import math
 import random
 import signal
@@ -19,9 +18,10 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from common import distributed, stopping
+from common import stopping
 from common.cli import UserError, knob
 from common.files import write_atomically
+from common.training import compute, distributed
 
 # AdamW as in the LoRA authors' GPT-2 runs.
 BETAS, EPS = (0.9, 0.999), 1e-6
@@ -29,20 +29,10 @@ BETAS, EPS = (0.9, 0.999), 1e-6
 POOL = 50
 # The loss curve of a run has at most about this many points.
 CURVE_POINTS = 200
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
-class ComputeKnobs:
-    """The knobs of any computation with a model."""
-
-    device: str = knob("auto", "cpu, cuda, mps, or auto for the fastest that is there")
-    precision: str = knob("fp32", "of the matrix products (autocast); weights and updates stay float32", PRECISIONS)
-    eval_batch_size: int = knob(40, "texts at a time where nothing is trained")
-
-
-@dataclass
-class Knobs(ComputeKnobs):
+class Knobs(compute.ComputeKnobs):
     """The knobs of the loop; a script adds its own and says which defaults differ."""
 
     num_epochs: int = knob(3, "passes over the training file")
@@ -101,24 +91,6 @@ def check_fsdp(knobs):
         raise UserError("--fsdp divides the frozen weights, and --adapt full freezes none; leave one of them out")
 
 
-def choose_device(name):
-    """The torch device for --device: "auto" is the first of cuda, mps, cpu that is there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there))
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    there = device is not None and available.get(device.type, False)
-    if there and device.type == "cuda":
-        there = (device.index or 0) < torch.cuda.device_count()
-    if not there:
-        usable = ", ".join(kind for kind, there in available.items() if there)
-        raise UserError(f"--device {name}: no such device here; use auto or one of: {usable}")
-    return device
-
-
 def make_batches(lengths, batch_size, seed):
     """Lists of sample indices: every sample once, those of similar length together, in an order fixed by the seed."""
     rng = random.Random(seed)
@@ -139,16 +111,6 @@ def learning_rate(step, steps, peak, warmup_steps):
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     return peak * (steps - step) / (steps - warmup_steps)
-
-
-def autocast(device, precision):
-    """The context in which matrix products are computed in the chosen precision."""
-    dtype = PRECISIONS[precision]
-    return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
-
-
-def to_device(batch, device):
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def make_optimizer(model, knobs):
@@ -301,8 +263,8 @@ def optimizer_step(model, task, batch, optimizer, scaler, knobs):
     for start in range(0, len(batch), size):
         samples = distributed.share(batch[start : start + size])
         if samples or knobs.fsdp:  # there may be more processes than samples, but sharded blocks take all of them
-            arguments = to_device(task.collate(samples or batch[:1]), device)
-            with autocast(device, knobs.precision):
+            arguments = compute.to_device(task.collate(samples or batch[:1]), device)
+            with compute.autocast(device, knobs.precision):
                 part = task.loss_sum(model, arguments, knobs.label_smoothing) / count * bool(samples)
             scaler.scale(part).backward()
             loss += part.detach()
@@ -334,8 +296,10 @@ def mean_loss(model, task, samples, knobs):
     ordered = sorted(samples, key=lambda sample: len(sample["input_ids"]))
     sums = {}
     for start in distributed.share_batches(range(0, len(ordered), size), model):
-        with autocast(device, knobs.precision):
-            sums[start] = task.loss_sum(model, to_device(task.collate(ordered[start : start + size]), device), 0.0)
+        with compute.autocast(device, knobs.precision):
+            sums[start] = task.loss_sum(
+                model, compute.to_device(task.collate(ordered[start : start + size]), device), 0.0
+            )
     sums = distributed.union({start: loss.item() for start, loss in sums.items()})
     return math.fsum(sums.values()) / task.count(samples)
 

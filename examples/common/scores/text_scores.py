@@ -1,27 +1,21 @@
-"""Scores of generated texts: the official E2E metrics, slot values mentioned, missing and made up, distinct n-grams.
-
-    cd examples && python -m common.metrics
-
-prints our scores of fixed outputs beside those of the official programs and writes results/metric_check.json.
-"""
+"""Scores of generated texts: the official E2E metrics, slot values mentioned, missing and made up, distinct n-grams."""
 
 import functools
 import itertools
 import json
 import re
 import unicodedata
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import torch
 from sacrebleu.metrics import BLEU
 
-from common import e2e_scorer, results
-from common.cli import UserError, run
-from common.e2e import slots
-from common.e2e_scorer import PTB_METRICS, Statistics
-from common.intervals import differences, intervals
+from common.cli import UserError
+from common.data.e2e import slots
+from common.data.lines import decoded
+from common.scores import e2e_scorer
+from common.scores.e2e_scorer import PTB_METRICS, Statistics
+from common.scores.intervals import differences, intervals
 
 METRICS = ("bleu", "nist", "meteor", "rouge_l", "cider", "slot_error_rate", "slot_share")
 LOWER_IS_BETTER = ("slot_error_rate",)
@@ -48,7 +42,7 @@ def score(texts, references, meanings):
     why a score is None.
     """
     statistics, not_measured = _statistics(texts, references, meanings)
-    scores = {name: None if name in not_measured else float(_corpus(statistics[name])) for name in METRICS}
+    scores = {name: None if name in not_measured else float(of_corpus(statistics[name])) for name in METRICS}
     scores["sacrebleu"], signature = bleu(texts, references)
     words = [e2e_scorer.mteval_tokens(text) for text in texts]
     return {
@@ -143,7 +137,7 @@ def slot_share(texts, meanings):
     A value counts as mentioned where it stands literally, whatever the case, hyphens and spaces. `family friendly`
     counts by a phrase: with a negation for "no", without one for "yes". A value of two slots counts for both.
     """
-    return float(_corpus(_slot_statistics(texts, meanings)["slot_share"]))
+    return float(of_corpus(_slot_statistics(texts, meanings)["slot_share"]))
 
 
 def slot_error_rate(texts, meanings):
@@ -154,7 +148,7 @@ def slot_error_rate(texts, meanings):
     the same slot, which is one error together. The values that can be added are those of all slots of all `meanings`;
     for `family friendly` any statement about it. People's texts err too, by this count: compare with theirs.
     """
-    return float(_corpus(_slot_statistics(texts, meanings)["slot_error_rate"]))
+    return float(of_corpus(_slot_statistics(texts, meanings)["slot_error_rate"]))
 
 
 def read_predictions(path, meanings):
@@ -166,13 +160,8 @@ def read_predictions(path, meanings):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file of predictions; run_inference.py --output_file writes one")
-    # Split as bytes: str.splitlines would also split at characters that may stand inside a text.
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n")
-    if lines == [b""]:
-        raise UserError(f"{path}: the file is empty; expected are texts for {len(meanings)} meanings")
-    lines = [
-        (_decoded(line, f"{path}, line {number}"), f"{path}, line {number}") for number, line in enumerate(lines, 1)
-    ]
+    expected = f"are texts for {len(meanings)} meanings"
+    lines = [(line.strip(), where) for line, where in decoded(path.read_bytes(), path, expected)]
     first = lines[0][0]
     if first.startswith("{"):
         return _by_meaning(path, [(*_json_pair(line, where), where) for line, where in lines], meanings)
@@ -184,13 +173,6 @@ def read_predictions(path, meanings):
             f"{len(meanings)} distinct meanings; or write lines `meaning||text`"
         )
     return [line for line, _ in lines]
-
-
-def _decoded(line, where):
-    try:
-        return line.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
 
 
 def _line_pair(line, where):
@@ -250,7 +232,8 @@ def _measured(texts, references, meanings):
     return statistics, {key: f"not measured: {name} needs {missing}" for key, name in PTB_METRICS.items()}
 
 
-def _corpus(statistics):
+def of_corpus(statistics):
+    """The score of all texts together, of the `e2e_scorer.Statistics` of one metric."""
     return statistics.score(statistics.rows.sum(axis=0, keepdims=True))[0]
 
 
@@ -315,128 +298,3 @@ def _normalised(text):
     text = unicodedata.normalize("NFKC", text).casefold()
     # "£20-25" in the CSV form is "£ 20 - 25" in the other.
     return " ".join(re.sub(r"[-‐-―]", " ", text).replace("£", "£ ").split())
-
-
-# The check of the metrics: fixed outputs and what other programs say of them.
-
-CHECKS = (
-    {
-        "name": "fixed outputs",
-        "source": "pymteval.py of e2e-metrics, as packaged in gem-metrics-fork 0.1.dev0, and the classes of "
-        "pycocoevalcap 1.2 for METEOR 1.5, ROUGE-L and CIDEr on the tokens of its PTBTokenizer",
-        "texts": [
-            "Quince is a cheap Thai pub in the old town.",
-            "The Tamarind Yard serves Italian food near Café Luna, and it isn't family-friendly.",
-            "There is a pub.",
-            "Dishes at Harbour Light cost £20-25 (5 out of 5).",
-            "the Old Mill is a high-priced coffee shop by the canal . The Old Mill is near the canal .",
-        ],
-        "references": [
-            [
-                "Quince is a cheap pub in the old town that serves Thai food.",
-                "In the old town you can eat cheap Thai food at the Quince pub.",
-                "Quince, a pub in the old town, has cheap Thai food.",
-            ],
-            ["The Tamarind Yard, near Café Luna, serves Italian food. It is not family-friendly."],
-            ["Rook is a pub near the station with a low customer rating.", "The pub Rook has a low customer rating."],
-            [
-                "Harbour Light is rated 5 out of 5; meals cost £20-25.",
-                "With prices of £20-25, Harbour Light has a rating of 5 out of 5.",
-                "A customer rating of 5 out of 5 goes to Harbour Light.",
-                "Harbour Light: 5 out of 5, £20-25.",
-            ],
-            [
-                "The Old Mill is an expensive coffee shop near the canal.",
-                "Near the canal is The Old Mill, a coffee shop.",
-            ],
-        ],
-        "official": {
-            "bleu": 37.05803659525699,
-            "nist": 4.654763998822355,
-            "meteor": 41.654505752029874,
-            "rouge_l": 60.51515707676514,
-            "cider": 2.740349111011135,
-        },
-    },
-    {
-        "name": "two sentences with two references each",
-        "source": "README and tests of nlg-eval (github.com/Maluuba/nlg-eval)",
-        "texts": [
-            "this is the model generated sentence1 which seems good enough",
-            "this is sentence2 which has been generated by your model",
-        ],
-        "references": [
-            ["this is one reference sentence for sentence1", "this is one more reference sentence for sentence1"],
-            [
-                "this is a reference sentence for sentence2 which was generated by your model",
-                "this is the second reference sentence for sentence2",
-            ],
-        ],
-        "official": {"bleu": 20.1143, "meteor": 29.5797, "rouge_l": 52.2104, "cider": 1.242192},
-    },
-    {
-        "name": "a sentence with two references",
-        "source": "tests of nlg-eval (github.com/Maluuba/nlg-eval)",
-        "texts": ["this is a good test"],
-        "references": [["this is a test", "this is also a test"]],
-        "official": {"meteor": 44.434387, "rouge_l": 90.70631, "cider": 0.0},
-    },
-    {
-        "name": "It is a guide to action",
-        "source": "documentation of nltk.translate.bleu_score.sentence_bleu, where case counts",
-        "texts": ["It is a guide to action which ensures that the military always obeys the commands of the party"],
-        "references": [
-            [
-                "It is a guide to action that ensures that the military will forever heed Party commands",
-                "It is the guiding principle which guarantees the military forces always being under the command of "
-                "the Party",
-                "It is the practical guide for the army always to heed the directions of the party",
-            ]
-        ],
-        "official": {"sacrebleu": 50.45666840058485},
-    },
-)
-
-
-def check_table():
-    """A row for each metric of each check: our score, the official or published one, and where that comes from."""
-    missing = e2e_scorer.missing_for_ptb()
-    if missing is not None:
-        raise UserError(f"the check of METEOR, ROUGE-L and CIDEr needs {missing}")
-    rows = []
-    for check in CHECKS:
-        texts, references = check["texts"], check["references"]
-        statistics = e2e_scorer.mteval_statistics(texts, references)
-        if PTB_METRICS.keys() & check["official"].keys():
-            statistics |= e2e_scorer.ptb_statistics(texts, references)
-        ours = {name: float(_corpus(values)) for name, values in statistics.items()}
-        ours["sacrebleu"], _ = bleu(texts, references)
-        rows += [
-            {"outputs": check["name"], "metric": metric, "ours": ours[metric], "official": official}
-            | {"difference": ours[metric] - official, "source": check["source"]}
-            for metric, official in check["official"].items()
-        ]
-    return rows
-
-
-def main():
-    rows = check_table()
-    for (outputs, source), group in itertools.groupby(rows, lambda row: (row["outputs"], row["source"])):
-        print(f"{outputs}; official: {source}")
-        for row in group:
-            print(
-                "  {metric:10} ours {ours:14.8f}  official {official:14.8f}  difference {difference:8.1e}".format(**row)
-            )
-    record = {
-        "task": "metric check",
-        "configuration": e2e_scorer.SIGNATURES,
-        "rows": rows,
-        "pycocoevalcap": metadata.version("pycocoevalcap"),
-        "environment": results.environment(torch.device("cpu")),
-    }
-    results.write_json(results.REPOSITORY / "examples" / "results" / "metric_check.json", record)
-    print("written results/metric_check.json")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -10,14 +10,15 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from common import distributed, pretrained, training
 from common.cli import UserError, knob, require_positive
+from common.models import pretrained
+from common.training import compute, distributed
 
 NO_LABEL = -100
 
 
 @dataclass
-class DecodingKnobs(training.ComputeKnobs):
+class DecodingKnobs(compute.ComputeKnobs):
     """The knobs of `generate`."""
 
     num_beams: int = knob(4, "width of the beam search; 1 is greedy, the paper takes 10")
@@ -120,7 +121,7 @@ def generate(model, tokenizer, contexts, knobs):
     batches = distributed.share_batches(batches, model)
     rows, started = {}, time.perf_counter()
     bar = tqdm(total=sum(map(len, batches)), desc="generating", unit="text", disable=not distributed.is_main())
-    with torch.no_grad(), training.autocast(device, knobs.precision), bar:  # see training.mean_loss
+    with torch.no_grad(), compute.autocast(device, knobs.precision), bar:  # see loop.mean_loss
         for chosen in batches:
             width = max(len(prompts[index]) for index in chosen)
             # On the left, so that every row's last token is the one to continue from.

@@ -13,12 +13,12 @@ differ because that file was tokenised otherwise than the other two ("is n't", "
 from CSV files the test references come in the form of the training texts.
 """
 
-import codecs
 import csv
 import re
 from pathlib import Path
 
 from common.cli import UserError, as_user_error
+from common.data.lines import decoded
 
 OFFICIAL_NAMES = {
     "lines": {"train": "train.txt", "valid": "valid.txt", "test": "test.txt"},
@@ -198,16 +198,5 @@ def _lines(path):
         )
     with as_user_error(OSError):
         content = path.read_bytes()
-    # Split as bytes: str.splitlines would also split at characters that may stand inside a text.
-    lines = content.removeprefix(codecs.BOM_UTF8).removesuffix(b"\n").split(b"\n")
-    if lines == [b""]:
-        form = f"the header `{','.join(CSV_COLUMNS)}` and rows such as: {CSV_FORM}" if _is_csv(path) else LINE_FORM
-        raise UserError(f"{path}: the file is empty; expected {form}")
-    for number, line in enumerate(lines, 1):
-        where = _place(path, number, number)
-        if b"\0" in line:
-            raise UserError(f"{where}: a NUL byte, so this is not UTF-8 text; save the file as UTF-8")
-        try:
-            yield line.decode("utf-8").removesuffix("\r"), where
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    form = f"the header `{','.join(CSV_COLUMNS)}` and rows such as: {CSV_FORM}" if _is_csv(path) else LINE_FORM
+    return decoded(content, path, form)

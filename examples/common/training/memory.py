@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from common import training
+from common.training import loop
 
 
 class Memory(NamedTuple):
@@ -91,7 +91,7 @@ def training_memory(build, batch_size, seq_len, gradient_checkpointing=False):
     with FakeTensorMode():
         model = build().train()
         if gradient_checkpointing:
-            training.set_checkpointing(model, True)
+            loop.set_checkpointing(model, True)
         parameters = list(model.parameters())
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained)

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
-from common import distributed, glue_scores, pretrained, training
 from common.cli import UserError
+from common.models import pretrained
+from common.scores import glue_scores
+from common.training import compute, distributed, loop
 
 
 class Loaded(NamedTuple):
@@ -131,7 +133,7 @@ def _loss_sum(output, labels, label_smoothing):
     return F.cross_entropy(output, labels, label_smoothing=label_smoothing, reduction="sum")
 
 
-@torch.no_grad()  # see training.mean_loss
+@torch.no_grad()  # see loop.mean_loss
 def predict(model, samples, knobs, tokenizer, progress=False):
     """The logits of every sample, in order, on the CPU; several processes share the work, and each gets all."""
     device = next(model.parameters()).device
@@ -142,8 +144,8 @@ def predict(model, samples, knobs, tokenizer, progress=False):
     rows = {}
     with tqdm(total=sum(map(len, batches)), desc="predicting", unit="text", disable=not progress) as bar:
         for chosen in batches:
-            batch = training.to_device(collate([samples[index] for index in chosen], tokenizer), device)
-            with training.autocast(device, knobs.precision):
+            batch = compute.to_device(collate([samples[index] for index in chosen], tokenizer), device)
+            with compute.autocast(device, knobs.precision):
                 output = logits(model, batch).cpu()
             rows.update(zip(chosen, output, strict=True))
             bar.update(len(chosen))
@@ -157,7 +159,7 @@ def decide(output):
 
 
 def training_task(task, tokenizer):
-    """The `training.Task` of a `glue.GlueTask`: the best validation has most of its first metric, then least loss."""
+    """The `loop.Task` of a `glue.GlueTask`: the best validation has most of its first metric, then least loss."""
 
     def validate(model, _, samples, knobs):
         output = predict(model, samples, knobs, tokenizer)
@@ -173,4 +175,4 @@ def training_task(task, tokenizer):
         first = chosen[task.metrics[0]]
         return (-2.0 if first is None else first, -loss), {"valid_loss": loss, **chosen}
 
-    return training.Task(partial(collate, tokenizer=tokenizer), loss_sum, len, validate)
+    return loop.Task(partial(collate, tokenizer=tokenizer), loss_sum, len, validate)

@@ -12,8 +12,8 @@ import numpy as np
 from scipy import stats
 from sklearn.metrics import confusion_matrix
 
-from common.glue import METRICS
-from common.intervals import differences, intervals
+from common.data.glue import METRICS
+from common.scores.intervals import differences, intervals
 
 CORRELATIONS = ("pearson", "spearman")
 

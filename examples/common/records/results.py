@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from common import distributed, memory
 from common.files import (
     REPOSITORY,
     RESULTS,
@@ -22,6 +21,7 @@ from common.files import (
     write_atomically,
     write_json,
 )
+from common.training import distributed, memory
 
 try:
     import resource

@@ -7,11 +7,10 @@ the method alone.
 import dataclasses
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
-from common.cli import UserError
+from common.cli import UserError, call
 from common.files import configuration, fingerprints, weights_fingerprint
 
 # The knobs in which methods differ, those that only the runs with adapters read, and those that say where results go.
@@ -43,7 +42,7 @@ def make_all(script, wanted, files, reuse):
 def make_run(script, name, knobs, files):
     """The record of a run that is made now."""
     print(f"{name}: running {script.name} --adapt {knobs.adapt}", flush=True)
-    status = subprocess.run(command(script, knobs)).returncode
+    status = call(command(script, knobs))
     if status:
         raise UserError(
             f"{script.name} --adapt {knobs.adapt} ended with status {status}, for the reason above; runs that ended "

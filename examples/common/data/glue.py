@@ -9,7 +9,6 @@ ends are no part of the texts, nor are spaces around a text (SST-2). QQP.zip, wh
 questions with tabs and line breaks; such rows are refused here.
 """
 
-import codecs
 import difflib
 import json
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.cli import UserError, as_user_error
+from common.data.lines import decoded
 from common.files import sha256
 
 ARCHIVES = "https://dl.fbaipublicfiles.com/glue/data"
@@ -243,15 +243,4 @@ def _lines(path):
             raise UserError(f"{path}: no such file; check --data_dir and the name")
         with as_user_error(OSError):
             content = Path(path).read_bytes()
-    # Split as bytes: str.splitlines would also split at characters that may stand inside a text.
-    lines = content.removeprefix(codecs.BOM_UTF8).removesuffix(b"\n").split(b"\n")
-    if lines == [b""]:
-        raise UserError(f"{path}: the file is empty; expected are lines of text, columns separated by tabs")
-    for number, line in enumerate(lines, 1):
-        where = f"{path}, line {number}"
-        if b"\0" in line:
-            raise UserError(f"{where}: a NUL byte, so this is not UTF-8 text; save the file as UTF-8")
-        try:
-            yield line.decode("utf-8").removesuffix("\r"), where
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    return decoded(content, path, "are lines of text, columns separated by tabs")

@@ -1,0 +1,1 @@
+"""The files of E2E and GLUE, read and checked."""

@@ -1,0 +1,1 @@
+"""Causal language models and sequence classifiers of Hugging Face."""

@@ -1,0 +1,1 @@
+"""Scores of generated texts and of predicted labels, with intervals over resamples."""

@@ -1,0 +1,1 @@
+"""The training loop, devices and precision, several processes, memory."""
