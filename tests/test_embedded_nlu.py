@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -324,6 +325,15 @@ def test_a_classifier_has_no_random_weights_but_its_head():
     assert type(model).__name__ == "RobertaForSequenceClassification"
     assert {name.split(".")[0] for name in loading["missing_keys"]} == {"classifier"}
     assert all(name.startswith("lm_head.") for name in loading["unexpected_keys"])
+
+
+@pytest.mark.parametrize("task", sorted(LABELS))
+def test_counts_of_words_do_not_tell_the_label(task):
+    counts = CountVectorizer(token_pattern=r"\S+")
+    train = counts.fit_transform(map(" ".join, texts_of(task, "train")))
+    classifier = LogisticRegression(max_iter=500).fit(train, rule_of(task, "train"))
+    score = classifier.score(counts.transform(map(" ".join, texts_of(task, "tune"))), rule_of(task, "tune"))
+    assert score < (0.55 if task == "mnli" else 0.65), score
 
 
 @pytest.mark.parametrize("task", sorted(LABELS))

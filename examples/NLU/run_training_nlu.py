@@ -330,12 +330,13 @@ def report_data(record):
 
 def report(record, output_dir):
     """Print what the record says."""
-    known = record["ceiling"]["dev"] is not None
-    print(f"\n{'':<15} {'':<20} {'majority':>10} {'after':>10}{'    ceiling' * known}")
+    columns = {"majority": record["majority"], "after": record["after"]}
+    if all(record["ceiling"][split] for split in record["after"]):
+        columns["ceiling"] = {split: record["ceiling"][split]["scores"] for split in record["after"]}
+    print(f"\n{'':<15} {'':<20} " + " ".join(f"{title:>10}" for title in columns))
     for split, scores in record["after"].items():
-        for name, value in scores.items():
-            cells = [record["majority"][split][name], value]
-            cells += [record["ceiling"][split]["scores"][name]] * known
+        for name in scores:
+            cells = [found[split][name] for found in columns.values()]
             texts = [f"{'not defined':>11}" if cell is None else f"{100 * cell:>10.1f}" for cell in cells]
             print(f"{split:<15} {glue_scores.METRICS[name]:<20} " + " ".join(texts))
     sizes, seconds = record["bytes"], record["seconds"]

@@ -3,7 +3,7 @@
     python examples/embedded/make_encoder.py
     python examples/embedded/make_encoder.py --output_dir somewhere --steps 20    # a quick look
 
-Takes about 12 minutes on one core, without network, and gives the same bits again on the same machine with
+Takes about 9 minutes on one core, without network, and gives the same bits again on the same machine with
 the same versions of torch and transformers. The encoder is an ordinary RobertaForMaskedLM in float16,
 pretrained by masked language modelling on the unlabelled text of glue_grammar.py. How two texts go together is asked
 of the last token; the first, which a classifier reads, learns which words there are, and nothing else.
