@@ -308,8 +308,8 @@ def test_bad_knobs_of_the_benchmark_are_refused_before_anything_is_done(no_train
 
 # evaluate_lora_improvement.py
 
-# The shipped encoder learns this task within a few steps, but with its head alone. Two rates of each system: for LoRA the
-# second is the better one, for the others the first.
+# The shipped encoder learns this task within a few steps, but not with its head alone. Two rates of each system; the
+# second is the better one for LoRA, and the first for the others.
 RATES = {"head": [1e-5, 1e-1], "lora": [3e-5, 1e-2], "full": [2e-3, 1e-1]}
 IMPROVED = {
     **{"task": "sst2", "max_steps": 40, "eval_every": 20, "batch_size": 16},
