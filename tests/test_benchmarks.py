@@ -9,10 +9,12 @@ import cProfile
 import dataclasses
 import itertools
 import json
+import math
 import os
 import pstats
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ import growth  # noqa: E402
 import measure  # noqa: E402
 import run_benchmarks  # noqa: E402
 import systems  # noqa: E402
+import when_lora_equals_full as equals  # noqa: E402
 from common import cli  # noqa: E402
 from common.reports import tables  # noqa: E402
 
@@ -454,3 +457,70 @@ def test_twice_as_many_layers_need_twice_as_many_calls(tmp_path):
     calls_of(1)  # fills what is remembered of classes
     few, many = calls_of(20), calls_of(40)
     assert {what: many[what] / few[what] <= 2.02 for what in few} == dict.fromkeys(few, True), (few, many)
+
+
+class Valley:
+    """Points whose losses are a parabola over the logarithm of the rate."""
+
+    def __init__(self, lowest, diverges_from=1.0):
+        self.lowest, self.diverges_from, self.asked = lowest, diverges_from, []
+        self.bar = SimpleNamespace(total=0)
+
+    def point(self, method, batch_size, rate):
+        self.asked.append(rate)
+        return {"losses": [[8, 0.2 + math.log10(rate / self.lowest) ** 2]] if rate < self.diverges_from else []}
+
+
+@pytest.mark.parametrize("best, first, last", [(1e-3, 3e-4, 3e-3), (2e-5, 1e-5, 3e-3), (0.04, 3e-4, 1e-1)])
+def test_a_curve_goes_on_until_the_best_rate_has_neighbours(best, first, last):
+    bench = Valley(best)
+    losses = equals.measure_losses(bench, equals.Method("query and value", 1), 16)
+    assert list(losses) == sorted(bench.asked) and (min(losses), max(losses)) == (first, last)
+    rate, vertex = equals.lowest(losses)
+    assert losses[rate] == min(losses.values()) and vertex == pytest.approx(best)
+
+
+def test_a_curve_whose_higher_rates_diverge_has_its_best_rate_as_it_was_measured():
+    losses = equals.measure_losses(Valley(1e-2, diverges_from=1e-3), equals.FULL, 16)
+    assert losses[1e-3] == math.inf and equals.lowest(losses) == (3e-4, 3e-4)
+
+
+@pytest.mark.slow
+def test_lora_and_full_fine_tuning_are_held_together(tmp_path, capsys):
+    """A small run, which goes on from its points, and is refused those of others."""
+    small = {"ranks": "1,2", "batch_sizes": "32,16", "lines": 64, "long_lines": 96, "held_out": 64, "seeds": 2}
+    knobs = equals.Knobs(**small, output_dir=str(tmp_path))
+    record = equals.measure_all(knobs)
+    assert json.loads((tmp_path / "when_lora_equals_full.json").read_text()) == record
+    assert [(curve["r"], curve["batch_size"]) for curve in record["curves"]] == [
+        (r, size) for size in (16, 32) for r in (1, 2, 1, 2, None)
+    ]
+    for curve in record["curves"]:
+        losses = dict(curve["points"])
+        assert losses[curve["best_rate"]] == min(losses.values()) == curve["at_best"][0] != curve["at_best"][1]
+    # Four layers of width 160, query and value: one more A and B of rank 1 for each.
+    assert record["curves"][1]["trained"] - record["curves"][0]["trained"] == 4 * 2 * (160 + 160)
+    assert [(run["targets"], run["r"]) for run in record["long"]] == [
+        ("query and value", 1), ("all linear layers", 1), ("all linear layers", 2), (None, None)
+    ]  # fmt: skip
+    assert all([lines for lines, _ in run["losses"]] == [16, 32, 48, 64, 80, 96] for run in record["long"])
+    assert len(tables.regret_rows(record)) == 7
+    capsys.readouterr()
+    points = len(json.loads((tmp_path / "points.json").read_text())["points"])
+    assert equals.measure_all(knobs) == record
+    assert f"{points} points are taken from" in capsys.readouterr().out
+    with pytest.raises(cli.UserError, match="points.json has points of another configuration; give another --output"):
+        equals.measure_all(dataclasses.replace(knobs, seq_len=16))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"ranks": "1,0"}, "--ranks 1,0: must be positive numbers, comma separated"),
+        ({"batch_sizes": "8"}, "--batch_sizes 8: must be two, the smaller and the larger"),
+        ({"lines": 0}, "--lines 0: must be above 0"),
+    ],
+)
+def test_curves_that_cannot_be_measured_are_refused(options, message, tmp_path):
+    with pytest.raises(cli.UserError, match=message):
+        equals.measure_all(equals.Knobs(**options, output_dir=str(tmp_path)))

@@ -223,11 +223,11 @@ def test_pairs_are_those_that_differ_in_the_method_alone(records):
         ("data/train/sha256", "0" * 64, "train file {'file': 'train.txt', 'sha256': 'fec95e"),
         ("counts/train_texts", 2950, "train_texts 2951 against 2950"),
         ("environment/device", "NVIDIA", "device 'cpu' against 'NVIDIA'"),
-        ("environment/threads", 1, "threads 2 against 1"),
+        ("environment/threads", 64, "threads "),
         ("environment/versions/torch", "2.4", "torch '2.13.0+cpu' against '2.4'"),
         ("history/2/step", 1106, "steps 1107 against 1106"),
         ("processes", 2, "processes 1 against 2"),
-        ("base", {"model.safetensors": "0"}, "weights of the base None against {'model.safetensors': '0'}"),
+        ("base", {"model.safetensors": "0"}, "weights of the base {'model.safetensors': "),
         ("init_adapter", {"a.safetensors": "0"}, "adapter to begin with None against {'a.safetensors': '0'}"),
         ("task", "glue sst2", "task 'e2e' against 'glue sst2'"),
         # What each method has for itself, and where it went.
@@ -559,7 +559,7 @@ def test_ratios_and_the_steps_in_turn(records):
     blocks = costs.report(records, costs.Knobs(pair=PAIR))
     lora, full = (records[name] for name in PAIR)
     expected = {
-        "trained parameters": (12288, 2025600, 0),
+        "trained parameters": (196608, 2025600, 0),
         "saved, bytes": (lora["bytes"]["checkpoint"], full["bytes"]["checkpoint"], 0),
         "median step in its own run, ms": (1e3 * lora["seconds"]["step"], 1e3 * full["seconds"]["step"], 1),
     }
@@ -773,8 +773,9 @@ def test_run_measures_what_is_missing_and_says_how_long_it_took_others(status, f
     assert out.startswith(f"missing: nlg_compare_full.json\nrunning: {line}\n")
     calls = (tmp_path / "nlg_compare_full.json.calls").read_text().splitlines()
     assert calls == ["--to=elsewhere"] + ["--record=x"] * (status == 0)
-    seconds = json.loads((folder / "nlg_compare_lora.json").read_text())["seconds"]["total"]
-    assert f"nlg_compare_lora.json {seconds:.0f} s (cpu, 2 threads, fp32)" in out.splitlines()[2]
+    before = json.loads((folder / "nlg_compare_lora.json").read_text())
+    took = f"{before['seconds']['total']:.0f} s ({reading.device_title(before)})"
+    assert f"nlg_compare_lora.json {took}" in out.splitlines()[2]
     if status:
         assert (ended, err) == (
             2,

@@ -429,12 +429,12 @@ def test_training_on_a_llama_and_chosen_targets(llama, tmp_path):
     options = {"model": llama, "max_steps": 1, "max_eval_samples": 1, "max_train_samples": 8}
     run_training.train_model(**options, output_dir=str(tmp_path / "default"))
     run_training.train_model(**options, output_dir=str(tmp_path / "chosen"), target_modules="k_proj,up_proj")
-    run_training.train_model(**options, output_dir=str(tmp_path / "all"), target_modules="all-linear")
+    run_training.train_model(**options, output_dir=str(tmp_path / "paper's"), target_modules="query-value")
     layers = {}
-    for name in ("default", "chosen", "all"):
+    for name in ("default", "chosen", "paper's"):
         with safetensors.safe_open(tmp_path / name / "adapter.safetensors", "pt") as file:
             layers[name] = {key.split(".")[-2] for key in file.keys()}  # noqa: SIM118 (no dict)
-    assert layers == {"default": {"q_proj", "v_proj"}, "chosen": {"k_proj", "up_proj"}, "all": ALL}
+    assert layers == {"default": ALL, "chosen": {"k_proj", "up_proj"}, "paper's": {"q_proj", "v_proj"}}
 
 
 @pytest.mark.parametrize("dtype", pretrained.BASE_DTYPES)

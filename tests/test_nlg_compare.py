@@ -225,7 +225,7 @@ def test_script_prints_the_tables_and_writes_the_folders(compared):
     assert str(folder) not in json.dumps(comparison)
     assert comparison["configuration"]["lr_full"] == options["lr_full"]
     assert comparison["environment"]["threads"] == 1
-    assert [run["lr"] for run in comparison["runs"].values()] == [None, 0.007, 0.001]
+    assert [run["lr"] for run in comparison["runs"].values()] == [None, 0.005, 0.001]
     for method in ("lora", "full"):
         assert comparison["runs"][method]["steps"] == 3
     perplexity = comparison["quality"]["perplexity"]
@@ -237,7 +237,7 @@ def test_script_prints_the_tables_and_writes_the_folders(compared):
     assert re.search(rf"^optimizer bytes +{cost['lora']:,} +{cost['full']:,} +{cost['ratio']:.5g}$", stdout, re.M)
     assert re.search(r"^step seconds, in turn( +[\d.e-]+){3}$", stdout, re.M)
     assert re.search(r"^in turn: medians of 4 pairs of steps, whose ratios have quartiles of [\d.]+ and ", stdout, re.M)
-    assert "learning rates: LoRA 0.007, full 0.001; steps: 3 each\n" in stdout
+    assert "learning rates: LoRA 0.005, full 0.001; steps: 3 each\n" in stdout
 
 
 def test_both_methods_step_on_the_same_batches_by_turns(gpt2, monkeypatch):
@@ -350,8 +350,8 @@ OTHER_RUNS = {  # what is asked for now, the message
     ),
     "steps": ({"max_steps": 2}, r"--max_steps 3 against 2"),
     "decoding": ({"num_beams": 2, "max_new_tokens": 9}, r"--max_new_tokens 12 against 9, --num_beams 1 against 2"),
-    "learning rate": ({"lr_lora": 0.5}, r"lora.results\.json holds another run .*: --lr 0\.007 against 0\.5"),
-    "rank": ({"lora_dim": 2}, r"--lora_dim 4 against 2"),
+    "learning rate": ({"lr_lora": 0.5}, r"lora.results\.json holds another run .*: --lr 0\.005 against 0\.5"),
+    "rank": ({"lora_dim": 2}, r"--lora_dim 16 against 2"),
     "model": ({"model": "gpt2"}, r"--model '.*' against 'gpt2'"),
     "preset": ({"preset": "paper"}, r"--preset 'fast' against 'paper'"),
     "data": ({"data_dir": "{other}"}, r"train file {{'file': 'train\.txt', .*}} against {{.*}}"),

@@ -167,8 +167,69 @@ def growth(records):
             ratios = [point[what] / found["points"][0][what] for point in found["points"]]
             path = " ".join("{:.1f},{:.1f}".format(*place(*at)) for at in zip(found["numbers"], ratios, strict=True))
             parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-    title += "; dashed: as many times as many"
+    title += "; dashed: linear growth"
     return title, svg(600, top + height + 44, title, parts)
+
+
+SHADES = {
+    "query and value": ("#86d993", "#2da44e", "#116329"),
+    "all linear layers": ("#93c5fd", "#3b82f6", "#1d4ed8"),
+    None: (COLOURS["full"],),
+}
+
+
+def regret(records):
+    """(Title, SVG) of benchmarks/when_lora_equals_full.py: loss by learning rate for each batch size, and long runs."""
+    record = records["when_lora_equals_full"]
+    curves, runs, lines = record["curves"], record["long"], f"{record['counts']['train']:,} lines"
+    ranks = sorted({curve["r"] for curve in curves if curve["r"]})
+    sizes = sorted({curve["batch_size"] for curve in curves})
+    panel, top, height, parts, drawn = 190, 62, 210, [], {}
+
+    def colour(curve):
+        shades = SHADES[curve["targets"]]
+        return shades[min(ranks.index(curve["r"]), len(shades) - 1) if curve["r"] else 0]
+
+    for number, curve in enumerate(curve for curve in curves if curve["batch_size"] == sizes[0]):
+        x, y = 45 + 165 * (number // len(ranks)), 12 + 14 * (number % len(ranks))
+        name = f"{curve['targets']}, r={curve['r']}" if curve["r"] else NAMES["full"]
+        parts += [f'<rect x="{x}" y="{y - 9}" width="10" height="10" fill="{colour(curve)}"/>', text(x + 15, y, name)]
+    for size in sizes:
+        losses = [(curve, curve["points"]) for curve in curves if curve["batch_size"] == size]
+        drawn[f"batches of {size}, {lines}"] = "learning rate", losses, math.log10
+    drawn[f"longer, batches of {runs[0]['batch_size']}"] = "lines", [(run, run["losses"]) for run in runs], float
+    low = min(loss for _, found, _ in drawn.values() for _, points in found for _, loss in points if loss) - 0.01
+    high = max(curve["mean"] for curve in curves) + 0.1  # what is above, or has diverged, is off the picture
+    for number, (title, (across, found, scale)) in enumerate(drawn.items()):
+        left = 45 + number * (panel + 25)
+        ends = [scale(at) for _, points in found for at, _ in points]
+        begin, end = min(ends), max(ends)
+
+        def place(at, loss, begin=begin, end=end, scale=scale):
+            return panel * (scale(at) - begin) / (end - begin), height * (high - loss) / (high - low)
+
+        for tick in (step / 20 for step in range(41)):
+            if low <= tick <= high:
+                y = top + place(1, tick)[1]
+                parts.append(line(left, y, left + panel, y, class_="grid"))
+                parts += [text(left - 6, y + 4, f"{tick:.2f}", "end")] if not number else []
+        if scale is float:
+            ticks = {at: f"{at:,}" for at, _ in found[0][1][1::2]}
+        else:
+            ticks = {10.0**power: f"1e{power}" for power in range(math.ceil(begin), math.floor(end) + 1)}
+        parts += [text(left + place(at, 0)[0], top + height + 16, tick, "middle") for at, tick in ticks.items()]
+        parts.append(text(left + panel / 2, top + height + 34, across, "middle"))
+        parts.append(text(left + panel / 2, top - 6, title, "middle"))
+        parts.append(line(left, top + height, left + panel, top + height))
+        parts.append(f'<svg x="{left}" y="{top}" width="{panel}" height="{height}">')
+        for curve, points in found:
+            path = ["{:.1f},{:.1f}".format(*place(*at)) for at in points if at[1] is not None]
+            line_of = f'fill="none" stroke="{colour(curve)}" stroke-width="1.5"'
+            parts.append(f'<polyline points="{" ".join(path)}" {line_of}/>')
+            parts += ['<circle cx="{}" cy="{}" r="2" fill="{}"/>'.format(*at.split(","), colour(curve)) for at in path]
+        parts.append("</svg>")
+    title = "Loss on lines held out, by learning rate for two batch sizes, and by lines seen in longer runs"
+    return title, svg(680, top + height + 44, title, parts)
 
 
 PICTURES = {

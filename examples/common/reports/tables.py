@@ -22,6 +22,7 @@ EMBEDDED_GLUE = [f"nlu_{task}" for task in glue.TASKS]
 BENCHMARK, BENCHMARK_CUDA, BENCHMARK_BASE = "benchmark", "benchmark_cuda", "benchmark_base"
 BENCHMARK_PEFT, BENCHMARK_GROWTH = "benchmark_against_peft", "benchmark_growth"
 EXTRACTION = "extraction"
+REGRET = "when_lora_equals_full"
 INTEGRATIONS = "integrations"
 BENCHMARK_ROWS = "benchmark_adapters_per_row"
 # The same training on bases stored in different dtypes.
@@ -150,7 +151,7 @@ def serving(folder):
 def official_glue(folder):
     """A row for each task, base and choice of layers: mean and deviation over seeds, at each method's best rate."""
     methods = {"head": "head alone", "lora": "LoRA", "full": "all parameters"}
-    rows = {"": ["metric", "majority", *methods.values(), "learning rates", "seeds", "result file"]}
+    rows = {"": ["metric", "majority", *methods.values(), "learning rates, in this order", "seeds", "result file"]}
     rows["---"] = ["---"] + ["---:"] * 6 + ["---"]
     records = reading.read_folder(folder)
     names = [name for name in reached.best_trials(records) if not reading.is_synthetic(records[name])]
@@ -191,25 +192,32 @@ def why(folder):
     )
     cases = {level: list(found.values()) for level, found in record["levels"].items()}
     on_gpu, experts, nf4 = list(cuda["levels"]["steps"].values()), peft["cases"]["experts"], peft["cases"]["nf4"]
-    mixed = [cell for cell in several["cells"] if cell["adapters"] > 1 and cell["rows"] > 1]
+    mixed = [cell for cell in several["cells"] if cell["rows"] > 1]
     convolved = _times(cases["convolutions"])
     found = [
-        (f"training step, {len(cases['steps'])} models on a CPU: time", "Steps", _times(cases["steps"])),
+        (f"training step, {len(cases['steps'])} cases on a CPU: time", "Steps", _times(cases["steps"])),
         ("the same: peak memory of the process", "Steps", _peaks(cases["steps"])),
-        (f"training step, {len(on_gpu)} models on a GPU: time", "On a GPU", _times(on_gpu)),
+        (f"training step, {len(on_gpu)} cases on a GPU (version 0.2): time", "On a GPU", _times(on_gpu)),
         ("the same: peak memory of tensors", "On a GPU", _peaks(on_gpu)),
         ("training step on a 4-bit base: time", "A 4-bit base", {"peft": [nf4["ratio"]["median"]]}),
         ("training step of 8 fused experts: time", "Fused experts", {"peft": [experts["ratio"]["median"]]}),
         ("the same: peak memory of a step", "Fused experts", {"peft": [_peak_ratio(experts)]}),
-        ("writing, merged or not: time of a token", "Generation", _times(cases["generation"])),
-        (
-            "writing with several adapters in one batch: time of a token",
-            "Several adapters in one batch",
-            {"peft": [cell["tokens"]["ratio"]["median"] for cell in mixed]},
+        ("generation on a CPU, merged or not: time of a token", "Generation", _times(cases["generation"])),
+        *(
+            (title, "Several adapters in one batch", {"peft": [cell[what]["ratio"]["median"] for cell in mixed]})
+            for title, what in (
+                ("several adapters in one batch: time of a token within `generate`", "tokens"),
+                ("the same: time of one call", "text"),
+            )
         ),
-        ("inject, merge, save, load, switch and the like: time", "Operations", _times(cases["operations"])),
-        (f"a convolution by itself, {len(cases['convolutions'])} cases: time", "Convolutions", convolved),
-        ("the same, PEFT at rank r k", "Convolutions", {"peft": convolved.get("peft_same_rank", [])}),
+        ("inject, merge, save, load, switch on a CPU: time", "Operations", _times(cases["operations"])),
+        ("the same on a GPU (version 0.2)", "On a GPU", _times(list(cuda["levels"]["operations"].values()))),
+        (f"one convolution on a CPU, {len(cases['convolutions'])} cases: time", "Convolutions", convolved),
+        (
+            "the same, with PEFT at the rank of our update (r times the side of the kernel)",
+            "Convolutions",
+            {"peft": convolved.get("peft_same_rank", [])},
+        ),
     ]
     rows = {"": ["beside PEFT", "beside loralib 0.1.2", "measured in"], "---": ["---:", "---:", "---"]}
     for title, heading, ratios in found:
@@ -292,7 +300,16 @@ def bars(folder):
 
 def steps(folder):
     """A row for each work and system: a training step through that of the frozen model, in time and all else."""
-    rows = {"": ["time", "of it products with A and B", "saved for the backward", "peak memory", "operations", "FLOPs"]}
+    rows = {
+        "": [
+            "time",
+            "share of the products with A and B",
+            "saved for the backward",
+            "peak memory",
+            "operations",
+            "FLOPs",
+        ]
+    }
     rows["---"] = ["---:"] * len(rows[""])
     for key, case in read(BENCHMARK, folder)["levels"]["steps"].items():
         base = case["systems"]["floor"]
@@ -443,6 +460,34 @@ def extraction_rows(record):
             rows.setdefault(system, []).extend(
                 [_number(each["scores"][metric], factor, 1), _number(share, 100, 1), size]
             )
+    return rows
+
+
+def regret(folder):
+    """A row for each way to train of benchmarks/when_lora_equals_full.py."""
+    return regret_rows(read(REGRET, folder))
+
+
+def regret_rows(record):
+    """The rows of what benchmarks/when_lora_equals_full.py measures: the lowest points, and the long runs."""
+    curves = {(curve["targets"], curve["r"], curve["batch_size"]): curve for curve in record["curves"]}
+    small, large = sorted({size for _, _, size in curves})
+    runs = {(run["targets"], run["r"]): run["losses"] for run in record["long"]}
+    seen = [lines for lines, _ in runs[None, None]]
+    middle, last = seen[len(seen) // 2 - 1], seen[-1]
+    whats = ("best rate", "through that of all", "loss")
+    titles = [f"{what}, batches of {size}" for size in (small, large) for what in whats]
+    titles += ["loss more with the larger", f"long run: loss after {middle:,}, {last:,} lines"]
+    rows = {"": ["trained", *titles], "---": ["---:"] * (len(titles) + 1)}
+    for targets, r in dict.fromkeys(key[:2] for key in curves):
+        one, other = (curves[targets, r, size] for size in (small, large))
+        row = rows[f"{targets}, r={r}" if r else "all parameters"] = [f"{one['trained']:,}"]
+        for curve in (one, other):
+            full = curves[None, None, curve["batch_size"]]
+            spread = f" +- {curve['deviation']:.3f}" if curve["deviation"] is not None else ""
+            row += [f"{curve['vertex']:.1e}", f"{curve['vertex'] / full['vertex']:.1f}", f"{curve['mean']:.3f}{spread}"]
+        losses = dict(runs.get((targets, r), []))
+        row += [f"{other['mean'] - one['mean']:.3f}", ", ".join(f"{losses[n]:.3f}" for n in (middle, last) if losses)]
     return rows
 
 
