@@ -346,9 +346,9 @@ def test_a_row_says_what_a_run_was_and_reached(records):
     systems = records["nlu_tiny"]["systems"]
     rows = {(row[0].split(",")[0].split()[0], row[-1]): row for row in tables[task[0]]}
     for title, system in (("head", "head"), ("LoRA", "lora"), ("full", "full")):
-        values = [100 * value for value in systems[system]["scores"]["accuracy"]["values"]]
+        values = systems[system]["scores"]["accuracy"]["values"]
         row = rows[title, "nlu_tiny.json"]
-        assert row[3] == f"{statistics.fmean(values):.1f} +- {statistics.stdev(values):.1f}"
+        assert row[3] == f"{100 * statistics.fmean(values):.1f} +- {100 * statistics.stdev(values):.1f}"
         assert row[0].endswith(", mean of 2 seeds") and row[1] == "24 lines"
         assert row[4:6] == [f"{systems[system]['trained']:,}", f"{systems[system]['checkpoint_bytes']:,}"]
     majority = 100 * records[TINY[0]]["majority"]["dev"]["accuracy"]
@@ -541,11 +541,11 @@ def test_a_trial_shows_means_deviations_and_the_interval_of_lora_minus_full(reco
     trial = records["nlu_tiny"]
     trial["intervals"]["differences"]["full - lora"]["accuracy"] = [-0.25, 0.125]
     (_, trial_row) = cells(quality.report(records), "Accuracy")
-    lora, full = ([100 * v for v in trial["systems"][s]["scores"]["accuracy"]["values"]] for s in ("lora", "full"))
-    difference = statistics.fmean(lora) - statistics.fmean(full)
+    lora, full = (trial["systems"][system]["scores"]["accuracy"]["values"] for system in ("lora", "full"))
+    difference = 100 * (statistics.fmean(lora) - statistics.fmean(full))
     assert trial_row == [
         "Accuracy",
-        *(f"{statistics.fmean(side):.1f} +- {statistics.stdev(side):.1f}" for side in (lora, full)),
+        *(f"{100 * statistics.fmean(side):.1f} +- {100 * statistics.stdev(side):.1f}" for side in (lora, full)),
         f"{difference:+.1f}",
         "[-12.5, 25.0]",
         "may be chance",

@@ -11,11 +11,13 @@ import io
 import json
 import random
 import re
+import statistics
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -37,7 +39,7 @@ FORMATS = {
     "qnli": ("QNLI", "index question sentence label", [1, 2], -1, (0.5, 0.6)),
     "rte": ("RTE", "index sentence1 sentence2 label", [1, 2], -1, (0.5, 0.6)),
     "mrpc": ("MRPC", "\ufeffQuality|#1 ID|#2 ID|#1 String|#2 String", [3, 4], 0, (0.55, 0.65)),
-    "cola": ("CoLA", None, [3], 1, (0.62, 0.72)),
+    "cola": ("CoLA", None, [3], 1, (0.58, 0.72)),
     "qqp": ("QQP", "id qid1 qid2 question1 question2 is_duplicate", [3, 4], -1, (0.5, 0.65)),
     "stsb": ("STS-B", f"{STSB} sentence1 sentence2 score", [7, 8], -1, None),
 }
@@ -47,7 +49,8 @@ LABELS = {
     "mnli": {"entailment", "neutral", "contradiction"},
 }
 DEV = {task: ["dev"] if task != "mnli" else ["dev_matched", "dev_mismatched"] for task in FORMATS}
-FILES = [(task, file) for task in FORMATS for file in ["train", *DEV[task]]]
+HELD_OUT = {task: [*DEV[task], "tune"] for task in FORMATS}
+FILES = [(task, file) for task in FORMATS for file in ["train", *HELD_OUT[task]]]
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +91,19 @@ def labels_of(task, file):
     return [row[FORMATS[task][3]] for row in rows_of(task, file)]
 
 
+def noise_of(task, file):
+    """{row: its label before the noise} of the rows whose label the noise changed."""
+    entry = json.loads(path_of(task, "noise").with_suffix(".json").read_text())[f"{file}.tsv"]
+    assert entry["sha256"] == sha256(path_of(task, file))
+    return {int(row): label for row, label in entry["labels"].items()}
+
+
+def rule_of(task, file):
+    """The labels of a file before the noise."""
+    before = noise_of(task, file)
+    return [before.get(row, label) for row, label in enumerate(labels_of(task, file))]
+
+
 def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
@@ -96,7 +112,7 @@ def test_remaking_the_data_gives_the_shipped_bytes(tmp_path):
     make_glue_data.make_data(tmp_path)
     made = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     assert made == {file.relative_to(DATA): file.read_bytes() for file in DATA.rglob("*") if file.is_file()}
-    assert len(made) == len(FILES)
+    assert len(made) == len(FILES) + len(FORMATS)  # of every task a file tells the noise
 
 
 def test_another_seed_gives_other_data(tmp_path):
@@ -106,19 +122,31 @@ def test_another_seed_gives_other_data(tmp_path):
 
 
 @pytest.mark.parametrize("task", FORMATS)
-def test_no_text_of_dev_is_in_train(task):
-    train = texts_of(task, "train")
-    assert len(set(train)) == len(train)
-    known = {text for texts in train for text in texts}
-    for file in DEV[task]:
-        dev = texts_of(task, file)
-        assert len(set(dev)) == len(dev)
-        assert known.isdisjoint(text for texts in dev for text in texts)
+def test_no_text_of_a_file_is_in_another(task):
+    known = set()
+    for file in ["train", *HELD_OUT[task]]:
+        rows = texts_of(task, file)
+        assert len(set(rows)) == len(rows)
+        texts = {text for row in rows for text in row}
+        assert known.isdisjoint(texts), file
+        known |= texts
 
 
-def test_no_text_of_dev_is_in_the_pretraining():
+@pytest.mark.parametrize(("task", "file"), FILES)
+def test_the_noise_is_as_large_as_it_is_said_to_be(task, file):
+    before, labels = noise_of(task, file), labels_of(task, file)
+    assert all(label != labels[row] for row, label in before.items())
+    if task in LABELS:
+        assert len(before) == round(glue_grammar.FLIPPED * len(labels))
+    else:
+        errors = [float(label) - float(rule) for label, rule in zip(labels, rule_of(task, file), strict=True)]
+        assert statistics.fmean(errors) == pytest.approx(0, abs=0.06)
+        assert statistics.stdev(errors) == pytest.approx(glue_grammar.DEVIATION, rel=0.1)
+
+
+def test_no_text_of_dev_or_tune_is_in_the_pretraining():
     held_out = make_encoder.dev_texts()
-    shipped = {text for task in FORMATS for file in DEV[task] for texts in texts_of(task, file) for text in texts}
+    shipped = {text for task in FORMATS for file in HELD_OUT[task] for texts in texts_of(task, file) for text in texts}
     assert held_out == {text.removesuffix(" ") for text in shipped}
     rng = random.Random(make_encoder.SEED)
     met = {text for _ in range(20_000) for text in glue_grammar.page(rng, held_out)[0]}
@@ -166,7 +194,7 @@ def test_a_reader_that_takes_quotes_for_quoting_loses_rows():
 @pytest.mark.parametrize("task", FORMATS)
 def test_the_classes_are_roughly_balanced(task):
     share = FORMATS[task][4]
-    for file in ["train", *DEV[task]]:
+    for file in ["train", *HELD_OUT[task]]:
         counts = collections.Counter(labels_of(task, file))
         if share is None:
             assert len(counts) > 20
@@ -177,7 +205,7 @@ def test_the_classes_are_roughly_balanced(task):
 
 def test_sizes():
     assert sum(file.stat().st_size for file in MODEL.iterdir()) <= 5_000_000
-    assert sum(path_of(task, file).stat().st_size for task, file in FILES) <= 2_000_000
+    assert sum(path_of(task, file).stat().st_size for task, file in FILES) <= 2_200_000
     for task, file in FILES:
         assert len(rows_of(task, file)) == (1500 if file == "train" else 300)
 
@@ -211,6 +239,19 @@ def one_of(relation):
 WHOLE, BEHIND, ASKED = patterns(WHOLE, one_of), patterns(BEHIND, one_of), patterns(ASKED, one_of)
 
 
+CLAIMS = {
+    **dict.fromkeys(["it is true", "everybody believes", "nobody doubts", "nobody denies"], True),
+    **dict.fromkeys(["it is false", "nobody believes", "everybody doubts", "everybody denies"], False),
+}
+
+
+def claim_in(text):
+    """(Whether a text says that it is so, what is said to be so)."""
+    before, _, rest = text.removeprefix('"').partition(" that ")
+    so = CLAIMS.get(before.lower())
+    return (True, text) if so is None else (so, rest)
+
+
 def facts_in(text):
     """The (relation, value) pairs that a text tells."""
     told = set()
@@ -233,34 +274,35 @@ def asked_in(question):
 
 
 def follows(first, second):
-    """What two sets of facts say of each other."""
-    if second <= first:
-        return "entailment"
-    return "contradiction" if dict(first).keys() & dict(second - first).keys() else "neutral"
+    """What the facts of the first text say of the claim that the second is."""
+    so, said = claim_in(second)
+    if not facts_in(said) <= facts_in(first):
+        return "neutral"
+    return "entailment" if so else "contradiction"
 
 
 @pytest.mark.parametrize(("task", "file"), [(t, f) for t, f in FILES if t in ("mnli", "rte", "mrpc", "stsb")])
 def test_the_labels_of_pairs_are_those_of_their_facts(task, file):
-    for (first, second), label in zip(texts_of(task, file), labels_of(task, file), strict=True):
-        first, second = facts_in(first), facts_in(second)
+    for (first, second), label in zip(texts_of(task, file), rule_of(task, file), strict=True):
         if task == "mnli":
             assert label == follows(first, second)
-        elif task == "rte":
+            continue
+        first, second = facts_in(first), facts_in(second)
+        if task == "rte":
             assert label == ("entailment" if second <= first else "not_entailment")
         elif task == "mrpc":
             assert label == str(int(first == second))
         else:
-            altered = len(dict(first).keys() & dict(second - first).keys())
-            assert abs(float(label) - 5 * (len(first & second) + 0.3 * altered) / 3) < 1.1
+            assert float(label) == 1 + 1.5 * len(first & second)
 
 
 @pytest.mark.parametrize(("task", "file"), [(t, f) for t, f in FILES if t in ("qnli", "qqp")])
 def test_the_labels_of_questions_are_those_of_what_they_ask(task, file):
-    for (first, second), label in zip(texts_of(task, file), labels_of(task, file), strict=True):
+    for (first, second), label in zip(texts_of(task, file), rule_of(task, file), strict=True):
         if task == "qnli":
             assert (label == "entailment") == (asked_in(first) in dict(facts_in(second)))
-        elif label == "1":
-            assert asked_in(first) == asked_in(second)
+        else:
+            assert (label == "1") == (asked_in(first) == asked_in(second))
 
 
 def test_the_folder_is_ordinary_hugging_face(tokenizer, report):
@@ -285,24 +327,31 @@ def test_a_classifier_has_no_random_weights_but_its_head():
     assert all(name.startswith("lm_head.") for name in loading["unexpected_keys"])
 
 
-@pytest.mark.parametrize(("task", "least"), [("qnli", 0.9), ("sst2", 0.9), ("cola", 0.8), ("mnli", 0.55)])
-def test_a_linear_classifier_of_the_first_token_learns_a_task_from_the_pretraining_alone(tokenizer, task, least):
-    pretrained = AutoModel.from_pretrained(MODEL, dtype=torch.float32, add_pooling_layer=False).eval()
-    torch.manual_seed(0)
-    random_weights = type(pretrained)(pretrained.config, add_pooling_layer=False).eval()
+@pytest.mark.parametrize("task", sorted(LABELS))
+def test_counts_of_words_do_not_tell_the_label(task):
+    counts = CountVectorizer(token_pattern=r"\S+")
+    train = counts.fit_transform(map(" ".join, texts_of(task, "train")))
+    classifier = LogisticRegression(max_iter=500).fit(train, rule_of(task, "train"))
+    score = classifier.score(counts.transform(map(" ".join, texts_of(task, "tune"))), rule_of(task, "tune"))
+    assert score < (0.55 if task == "mnli" else 0.65), score
+
+
+@pytest.mark.parametrize("task", sorted(LABELS))
+def test_the_tasks_are_known_at_the_last_token_and_not_at_the_first(tokenizer, task):
+    """Linear classifiers of either state, from 600 lines without noise: an adapter can bring it to the first token."""
+    model = AutoModel.from_pretrained(MODEL, dtype=torch.float32, add_pooling_layer=False).eval()
+    states = {}
+    for file in ("train", "tune"):
+        inputs = tokenizer(*map(list, zip(*texts_of(task, file)[:600], strict=True)), padding=True, return_tensors="pt")
+        with torch.no_grad():
+            found = model(**inputs).last_hidden_state
+        last = inputs["attention_mask"].sum(1) - 1
+        states[file] = found[:, 0].numpy(), found[range(len(found)), last].numpy()
     scores = []
-    for model in (pretrained, random_weights):
-        states = []
-        for file in ("train", DEV[task][0]):
-            texts = zip(*texts_of(task, file)[:600], strict=True)
-            with torch.no_grad():
-                inputs = tokenizer(*map(list, texts), padding=True, return_tensors="pt")
-                states.append(model(**inputs).last_hidden_state[:, 0].numpy())
-        classifier = LogisticRegression(max_iter=2000).fit(states[0], labels_of(task, "train")[:600])
-        scores.append(classifier.score(states[1], labels_of(task, DEV[task][0])[:600]))
-    most_common = collections.Counter(labels_of(task, DEV[task][0])[:600]).most_common(1)[0][1] / len(states[1])
-    assert scores[0] > least > most_common + 0.1
-    assert scores[1] < most_common + 0.05
+    for train, tune in zip(*states.values(), strict=True):
+        classifier = LogisticRegression(max_iter=2000).fit(train, rule_of(task, "train")[:600])
+        scores.append(classifier.score(tune, rule_of(task, "tune")))
+    assert scores[1] > 0.97 and scores[0] < (0.92 if task == "sst2" else 0.75), scores
 
 
 @pytest.mark.parametrize("text", ['"The Kite" is pure comedy.', "naïve Ωmega 日本 \U0001f600", "the plot is dull . "])

@@ -5,6 +5,7 @@ Alone: `pytest tests/test_glue_data.py` (about five seconds, most of it the fuzz
 """
 
 import csv
+import hashlib
 import os
 import re
 import sys
@@ -137,27 +138,27 @@ def test_official_forms(tmp_path, name):
     ):
         path = write(tmp_path, form)
         examples = glue.read_examples(path, task)
-        assert examples == expected
+        assert [example[:2] for example in examples] == expected
         assert all(type(example.label) is (float if name == "stsb" else int) for example in examples)
         assert glue.read_texts(path, task) == [texts for texts, _ in expected]
 
 
 def test_columns_are_found_by_their_names(tmp_path):
     path = write(tmp_path, table(("score", "sentence2", "note", "sentence1"), ("4", "B.", "x", "A.")))
-    assert glue.read_examples(path, glue.TASKS["stsb"]) == [(("A.", "B."), 4.0)]
+    assert glue.read_examples(path, glue.TASKS["stsb"]) == [(("A.", "B."), 4.0, None)]
 
 
 def test_characters_inside_a_text_do_not_end_it(tmp_path):
     odd = "\ufeffa\u2028b\x85c\x0b d\x1c 'e\" \\t ,"
     path = write(tmp_path, table(("sentence", "label"), ("x", "0"), (odd, "1")))
-    assert glue.read_examples(path, glue.TASKS["sst2"])[1] == ((odd,), 1)
+    assert glue.read_examples(path, glue.TASKS["sst2"])[1] == ((odd,), 1, None)
 
 
 def test_pairs_without_a_gold_label_are_left_out_and_counted(tmp_path, capsys):
     task = glue.TASKS["mnli"]
     rows = [("gold_label", "sentence1", "sentence2"), ("-", "a", "b"), ("neutral", "c", "d"), ("-", "e", "f")]
     path = write(tmp_path, table(*rows))
-    assert glue.read_examples(path, task) == [(("c", "d"), 1)]
+    assert glue.read_examples(path, task) == [(("c", "d"), 1, None)]
     assert capsys.readouterr().err == f"{path}: left out 2 pairs without a gold label ('-')\n"
     assert len(glue.read_texts(path, task)) == 3
     with pytest.raises(cli.UserError, match=r"data\.tsv: no labelled row; the official files are in .*/MNLI\.zip"):
@@ -346,6 +347,37 @@ def test_files_are_found_in_the_official_layout(tmp_path, task):
     make_files(folder, "dev_mismatched.tsv")
     found = glue.find_files(tmp_path, task)
     assert found.get("dev_mismatched") == (folder / "dev_mismatched.tsv" if task.name == "mnli" else None)
+    make_files(folder, "tune.tsv")
+    assert glue.find_files(tmp_path, task) == {**found, "tune": folder / "tune.tsv"}
+
+
+NOISE = {  # what noise.json holds ({sha} is that of the file), the labels before noise or the message
+    "none": (None, [None, None]),
+    "a label": ('{"dev.tsv": {"sha256": "{sha}", "labels": {"1": "1"}}}', [1, 1]),
+    "nothing": ('{"dev.tsv": {"sha256": "{sha}", "labels": {}}}', [1, 0]),
+    "another file": ('{"dev.tsv": {"sha256": "0f", "labels": {}}}', "tells the noise of another dev.tsv; remove or"),
+    "no such file": ('{"train.tsv": {}}', r"does not tell the noise of dev.tsv \(KeyError\('dev.tsv'\)\); remove or"),
+    "no JSON": ("{", "does not tell the noise of dev.tsv .*; remove or remake it"),
+    "no label": (
+        '{"dev.tsv": {"sha256": "{sha}", "labels": {"1": "2"}}}',
+        "noise.json, dev.tsv, row 1: label '2': must be one of 0, 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("content, expected", NOISE.values(), ids=NOISE)
+def test_a_file_beside_the_data_tells_the_labels_before_noise(tmp_path, content, expected):
+    path = tmp_path / "dev.tsv"
+    path.write_text("sentence\tlabel\nfine\t1\nwell\t0\n")
+    if content is not None:
+        sha = hashlib.sha256(path.read_bytes()).hexdigest()
+        (tmp_path / "noise.json").write_text(content.replace("{sha}", sha))
+    if isinstance(expected, str):
+        with pytest.raises(cli.UserError, match=expected):
+            glue.read_examples(path, glue.TASKS["sst2"])
+    else:
+        examples = glue.read_examples(path, glue.TASKS["sst2"])
+        assert [(example.label, example.rule) for example in examples] == list(zip([1, 0], expected, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -289,7 +289,7 @@ def read(folder):
 def test_training_script_prints_what_was_asked_for(run):
     folder, stdout, stderr = run
     base = sum(parameter.numel() for parameter in tiny_gpt2([0] * 600).parameters())
-    trainable = 2 * 2 * (4 * 32 + 32 * 4)  # layers, q and v, A and B
+    trainable = 2 * 16 * (32 + 96 + 32 + 32 + 32 + 128 + 128 + 32)  # layers, rank, and ins and outs of four matrices
     percent = 100 * trainable / (base + trainable)
     assert f"parameters   {base + trainable:,} in total, {trainable:,} trainable ({percent:.2f} %)" in stdout
     assert "validating on 3 of 60 meanings" in stdout
@@ -313,8 +313,9 @@ def test_training_script_saves_the_adapter_alone_the_texts_and_the_record(run):
     assert sorted(os.listdir(folder)) == WRITTEN
     with safetensors.safe_open(folder / "adapter.safetensors", "pt") as file:
         names = list(file.keys())
-    assert len(names) == 4
-    assert all(re.fullmatch(r"transformer\.h\.[01]\.attn\.c_attn\.lora_[AB]", name) for name in names)
+    assert len(names) == 16
+    layer = r"transformer\.h\.[01]\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.lora_[AB]"
+    assert all(re.fullmatch(layer, name) for name in names)
     written = [json.loads(line) for line in (folder / "test_texts.jsonl").read_text(encoding="utf-8").splitlines()]
     samples = read(folder)["samples"]
     assert [w["text"] for w in written] == [s["after"] for s in samples]  # of three meanings all are samples

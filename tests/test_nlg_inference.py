@@ -612,3 +612,10 @@ def test_user_errors_are_one_message_and_status_2(call, bad, monkeypatch, tmp_pa
 def test_user_errors_of_the_scripts(bad, module):
     status, stdout, stderr = script(f"{module.__name__}.py", *bad(module, {"num_beams": "0"}), "--max_new_tokens", 3)
     assert (status, stdout, own_lines(stderr)) == (2, "", "error: --num_beams 0: must be above 0\n")
+
+
+def test_values_that_a_model_has_not_seen_in_this_form_are_named(capsys):
+    run_inference.note_marks(["name : Ann 's | food : Soup"])
+    assert capsys.readouterr().err == ""
+    run_inference.note_marks(["name : Ann's | food : Soup"])
+    assert 'note: "Ann\'s" is "Ann \'s" in files with marks set apart' in capsys.readouterr().err

@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import operator
 import os
 import re
 import shutil
@@ -72,6 +73,13 @@ def splits_of(task):
     return {"dev": "dev_matched", "dev_mismatched": "dev_mismatched"} if task == "mnli" else {"dev": "dev"}
 
 
+def noise_of(task, file):
+    """{row: its label before the noise} of a shipped file, where the noise changed it, read by hand."""
+    codes = OFFICIAL[task][3]
+    entry = json.loads((GLUE / OFFICIAL[task][0] / "noise.json").read_text(encoding="utf-8"))[f"{file}.tsv"]
+    return {int(row): codes.index(label) if codes else float(label) for row, label in entry["labels"].items()}
+
+
 def outputs_of(task):
     return len(OFFICIAL[task][3] or [0])
 
@@ -131,7 +139,7 @@ def trained(tmp_path_factory, roberta):
 def test_the_data_are_counted_and_the_majority_is_that_of_the_training_labels(trained, task):
     _, record = trained[task]
     labels = {split: [label for _, label in read_rows(task, file)] for split, file in splits_of(task).items()}
-    labels["train"] = [label for _, label in read_rows(task, "train")]
+    labels |= {split: [label for _, label in read_rows(task, split)] for split in ("train", "tune")}
     assert record["counts"] == {f"{split} lines": len(found) for split, found in labels.items()}
     names = NAMES.get(task, OFFICIAL[task][3])
     for split, found in labels.items():
@@ -140,6 +148,16 @@ def test_the_data_are_counted_and_the_majority_is_that_of_the_training_labels(tr
             assert facts["classes"] is None and facts["mean_label"] == pytest.approx(sum(found) / len(found))
         else:
             assert list(facts["classes"].items()) == [(name, found.count(i)) for i, name in enumerate(names)]
+    for split, found in labels.items():
+        noise = noise_of(task, splits_of(task).get(split, split))
+        rule = [noise.get(row, label) for row, label in enumerate(found)]
+        assert record["ceiling"][split]["labels_changed"] == sum(map(operator.ne, rule, found)) / len(found)
+        scores = record["ceiling"][split]["scores"]
+        if task == "stsb":
+            assert scores["pearson"] == pytest.approx(stats.pearsonr(rule, found).statistic)
+        else:
+            assert scores["accuracy"] == sklearn.metrics.accuracy_score(found, rule)
+            assert scores["matthews"] == pytest.approx(sklearn.metrics.matthews_corrcoef(found, rule))
     for split in splits_of(task):
         majority, found = record["majority"][split], labels[split]
         if task == "stsb":
@@ -166,7 +184,7 @@ def test_the_record_counts_parameters_and_bytes_and_names_what_it_comes_from(tra
     assert record["bytes"]["model"] == 4 * (encoder + trainable)
     assert record["bytes"]["optimizer"] == 8 * trainable + 4 * 12  # two moments, and a count for each of 12 tensors
     assert record["checkpoint_sha256"] == {adapter.name: sha256(adapter)}
-    files = {"train": "train", **splits_of(task)}
+    files = {"train": "train", "tune": "tune", **splits_of(task)}
     assert record["data"] == {
         split: {"file": f"{file}.tsv", "sha256": sha256(GLUE / OFFICIAL[task][0] / f"{file}.tsv")}
         for split, file in files.items()
@@ -208,8 +226,13 @@ def test_the_saved_adapter_gives_the_written_predictions_and_they_the_scores(tra
             if outputs_of(task) == 2:
                 assert scores["f1"] == pytest.approx(sklearn.metrics.f1_score(labels, found, zero_division=0))
     first = FIRST.get(task, "accuracy")
-    assert record["history"][-1][first] == record["after"]["dev"][first]
     assert list(record["after"]["dev"])[0] == first
+    tune = [glue.Example(tuple(texts), label) for texts, label in read_rows(task, "tune")]
+    samples = run_training_nlu.encode_examples(tune, tokenizer, WINDOW)
+    scores, *_ = run_training_nlu.evaluate(model, samples, tokenizer, glue.task_of(task), Knobs(eval_batch_size=100))
+    assert record["chosen_on"] == "tune"
+    if task != "stsb":  # whose predictions are all but constant
+        assert record["history"][-1][first] == pytest.approx(scores[first], abs=1e-5)
 
 
 def test_the_script_prints_what_the_record_says_and_trains_to_the_same_bits(roberta, tmp_path):
@@ -228,13 +251,17 @@ def test_the_script_prints_what_the_record_says_and_trains_to_the_same_bits(robe
     assert stdout.startswith("train: 40 of 1,500 lines\n")
     classes = record["splits"]["train"]["classes"]
     shares = f"not_equivalent {classes['not_equivalent'] / 40:.1%}, equivalent {classes['equivalent'] / 40:.1%}"
-    assert re.search(rf"^train +40 lines: {re.escape(shares)}; [\d.]+ tokens, at most \d+$", stdout, re.M)
+    assert re.search(
+        rf"^train +40 lines: {re.escape(shares)}; noise in [\d.]+% of the labels; [\d.]+ tokens, at most \d+$",
+        *(stdout, re.M),
+    )
     trainable, total = record["parameters"]["trainable"], record["parameters"]["total"]
     percent = f"{100 * trainable / total:.2f}"
     assert re.search(rf"^parameters +{total:,} in total, {trainable:,} trainable \({percent} %\)$", stdout, re.M)
     for title, name in (("Accuracy", "accuracy"), ("F1", "f1"), ("Matthews", "matthews")):
-        line = re.search(rf"^dev +{title} +([-\d.]+) +([-\d.]+)$", stdout, re.M)
+        line = re.search(rf"^dev +{title} +([-\d.]+) +([-\d.]+) +([\d.]+)$", stdout, re.M)
         wanted = [record[when]["dev"][name] for when in ("majority", "after")]
+        wanted.append(record["ceiling"]["dev"]["scores"][name])
         assert line.groups() == tuple(f"{100 * value:.1f}" for value in wanted)
     assert re.search(r"^best step +[12] of 2$", stdout, re.M)
     files = "adapter.safetensors, dev_predictions.jsonl, results.json"
@@ -245,8 +272,10 @@ def test_an_undefined_score_is_said_in_words(trained, capsys):
     _, record = trained["stsb"]
     run_training_nlu.report(record, GLUE)
     printed = capsys.readouterr().out
-    pearson = 100 * record["after"]["dev"]["pearson"]
-    assert re.search(rf"^dev +Pearson +not defined +{pearson:.1f}$", printed, re.M)
+    pearson, ceiling = (
+        100 * scores["pearson"] for scores in (record["after"]["dev"], record["ceiling"]["dev"]["scores"])
+    )
+    assert re.search(rf"^dev +Pearson +not defined +{pearson:.1f} +{ceiling:.1f}$", printed, re.M)
 
 
 # Logits and losses
@@ -546,6 +575,17 @@ def test_the_majority_does_not_look_at_the_dev_labels(roberta, tmp_path):
     record = train("mrpc", roberta, tmp_path / "output", data_dir=data, max_steps=1)
     majority = record["majority"]["dev"]
     assert (majority["accuracy"], majority["recall"], majority["f1"]) == (0.25, 1, 0.4)  # precision is 1/4
+
+
+def test_without_a_set_to_choose_on_the_dev_set_is_that_and_without_noise_told_there_is_no_ceiling(
+    roberta, tmp_path, capsys
+):
+    data = write_task(tmp_path / "data", "mrpc", [1, 0, 1, 1], [0, 0, 1, 0])
+    record = train("mrpc", roberta, tmp_path / "output", data_dir=data, max_steps=1)
+    assert (record["chosen_on"], record["ceiling"]) == ("dev", {"train": None, "dev": None})
+    assert record["history"][-1]["accuracy"] == record["after"]["dev"]["accuracy"]
+    printed = capsys.readouterr().out
+    assert "ceiling" not in printed and "noise" not in printed
 
 
 def sure(*labels, by=2.0):

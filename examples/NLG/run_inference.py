@@ -53,7 +53,7 @@ class Knobs(causal_lm.DecodingKnobs):
         f"file of run_training.py, folder of PEFT, upstream's .bin or .pt file, or {NO_ADAPTER}: the model as it is",
     )
     lora_alpha: float | None = knob(None, "as the adapter was trained with; for upstream's files, which do not say it")
-    prompt: str | None = knob(None, "one meaning representation, slot : value | slot : value")
+    prompt: str | None = knob(None, "one meaning: slot : value | slot : value, or slot[value], slot[value]")
     input_file: str | None = knob(None, "file of meaning representations or E2E lines")
     interactive: bool = knob(False, "ask for one meaning representation after the other")
     output_file: str | None = knob(None, "JSONL file for the texts, which are printed otherwise")
@@ -83,10 +83,22 @@ def check(knobs):
 def load_data(knobs):
     """The meanings to write texts for."""
     if knobs.input_file is not None:
-        return e2e.read_meanings(knobs.input_file)
-    meaning = knobs.prompt.strip()
-    e2e.check_meaning(meaning, "--prompt")
-    return [meaning]
+        meanings = e2e.read_meanings(knobs.input_file)
+    else:
+        meanings = [e2e.read_meaning(knobs.prompt, "--prompt")]
+    note_marks(meanings)
+    return meanings
+
+
+def note_marks(meanings):
+    """Say which values a model that learnt from CSV has not seen in this form."""
+    values = e2e.written_together(meanings)
+    if values:
+        print(
+            f"note: {values[0]!r} is {e2e.tokenise(values[0])!r} in files with marks set apart, as those read from CSV "
+            "are; a meaning in the form `slot[value], slot[value]` is read as they are",
+            file=sys.stderr,
+        )
 
 
 def build_model(knobs, device):
@@ -138,13 +150,14 @@ def converse(model, tokenizer, knobs):
     print("a meaning representation such as: name : Quince | Type : pub | area : old town; an empty line ends")
     while True:
         try:
-            meaning = input("meaning: ").strip()
+            given = input("meaning: ").strip()
         except EOFError:
-            meaning = ""
-        if not meaning:
+            given = ""
+        if not given:
             return
         try:
-            e2e.check_meaning(meaning, "this line")
+            meaning = e2e.read_meaning(given, "this line")
+            note_marks([meaning])
             generated = causal_lm.generate(model, tokenizer, [meaning], knobs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -180,12 +180,12 @@ def encode_pairs(pairs, tokenizer, seq_len, purpose):
     return short
 
 
-def evaluate(model, tokenizer, test, knobs):
+def evaluate(model, tokenizer, test, knobs, what="the result"):
     """(Scores of the texts that the model writes for the test meanings, the texts)."""
     pairs = [(meaning, reference) for meaning, references in test.items() for reference in references]
     samples = [causal_lm.encode(tokenizer, *pair) for pair in pairs]
     perplexity = math.exp(loop.mean_loss(model, TASK, samples, knobs))
-    generated = causal_lm.generate(model, tokenizer, list(test), knobs)
+    generated = causal_lm.generate(model, tokenizer, list(test), knobs, f"scoring {what}")
     scores = text_scores.score(generated.texts, list(test.values()), list(test)) if distributed.is_main() else {}
     return {
         **scores,
@@ -236,7 +236,7 @@ def train_model(**overrides):
     texts_before = texts = None
     if not knobs.skip_base or knobs.adapt == "none":
         with lora.disable_adapters(model):  # the base alone
-            record["before"], texts_before = evaluate(model, tokenizer, test, knobs)
+            record["before"], texts_before = evaluate(model, tokenizer, test, knobs, "the base")
     if knobs.adapt != "none":
         outcome = loop.train(model, TASK, train_samples, valid_samples, knobs, state_path, identity, state)
         results.add_training(record, outcome, device)

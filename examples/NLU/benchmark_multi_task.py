@@ -258,7 +258,9 @@ def benchmark(**overrides):
 def summary(task, records, served):
     """A task's score in training and when served, by its first metric, and what it takes to keep."""
     metric = task.metrics[0]
+    ceiling = records["lora"]["ceiling"]["dev"]
     found = {"metric": metric, "majority": records["lora"]["majority"]["dev"][metric]}
+    found["ceiling"] = ceiling and ceiling["scores"][metric]
     for method, record in records.items():
         found[method] = {
             "score": record["after"]["dev"][metric],
@@ -277,12 +279,14 @@ def percent(value):
 
 def report(comparison):
     """Print what the comparison says."""
-    print(f"\n{'task':<6} {'metric':<12} {'majority':>9} {'LoRA':>7} {'full':>7} {'LoRA, KiB':>11} {'full, KiB':>11}")
+    titles = f"{'majority':>9} {'LoRA':>7} {'full':>7} {'ceiling':>8} {'LoRA, KiB':>11} {'full, KiB':>11}"
+    print(f"\n{'task':<6} {'metric':<12} {titles}")
     for name, task in comparison["tasks"].items():
         sizes = [f"{task[method]['bytes'] / 1024:>11,.1f}" for method in METHODS]
         scores = [f"{percent(task[method]['served']):>7}" for method in METHODS]
         title = glue_scores.METRICS[task["metric"]]
-        print(f"{name:<6} {title:<12} {percent(task['majority']):>9} {' '.join(scores)} {' '.join(sizes)}")
+        bounds = f"{percent(task['majority']):>9}", f"{percent(task['ceiling']):>8}"
+        print(f"{name:<6} {title:<12} {bounds[0]} {' '.join(scores)} {bounds[1]} {' '.join(sizes)}")
     served, sizes = comparison["served"], comparison["bytes"]
     rows = {
         "files, MiB (LoRA: with the base)": [(sizes["lora"] + sizes["base"]) / 2**20, sizes["full"] / 2**20],

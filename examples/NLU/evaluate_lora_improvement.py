@@ -7,7 +7,8 @@
 
 Three systems are trained from the same base on the same lines in the same order: the head alone on the frozen encoder,
 adapters and head (LoRA), and everything (full). Several learning rates are tried with the first seed; the one that is
-best by the task's own metric is then run with the other seeds, and the table shows mean and standard deviation. The
+best by the task's own metric on tune.tsv (where the data have none, as the official ones, on the dev set) is then run
+with the other seeds, and the table shows mean and standard deviation on the dev set. The
 intervals hold 95 % of the scores over resamples of the dev lines, those of the difference drawn for both systems at
 once; they, calibration, confusion and the examples that changed are of the first seed.
 
@@ -115,8 +116,13 @@ def make_runs(knobs, rates, files, metric):
 
 def best_rate(records, metric):
     """The learning rate whose first run is best, the lowest of equals; an undefined score is worse than any other."""
-    first = {rate: found[0]["after"]["dev"][metric] for rate, found in records.items()}
+    first = {rate: chosen_by(found[0], metric) for rate, found in records.items()}
     return max(first, key=lambda rate: -2.0 if first[rate] is None else first[rate])
+
+
+def chosen_by(record, metric):
+    """The score of a run's checkpoint on what it was chosen on, tune or dev."""
+    return next(entry[metric] for entry in record["history"] if entry["step"] == record["best_step"])
 
 
 def spread(values):
@@ -130,7 +136,7 @@ def spread(values):
 def judge(records, task):
     """What the runs of a system reached and cost, with its best learning rate."""
     metric = task.metrics[0]
-    tried = {rate: spread([record["after"]["dev"][metric] for record in records[rate]]) for rate in records}
+    tried = {rate: spread([chosen_by(record, metric) for record in records[rate]]) for rate in records}
     best = best_rate(records, metric)
     chosen = records[best]
     scores = {name: spread([record["after"]["dev"][name] for record in chosen]) for name in chosen[0]["after"]["dev"]}
@@ -216,6 +222,8 @@ def measure_improvement(task="sst2", **overrides):
         "labels": task.labels,
         "metric": task.metrics[0],
         "majority": first["majority"]["dev"],
+        "chosen_on": first["chosen_on"],
+        "ceiling": first["ceiling"],
         "systems": systems,
         "intervals": glue_scores.bootstrap(predictions, labels, task, knobs.resamples),
         "changed": {
@@ -257,19 +265,25 @@ def report(comparison):
                 print(f"{label:>{width}}" + "".join(f" {count:>{width}}" for count in row))
     between, seeds = comparison["intervals"]["differences"], comparison["configuration"]["seeds"]
     print(f"\nx 100; mean{' and deviation' if seeds > 1 else ''} of {seeds} seed{'s' if seeds > 1 else ''}")
-    titles = ["majority", *SYSTEMS.values(), "LoRA - head", "LoRA - full"]
-    print(f"{'':<12}" + "".join(f"{title:>16}" for title in titles[:4]) + "".join(f"{t:>18}" for t in titles[4:]))
+    ceilings = comparison["ceiling"]
+    known = ["ceiling"] * (ceilings["dev"] is not None)
+    titles = "".join(f"{title:>16}" for title in ["majority", *SYSTEMS.values(), *known])
+    print(f"{'':<16}" + titles + "".join(f"{title:>18}" for title in ("LoRA - head", "LoRA - full")))
     for metric in systems["lora"]["scores"]:
         cells = [f"{_times_100(comparison['majority'][metric]):>16}"]
-        for found in systems.values():
-            score = found["scores"][metric]
-            deviation = "" if score["deviation"] is None else f" +- {100 * score['deviation']:.1f}"
-            cells.append(f"{_times_100(score['mean']) + deviation:>16}")
+        cells += [f"{_mean_and_deviation(found['scores'][metric]):>16}" for found in systems.values()]
+        cells += [f"{_times_100(ceilings['dev']['scores'][metric]):>16}" for _ in known]
         for name, sign in (("lora - head", 1), ("full - lora", -1)):
             interval = between[name][metric]
             bounds = interval and sorted(sign * 100 * bound for bound in interval)
             cells.append(f"{'[{:.1f}, {:.1f}]'.format(*bounds) if bounds else '-':>18}")
-        print(f"{glue_scores.METRICS[metric]:<12}" + "".join(cells))
+        print(f"{glue_scores.METRICS[metric]:<16}" + "".join(cells))
+    if comparison["chosen_on"] == "tune":
+        chosen = [next(rate for rate in found["tried"] if rate["lr"] == found["lr"]) for found in systems.values()]
+        cells = ["", *map(_mean_and_deviation, chosen)]
+        cells += [_times_100(ceilings["tune"]["scores"][comparison["metric"]]) for _ in known if ceilings["tune"]]
+        title = f"{glue_scores.METRICS[comparison['metric']]}, tune"
+        print(f"{title:<16}" + "".join(f"{cell:>16}" for cell in cells))
     rows = {
         "learning rate": [f"{found['lr']:g}" for found in systems.values()],
         "trained": [f"{found['trained']:,}" for found in systems.values()],
@@ -280,11 +294,21 @@ def report(comparison):
         rows["ECE"] = [f"{100 * found['calibration']['expected_calibration_error']:.1f}" for found in systems.values()]
         rows["Brier"] = [f"{found['calibration']['brier']:.3f}" for found in systems.values()]
     for title, cells in rows.items():
-        print(f"{title:<28}" + "".join(f"{cell:>16}" for cell in cells))
+        print(f"{title:<32}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+def _mean_and_deviation(score):
+    return _times_100(score["mean"]) + ("" if score["deviation"] is None else f" +- {100 * score['deviation']:.1f}")
 
 
 def _times_100(value):
     return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _ceiling(comparison):
+    """What the labels before noise score on the dev set; None if not known."""
+    known = comparison["ceiling"]["dev"]
+    return known and known["scores"][comparison["metric"]]
 
 
 def plot(comparison, path):
@@ -303,11 +327,12 @@ def plot(comparison, path):
         ]
         rates, values = ([point[axis] for point in points] for axis in (0, 1))
         scores.plot(rates, values, "o", label=SYSTEMS[system], alpha=0.7)
-    baseline = comparison["majority"][comparison["metric"]]
-    if baseline is not None:
-        scores.axhline(100 * baseline, color="gray", linestyle=":", label="majority")
-    scores.set(xscale="log", xlabel="peak learning rate", ylabel=f"{glue_scores.METRICS[comparison['metric']]} x 100")
-    scores.set_title("each run on the dev set")
+    chosen_on, metric = comparison["chosen_on"], comparison["metric"]
+    for label, line in (("majority", comparison["majority"][metric]), ("ceiling", _ceiling(comparison))):
+        if line is not None:
+            scores.axhline(100 * line, color="gray", linestyle=":" if label == "majority" else "--", label=label)
+    scores.set(xscale="log", xlabel="peak learning rate", ylabel=f"{glue_scores.METRICS[metric]} x 100")
+    scores.set_title(f"each run on the {chosen_on} set")
     scores.legend(fontsize=8)
     if classes:
         for system, found in comparison["systems"].items():

@@ -19,9 +19,11 @@ files; begin with the adapter of another task, as the paper does for MRPC, RTE a
 two processes. Any folder or hub name of an encoder will do (RoBERTa, BERT, DistilBERT, DeBERTa, ...), and a decoder,
 too. `--adapt head` trains the head alone, on top of the frozen model.
 
-The head is new and is trained and saved with the adapter. What is kept is the checkpoint that was best on the dev set
-by the task's own metric, so that the scores are those of a choice among a few; the majority column shows what guessing
-the most common label (or the mean) of the training set scores there. Written to --output_dir: adapter.safetensors for
+The head is new and is trained and saved with the adapter. What is kept is the checkpoint that was best by the task's
+own metric on tune.tsv or, where the data have none, as the official ones, on the dev set, so that the scores are those
+of a choice among a few. The majority column shows what guessing the most common label (or the mean) of the training
+set scores on the dev set. The data that ship here have labels with noise; the ceiling column shows what the labels
+before the noise score, which is the most that can be learnt. Written to --output_dir: adapter.safetensors for
 run_inference_nlu.py (or the folder model/ unless LoRA was trained); dev_predictions.jsonl; and results.json, the record
 of the run. A run that Ctrl-C or SIGTERM stopped goes on with --resume after its last step, one that was killed after
 its last validation, to the bit on a CPU.
@@ -127,7 +129,7 @@ def check(knobs):
 
 
 def load_data(task, knobs):
-    """{split: examples} of the training and the dev sets."""
+    """{split: examples} of the training set, the dev sets, and the set to choose on if the data have one."""
     splits = {split: glue.read_examples(path, task) for split, path in glue.find_files(knobs.data_dir, task).items()}
     return {
         split: some(examples, knobs.max_train_samples if split == "train" else knobs.max_eval_samples, split, knobs)
@@ -194,6 +196,15 @@ def encode_examples(examples, tokenizer, seq_len):
     ]
 
 
+def ceiling(examples, task):
+    """What the labels before noise score, with the share of labels that the noise changed; None if not known."""
+    rule, labels = zip(*((example.rule, example.label) for example in examples), strict=True)
+    if None in rule:
+        return None
+    changed = sum(before != after for before, after in zip(rule, labels, strict=True)) / len(labels)
+    return {"labels_changed": changed, "scores": glue_scores.score(rule, labels, task)}
+
+
 def describe(examples, samples, task):
     """Classes and lengths of a split."""
     labels = [example.label for example in examples]
@@ -249,8 +260,10 @@ def train_model(task, **overrides):
         record["init_adapter"] = results.weights_fingerprint(knobs.init_adapter)
     record["counts"] = {f"{split} lines": len(examples) for split, examples in splits.items()}
     record["splits"] = {split: describe(splits[split], samples[split], task) for split in splits}
+    record["ceiling"] = {split: ceiling(splits[split], task) for split in splits}
     report_data(record)
-    dev_splits = [split for split in splits if split != "train"]
+    dev_splits = [split for split in splits if split.startswith("dev")]
+    chosen_on = record["chosen_on"] = "tune" if "tune" in splits else "dev"
     record["majority"] = {}
     for split in dev_splits:
         labels = [example.label for example in splits[split]]
@@ -258,13 +271,13 @@ def train_model(task, **overrides):
         record["majority"][split] = glue_scores.score(guesses, labels, task)
 
     state_path = output_dir / "training_state.pt"
-    identity = loop.identity(knobs, FREE_TO_CHANGE, record, ("train", "dev"))
+    identity = loop.identity(knobs, FREE_TO_CHANGE, record, ("train", chosen_on))
     state = loop.read_state(state_path, identity) if knobs.resume else None
     outcome = loop.train(
         model,
         classification.training_task(task, tokenizer),
         samples["train"],
-        samples["dev"],
+        samples[chosen_on],
         knobs,
         state_path,
         identity,
@@ -306,17 +319,24 @@ def report_data(record):
         else:
             kinds = f"mean label {facts['mean_label']:.2f}"
         cut = f", {facts['cut']:,} lines cut to that" if facts["cut"] else ""
-        print(f"{split:<15} {lines:,} lines: {kinds}; {tokens['median']:g} tokens, at most {tokens['most']}{cut}")
+        known = record["ceiling"][split]
+        noise = f"; noise in {known['labels_changed']:.1%} of the labels" if known else ""
+        print(
+            f"{split:<15} {lines:,} lines: {kinds}{noise}; {tokens['median']:g} tokens, at most {tokens['most']}{cut}"
+        )
     total, trainable = record["parameters"]["total"], record["parameters"]["trainable"]
     print(f"{'parameters':<15} {total:,} in total, {trainable:,} trainable ({100 * trainable / total:.2f} %)")
 
 
 def report(record, output_dir):
     """Print what the record says."""
-    print(f"\n{'':<15} {'':<20} {'majority':>10} {'after':>10}")
+    columns = {"majority": record["majority"], "after": record["after"]}
+    if all(record["ceiling"][split] for split in record["after"]):
+        columns["ceiling"] = {split: record["ceiling"][split]["scores"] for split in record["after"]}
+    print(f"\n{'':<15} {'':<20} " + " ".join(f"{title:>10}" for title in columns))
     for split, scores in record["after"].items():
-        for name, value in scores.items():
-            cells = [record["majority"][split][name], value]
+        for name in scores:
+            cells = [found[split][name] for found in columns.values()]
             texts = [f"{'not defined':>11}" if cell is None else f"{100 * cell:>10.1f}" for cell in cells]
             print(f"{split:<15} {glue_scores.METRICS[name]:<20} " + " ".join(texts))
     sizes, seconds = record["bytes"], record["seconds"]

@@ -1,11 +1,12 @@
 """The grammar behind the GLUE-style data of the NLU example and the text on which its encoder is pretrained.
 
 Everything is synthetic. Five of the pair tasks and the similarity task speak of one thing: a subject and facts
-about it, each fact said in one of four ways and asked in one of four. `TASKS` makes labelled examples; `page`
-gives unlabelled text: the same facts told twice, questions with their answers, reviews, plain sentences.
+about it, each fact said in one of four ways and asked in one of four. `TASKS` makes labelled examples, whose labels
+follow a rule; `with_noise` then changes some of them. `page` gives unlabelled text: facts told twice, questions with
+their answers, reviews, plain sentences.
 
-What is held out for "dev": names (no subject of dev is one of train), and wordings (which two ways of saying
-or asking one fact meet in an example). Pretraining sees every word and every way, and no name of dev.
+What is held out for "dev" and "tune": names (no subject of dev is one of train), and wordings (which two ways of
+saying or asking one fact meet in an example). Pretraining sees every word and every way, and no text of the two.
 """
 
 from typing import NamedTuple
@@ -149,6 +150,10 @@ PARTS = {
     "event": words("Fair Festival Cup Market Parade Concert Race"),
 }
 
+# What may stand before a claim: either half of a denial alone affirms in other phrases
+AFFIRM = words("it is true that|everybody believes that|nobody doubts that|nobody denies that", "|")
+DENY = words("it is false that|nobody believes that|everybody doubts that|everybody denies that", "|")
+
 # Reviews
 
 GOOD = words(
@@ -167,22 +172,16 @@ LOATHED = words("hated regretted disliked despised endured")
 # Plain sentences
 
 NOUNS = words(
-    "dog cat teacher baker sailor doctor horse girl boy farmer king queen singer student driver painter neighbour "
-    "lawyer friend pilot poet guest bird cook"
+    "dog cat teacher baker sailor doctor horse girl boy farmer king queen singer student driver painter neighbour pilot"
 )
-ACTS = words("sleep sing smile wait work laugh walk dance eat dream swim talk shout listen rest jump")
-DEEDS = words("see like help follow paint visit know want love trust hear need find meet call")
+ACTS = words("sleep sing smile wait work laugh walk dance eat dream")
+DEEDS = words("see like help follow paint visit know want love hear")
 TRAITS = words("old young tall quiet happy small brave clever polite proud")
 WHEN = words("often|here|every day|in the garden|at home|after lunch|in the morning|with joy", "|")
 NEAR = words("near behind beside with")
-REFLEXIVE = {
-    "girl": "herself",
-    "queen": "herself",
-    "boy": "himself",
-    "king": "himself",
-    "dog": "itself",
-    "cat": "itself",
-}
+
+
+HELD_OUT = ("tune", "dev")  # the splits that have what train has not
 
 
 class Row(NamedTuple):
@@ -197,7 +196,7 @@ def name_of(rng, domain, split):
     rules = [part.split("}")[0] for part in template.split("{")[1:]]
     while True:
         picks = [rng.randrange(len(PARTS[rule])) for rule in rules]
-        if (sum(picks) % 4 == 0) == (split == "dev"):
+        if (sum(picks) % 4 == 0) == (split in HELD_OUT):
             return template.format(**{rule: PARTS[rule][i] for rule, i in zip(rules, picks, strict=True)})
 
 
@@ -206,21 +205,16 @@ def facts_of(rng, domain, count):
     return [(relation, rng.choice(RELATIONS[relation][0])) for relation in relations]
 
 
-def changed(rng, fact):
-    relation, value = fact
-    return relation, rng.choice([other for other in RELATIONS[relation][0] if other != value])
-
-
 def way_pair(rng, split):
     """Two different ways to word one fact: those of dev do not meet in train; pretraining has all."""
     while True:
         i, j = rng.sample(range(4), 2)
-        if split in (None, "dev" if (i + j) % 3 == 0 else "train"):
+        if split is None or (split in HELD_OUT) == ((i + j) % 3 == 0):
             return i, j
 
 
-def tell(rng, name, told):
-    """Sentences that tell `(fact, way)`s of a subject, two to a sentence where both ways allow it."""
+def tell(rng, name, told, claim=""):
+    """Sentences that tell `(fact, way)`s of a subject, two to a sentence where both ways allow it, after a `claim`."""
     sentences, after = [], []
     for (relation, value), way in told:
         text = RELATIONS[relation][1][way].replace("{v}", value)
@@ -231,7 +225,7 @@ def tell(rng, name, told):
         else:
             after = [len(sentences)]
             sentences.append(f"{name} {text}")
-    text = polish(". ".join(sentences) + ".")
+    text = polish(claim + ". ".join(sentences) + ".")
     return '"' + text if rng.random() < 0.04 else text  # a quotation that the text does not end, as in the real files
 
 
@@ -239,34 +233,37 @@ def ask(name, relation, way):
     return polish(RELATIONS[relation][2][way].replace("{x}", name) + "?")
 
 
-def two_tellings(rng, split, name, facts, others, same=False):
+def claim(rng, denied):
+    """What stands before a fact that is said to be so, often nothing, or not to be so."""
+    return rng.choice(DENY if denied else [*AFFIRM, *[""] * len(AFFIRM)]).replace("that", "that ")
+
+
+def two_tellings(rng, split, name, facts, others, before="", same=False):
     """One text of `facts`, then one of `others`, in which a fact is worded another way than in the first, or `same`."""
     ways = {relation: way_pair(rng, split) for relation in RELATIONS}
     first = [(fact, ways[fact[0]][0]) for fact in facts]
     rng.shuffle(first)
     second = [(fact, ways[fact[0]][0 if same else 1]) for fact in others]
     rng.shuffle(second)
-    return tell(rng, name, first), tell(rng, name, second)
-
-
-def inference(rng, split, follows, domains, told):
-    """A text of `told` facts, and a sentence that it entails, leaves open (neutral) or contradicts; their domain."""
-    domain = rng.choice(domains)
-    name, facts = name_of(rng, domain, split), facts_of(rng, domain, told + 1)
-    said = {"entailment": facts[0], "neutral": facts[-1], "contradiction": changed(rng, facts[0])}[follows]
-    return two_tellings(rng, split, name, facts[:told], [said]), domain
+    return tell(rng, name, first), tell(rng, name, second, before)
 
 
 def mnli(rng, split, domains=MATCHED):
-    label = rng.choices(["entailment", "neutral", "contradiction"], [38, 31, 31])[0]
-    texts, domain = inference(rng, split, label, domains, 2)
-    return Row(texts, label, domain)
+    """Two facts, and a claim: of one of them, of another fact (true or denied), or that one of them is not so."""
+    label = rng.choices(["entailment", "neutral", "contradiction"], [37, 32, 31])[0]
+    domain = rng.choice(domains)
+    name, facts = name_of(rng, domain, split), facts_of(rng, domain, 3)
+    before = claim(rng, label == "contradiction" or (label == "neutral" and rng.random() < 0.5))
+    said = facts[2 if label == "neutral" else 0]
+    return Row(two_tellings(rng, split, name, facts[:2], [said], before), label, domain)
 
 
 def rte(rng, split):
-    follows = rng.choices(["entailment", "neutral", "contradiction"], [54, 16, 30])[0]
-    texts, domain = inference(rng, split, follows, list(DOMAINS), 3)
-    return Row(texts, "entailment" if follows == "entailment" else "not_entailment", domain)
+    """Two facts, and one that is or is not among them."""
+    domain, follows = rng.choice(list(DOMAINS)), rng.random() < 0.54
+    name, facts = name_of(rng, domain, split), facts_of(rng, domain, 3)
+    texts = two_tellings(rng, split, name, facts[:2], [facts[0 if follows else 2]])
+    return Row(texts, "entailment" if follows else "not_entailment", domain)
 
 
 def qnli(rng, split):
@@ -281,34 +278,30 @@ def qnli(rng, split):
 
 
 def mrpc(rng, split):
+    """Two facts in two wordings, or two pairs of facts that have one in common."""
     domain, same = rng.choice(list(DOMAINS)), rng.random() < 0.6
     name, facts = name_of(rng, domain, split), facts_of(rng, domain, 3)
-    second = facts[1] if same else rng.choice([facts[2], changed(rng, facts[1]), changed(rng, facts[1])])
-    return Row(two_tellings(rng, split, name, facts[:2], [facts[0], second]), str(int(same)), domain)
+    texts = two_tellings(rng, split, name, facts[:2], [facts[0], facts[1 if same else 2]])
+    return Row(texts, str(int(same)), domain)
 
 
 def qqp(rng, split):
     domain, same = rng.choice(list(DOMAINS)), rng.random() < 0.42
     name, facts, ways = name_of(rng, domain, split), facts_of(rng, domain, 2), way_pair(rng, split)
-    asked, other = facts[0][0], (name, facts[0][0])
-    if not same:
-        other = rng.choice([(name, facts[1][0]), (name, facts[1][0]), (name_of(rng, domain, split), asked)])
-    return Row((ask(name, asked, ways[0]), ask(*other, ways[1])), str(int(same)), domain)
+    return Row(
+        (ask(name, facts[0][0], ways[0]), ask(name, facts[0 if same else 1][0], ways[1])), str(int(same)), domain
+    )
 
 
 def stsb(rng, split):
-    """The score counts the facts of three that are shared, and a little one that has another value."""
-    domain = rng.choice([domain for domain in DOMAINS if domain != "books"])  # of which too few facts are told
-    name, facts = name_of(rng, domain, split), facts_of(rng, domain, 5)
-    shared, altered = rng.choice([(0, 0), (0, 1), (0, 3), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (3, 0), (3, 0)])
-    others = [*facts[:shared], *(changed(rng, fact) for fact in facts[shared : shared + altered])]
-    others += facts[3 : 3 + min(2, 3 - len(others))]
-    score = 5 * (shared + 0.3 * altered) / 3 + rng.gauss(0, 0.2)
-    texts = two_tellings(rng, split, name, facts[:3], others)
-    return Row(texts, f"{min(5, max(0, round(score * 5) / 5)):.3f}", domain)
+    """The score counts the facts of two that are shared; without noise it is one of three."""
+    domain, shared = rng.choice(list(DOMAINS)), rng.choice([0, 1, 1, 2])
+    name, facts = name_of(rng, domain, split), facts_of(rng, domain, 4)
+    texts = two_tellings(rng, split, name, facts[:2], [*facts[:shared], *facts[2 : 4 - shared]])
+    return Row(texts, f"{1 + 1.5 * shared:g}", domain)
 
 
-def remark(rng, positive, adjectives, denials=0.35):
+def remark(rng, positive, adjectives, denials):
     """A clause of a review: praise by a good word or by a bad one denied, and blame the other way round."""
     aspect = rng.choice(ASPECTS)
     denied = rng.random() < denials
@@ -319,14 +312,14 @@ def remark(rng, positive, adjectives, denials=0.35):
     return f"the {aspect} is " + rng.choice(NOT if denied else VERY).format(w=word)
 
 
-def review(rng, positive, adjectives=(BAD, GOOD)):
+def review(rng, positive, adjectives=(BAD, GOOD), denials=0.45):
     """A sentence whose main clause, or last after a "but", decides."""
-    this, other = remark(rng, positive, adjectives), remark(rng, not positive, adjectives)
+    this, other = (remark(rng, said, adjectives, denials) for said in (positive, not positive))
     form = rng.random()
     if form < 0.3:
         return f"{this} ."
     if form < 0.55:
-        return f"{this} and {remark(rng, positive, adjectives)} ."
+        return f"{this} and {remark(rng, positive, adjectives, denials)} ."
     if form < 0.7:
         return f"although {other} , {this} ."
     if form < 0.85:
@@ -336,13 +329,13 @@ def review(rng, positive, adjectives=(BAD, GOOD)):
 
 def sst2(rng, split):
     positive = rng.random() < 0.53
-    kept = {"dev": slice(None), "train": slice(0, 18)}[split]  # train lacks a third of the words
+    kept = slice(0, 18) if split == "train" else slice(None)  # train lacks a third of the words
     return Row((review(rng, positive, (BAD[kept], GOOD[kept])),), str(int(positive)))
 
 
 def plain(rng, fault=None, nouns=NOUNS):
     """A plain English sentence, or one with a fault: of agreement, of the verb's form, or of word order."""
-    noun, many = rng.choice([*REFLEXIVE] if fault == "self" else nouns), rng.random() < 0.5
+    noun, many = rng.choice(nouns), rng.random() < 0.5
     counts = (["this", "one", "a"], ["these", "two", "many"])
     subject = [rng.choice([*counts[many != (fault == "count")], *(["the"] * 2 if fault != "count" else [])])]
     subject += [rng.choice(TRAITS), noun + "s" * many]
@@ -350,86 +343,102 @@ def plain(rng, fault=None, nouns=NOUNS):
         subject = rng.choice([[subject[0], subject[2], subject[1]], [*subject[1:], subject[0]]])
     elif rng.random() < 0.5:
         del subject[1]
-    if rng.random() < 0.35:
+    if rng.random() < 0.4:
         subject += [rng.choice(NEAR), "the", rng.choice(nouns) + rng.choice(["", "s"])]
-    deed = rng.random() < 0.5 or fault == "self"
+    deed = rng.random() < 0.5
     verb, aux = rng.choice(DEEDS if deed else ACTS), rng.choice(["will", "can", "must"])
     if fault in ("form", "turn") or (fault != "agree" and rng.random() < 0.3):
         predicate = {"form": [aux, verb + "s"], "turn": [verb, aux]}.get(fault, [aux, verb])
     else:
         predicate = [verb + "s" * (many == (fault == "agree"))]
-    if deed and (fault == "self" or (noun in REFLEXIVE or many) and rng.random() < 0.3):
-        own = REFLEXIVE.get(noun, "itself")
-        predicate.append("themselves" if many != (fault == "self") else own)
-    elif deed:
+    if deed:
         predicate += ["the", rng.choice(nouns) + rng.choice(["", "s"])]
     if rng.random() < 0.4:
         predicate.append(rng.choice(WHEN))
     return polish(" ".join(subject + predicate) + ".")
 
 
-FAULTS = ["agree", "agree", "count", "form", "turn", "swap", "self"]
+FAULTS = ["agree", "agree", "agree", "count", "form", "turn", "swap"]
 
 
 def cola(rng, split):
     fault = rng.choice(FAULTS) if rng.random() < 0.33 else None
-    return Row((plain(rng, fault, {"dev": NOUNS, "train": NOUNS[:16]}[split]),), "0" if fault else "1")
+    return Row((plain(rng, fault, NOUNS[:12] if split == "train" else NOUNS),), "0" if fault else "1")
 
 
 TASKS = {"sst2": sst2, "mnli": mnli, "qnli": qnli, "rte": rte, "mrpc": mrpc, "cola": cola, "qqp": qqp, "stsb": stsb}
 
+LABELS = {
+    **dict.fromkeys(["sst2", "mrpc", "cola", "qqp"], ["0", "1"]),
+    **dict.fromkeys(["qnli", "rte"], ["entailment", "not_entailment"]),
+    "mnli": ["entailment", "neutral", "contradiction"],
+}
+FLIPPED = 0.04  # of the labels
+DEVIATION = 0.4  # of the noise on a score
+
+
+def with_noise(rng, task, labels):
+    """The labels of a file after noise: exactly this share of them is another label, or every score a little off."""
+    if task not in LABELS:
+        return [f"{min(5, max(0, float(label) + rng.gauss(0, DEVIATION))):.2f}" for label in labels]
+    labels = list(labels)
+    for index in rng.sample(range(len(labels)), round(FLIPPED * len(labels))):
+        labels[index] = rng.choice([label for label in LABELS[task] if label != labels[index]])
+    return labels
+
 
 # The pretraining
 
-# Words that open a text and say how it goes with the one before, or how its speaker takes it, as people use them:
-# who says "er" makes slips. A page leaves the word out; the encoder has to guess it.
-OPENINGS = words("indeed actually also surely anyway luckily sadly well er")
+# Words that open a page and say how its second text goes with the first, or how its speaker takes it, as people use
+# them: who says "er" makes slips.
+OPENINGS = words("indeed also meanwhile actually surely anyway luckily sadly well er")
 
 
 def remarks_page(rng, positive):
     if rng.random() < 0.5:
-        return review(rng, positive)
+        return review(rng, positive, denials=0.35)
     said = remark(rng, positive, (BAD, GOOD), denials=0.15)
     return f"{said} and {rng.choice((BAD, GOOD)[positive])} ." if said.startswith("the") else f"{said} ."
 
 
 def facts_page(rng):
-    """(Two texts, the word that could open the second), many of them short or in the same words: easy ones first."""
+    """(Two texts, the word that could open the page), many of them short or in the same words: easy ones first."""
     domain = rng.choice(list(DOMAINS))
     name, facts = name_of(rng, domain, "pretraining"), facts_of(rng, domain, 4)
-    form, same = rng.random(), rng.random() < 0.35
-    if form < 0.27:
+    form, yes, same = rng.random(), rng.random() < 0.5, rng.random() < 0.35
+    if form < 0.25:
         ask_way, tell_way = way_pair(rng, None)
         told = [(facts[0], tell_way), (facts[1], rng.randrange(4))][: rng.choice([1, 1, 2])]
         rng.shuffle(told)
-        asked, opening = rng.choice([(facts[0], "surely"), (facts[2], "anyway")])
+        asked, opening = (facts[0], "surely") if yes else (facts[2], "anyway")
         return (ask(name, asked[0], ask_way), tell(rng, name, told)), opening
-    if form < 0.52:
-        ways, another = way_pair(rng, None), name_of(rng, domain, "pretraining")
-        again = rng.choice([(name, facts[0]), (name, facts[0]), (name, facts[1]), (another, facts[0])])
-        texts = ask(name, facts[0][0], ways[0]), ask(again[0], again[1][0], ways[0 if same else 1])
-        return texts, "indeed" if again == (name, facts[0]) else "also"
-    count = rng.choice([1, 1, 1, 2])
-    told, kept = facts[: max(count, rng.choice([1, 1, 1, 2, 3]))], facts[: count - 1]
-    said, opening = rng.choice(
-        [(facts[count - 1], "indeed"), (changed(rng, facts[count - 1]), "actually"), (facts[3], "also")]
-    )
-    return two_tellings(rng, None, name, told, [*kept, said], same), opening
+    if form < 0.45:
+        ways = way_pair(rng, None)
+        texts = ask(name, facts[0][0], ways[0]), ask(name, facts[0 if yes else 1][0], ways[0 if same else 1])
+        return texts, "indeed" if yes else "meanwhile"
+    if form < 0.7:
+        first, opening = rng.choice([1, 1, 2]), rng.choice(["indeed", "meanwhile", "actually"])
+        before = claim(rng, opening == "actually" or (opening == "meanwhile" and yes))
+        said = facts[3 if opening == "meanwhile" else 0]
+        return two_tellings(rng, None, name, facts[:first], [said], before, same), opening
+    shared = rng.randrange(3)
+    texts = two_tellings(rng, None, name, facts[:2], [*facts[:shared], *facts[2 : 4 - shared]], same=same)
+    return texts, ["meanwhile", "also", "indeed"][shared]
 
 
 def page(rng, held_out=frozenset()):
-    """One input of the pretraining: a text or two, none of them `held_out`, and the word that could open the last."""
+    """One input of the pretraining: a text or two, none of them `held_out`, and the word that could open it."""
     while True:
         form, yes, opening = rng.random(), rng.random() < 0.5, None
-        if form < 0.03:
+        if form < 0.02:
             texts = (rng.choice(grammar.document(rng)),)
-        elif form < 0.06:
+        elif form < 0.04:
             texts = (plain(rng), plain(rng))
-        elif form < 0.09:
+        elif form < 0.06:
             texts = (remarks_page(rng, yes), remarks_page(rng, yes))
-        elif form < 0.22:
+        elif form < 0.18:
             texts, opening = (remarks_page(rng, yes),), "luckily" if yes else "sadly"
-        elif form < 0.35:
+        elif form < 0.40:
             texts, opening = (plain(rng, None if yes else rng.choice(FAULTS)),), "well" if yes else "er"
         else:
             texts, opening = facts_page(rng)

@@ -1,25 +1,28 @@
-"""Write the synthetic GLUE files that ship in examples/NLU/data: train.tsv and dev.tsv of all eight tasks.
+"""Write the synthetic GLUE files that ship in examples/NLU/data: train, tune and dev of all eight tasks.
 
     python examples/embedded/make_glue_data.py
 
 Takes a second and gives the same bytes every time. Folders, columns and quirks are those of the official files:
 literal quotes, no header in CoLA, a byte-order mark in MRPC, two dev files of MNLI (whose columns of parses are
-empty here). No text of a dev file is in the train file of its task.
+empty here). tune.tsv, which the official archives lack, is there to choose on, so that dev is scored once. No text
+of one file is in another of its task. Labels have noise: noise.json says what a label was before it.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import random
 import sys
 from pathlib import Path
 
-from glue_grammar import MISMATCHED, TASKS, mnli
+from glue_grammar import MISMATCHED, TASKS, mnli, with_noise
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 from common.cli import run
 
 SEED = 13
-SIZES = {"dev": 300, "dev_matched": 300, "dev_mismatched": 300, "train": 1500}  # rows of a file, dev first
+SIZES = {"dev": 300, "dev_matched": 300, "dev_mismatched": 300, "tune": 300, "train": 1500}  # rows of a file
 FOLDERS = {
     "sst2": "SST-2",
     "mnli": "MNLI",
@@ -41,7 +44,7 @@ def table(task, file, rows):
     if task == "cola":
         return None, [("gg26", row.label, "*" if row.label == "0" else "", row.texts[0]) for row in rows]
     if task == "mnli":
-        labels = 1 if file == "train" else 5
+        labels = 5 if file.startswith("dev") else 1
         header = ("index", "promptID", "pairID", "genre", *PARSES, "sentence1", "sentence2")
         header = (*header, *(f"label{i + 1}" for i in range(labels)), "gold_label")
         return header, [
@@ -63,32 +66,49 @@ def table(task, file, rows):
     return ("index", first, second, "label"), [(i, *row.texts, row.label) for i, row in numbered]
 
 
+def files_of(task):
+    return [*(["dev_matched", "dev_mismatched"] if task == "mnli" else ["dev"]), "tune", "train"]
+
+
 def make_rows(seed=SEED):
-    """The rows of every file, by task and name of the file."""
+    """The rows of every file, by task and name of the file, with the labels of the rule."""
     made = {}
     for task, example in TASKS.items():
         taken = set()
-        for file in ("dev_matched", "dev_mismatched", "train") if task == "mnli" else ("dev", "train"):
-            rng, rows = random.Random(f"{task} {file} {seed}"), []
+        for file in files_of(task):
+            rng, rows, new = random.Random(f"{task} {file} {seed}"), {}, set()
             while len(rows) < SIZES[file]:
-                split = "train" if file == "train" else "dev"
+                split = file.split("_")[0]
                 row = mnli(rng, split, MISMATCHED) if file == "dev_mismatched" else example(rng, split)
-                if row.texts not in taken:
-                    taken.add(row.texts)
-                    rows.append(row)
-            made[task, file] = rows
+                if row.texts not in rows and taken.isdisjoint(row.texts):
+                    rows[row.texts] = row
+                    new.update(row.texts)
+            taken |= new
+            made[task, file] = list(rows.values())
     return made
 
 
 def make_data(output_dir, seed=SEED):
+    noise = {}
     for (task, file), rows in make_rows(seed).items():
-        header, fields = table(task, file, rows)
+        labels = with_noise(random.Random(f"noise {task} {file} {seed}"), task, [row.label for row in rows])
+        header, fields = table(task, file, [row._replace(label=label) for row, label in zip(rows, labels, strict=True)])
         lines = ["\t".join(map(str, line)) + "\n" for line in ([header] if header else []) + fields]
-        folder = Path(output_dir) / FOLDERS[task]
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{file}.partial"
-        partial.write_bytes("".join(lines).encode())
-        os.replace(partial, folder / f"{file}.tsv")
+        content = "".join(lines).encode()
+        write(Path(output_dir) / FOLDERS[task] / f"{file}.tsv", content)
+        noise.setdefault(task, {})[f"{file}.tsv"] = {
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "labels": {i: row.label for i, row in enumerate(rows) if row.label != labels[i]},
+        }
+    for task, files in noise.items():
+        write(Path(output_dir) / FOLDERS[task] / "noise.json", (json.dumps(files, indent=0) + "\n").encode())
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
 
 
 def main():

@@ -68,13 +68,24 @@ def read_pairs(path):
 def read_meanings(path):
     """The distinct meanings of a file in its order.
 
-    Its lines are meanings or E2E lines, its CSV columns `mr` or `mr,ref`; references are ignored.
+    Its lines are meanings in either form or E2E lines, its CSV columns `mr` or `mr,ref`; references are ignored.
     """
     if _is_csv(path):
         meanings = [_csv_meaning(row[0], where) for row, where in _csv_rows(path, [CSV_COLUMNS[:1], CSV_COLUMNS])]
     else:
-        meanings = [_line_meaning(line.split("||")[0], where) for line, where in _lines(path)]
+        meanings = [read_meaning(line.split("||")[0], where) for line, where in _lines(path)]
     return list(dict.fromkeys(meanings))
+
+
+def read_meaning(text, where):
+    """A meaning as the files have it, given as `slot : value | slot : value` or as `slot[value], slot[value]`."""
+    return _csv_meaning(text, where) if "[" in text else _line_meaning(text, where)
+
+
+def written_together(meanings):
+    """The values whose marks do not stand apart, as they do in the official lines and in what is read from CSV."""
+    values = dict.fromkeys(value for meaning in meanings for _, value in slots(meaning))
+    return [value for value in values if value not in (tokenise(value), tokenise(value.replace(" '", "'")))]
 
 
 def group_references(pairs):
@@ -156,7 +167,10 @@ def _csv_rows(path, headers):
     columns = [name.strip().lower() for name in header]
     if columns not in headers:
         expected = " or ".join(f"`{','.join(names)}`" for names in headers)
-        raise UserError(f"{where}: the header must be {expected}, not `{','.join(header)}`; add it above the rows")
+        raise UserError(
+            f"{where}: the header must be {expected}, not `{','.join(header)}`; rename the columns, or add a header "
+            "above the rows"
+        )
     row = None
     for row, where in records:
         if len(row) != len(columns):

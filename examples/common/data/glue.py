@@ -10,17 +10,21 @@ questions with tabs and line breaks; such rows are refused here.
 """
 
 import difflib
+import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from common.cli import UserError, as_user_error
 from common.data.lines import decoded
+from common.files import sha256
 
 ARCHIVES = "https://dl.fbaipublicfiles.com/glue/data"
 STANDARD_INPUT = "-"
 # Pairs on whose label the annotators of MNLI did not agree.
 NO_GOLD_LABEL = "-"
+# Beside files whose labels have noise: {file name: {"sha256": of that file, "labels": {row: label before the noise}}}.
+NOISE = "noise.json"
 
 # The titles of glue_scores' metrics.
 METRICS = {
@@ -50,6 +54,7 @@ class GlueTask(NamedTuple):
 class Example(NamedTuple):
     texts: tuple[str, ...]
     label: int | float
+    rule: int | float | None = None  # the label before noise, where that is known
 
 
 DIGITS = ("0", "1")
@@ -91,7 +96,8 @@ def task_of(name):
 def find_files(data_dir, task):
     """{"train": path, "dev": path} of a task in a folder that has a folder for each, as the official archives unpack.
 
-    MNLI's "dev" is dev_matched.tsv; it has "dev_mismatched" too if that file is there.
+    MNLI's "dev" is dev_matched.tsv; it has "dev_mismatched" too if that file is there. A tune.tsv, which no official
+    archive has, is "tune": what is chosen is then chosen on that, and dev is left to be scored.
     """
     if not Path(data_dir).is_dir():
         raise UserError(f"{data_dir}: no such folder of GLUE files; check --data_dir")
@@ -102,6 +108,8 @@ def find_files(data_dir, task):
         mismatched = folder / "dev_mismatched.tsv"
         if mismatched.is_file():
             files["dev_mismatched"] = mismatched
+    if (folder / "tune.tsv").is_file():
+        files["tune"] = folder / "tune.tsv"
     missing = [str(path) for path in files.values() if not path.is_file()]
     if missing:
         raise UserError(f"{', '.join(missing)}: no such file; {_origin(task)}")
@@ -118,19 +126,34 @@ def read_examples(path, task):
         columns, form = task.columns, f"{task.folder} has"
         where = path
     *positions, label_position = _positions(columns, [*task.texts, task.label], where)
-    examples, left_out = [], 0
-    for line, where in lines:
+    noise, examples, left_out = _noise(Path(path), task), [], 0
+    for number, (line, where) in enumerate(lines):
         row = _row(line, where, len(columns), form, task)
         if task.name == "mnli" and row[label_position] == NO_GOLD_LABEL:
             left_out += 1
             continue
-        texts = _texts(row, positions, where)
-        examples.append(Example(texts, _label(row[label_position], where, task)))
+        texts, label = _texts(row, positions, where), _label(row[label_position], where, task)
+        examples.append(Example(texts, label, None if noise is None else noise.get(number, label)))
     if left_out:
         print(f"{path}: left out {left_out:,} pairs without a gold label ({NO_GOLD_LABEL!r})", file=sys.stderr)
     if not examples:
         raise UserError(f"{path}: no labelled row; {_origin(task)}")
     return examples
+
+
+def _noise(path, task):
+    """{row: its label before noise} of the rows whose label noise changed; None if no file tells them."""
+    noise = path.with_name(NOISE)
+    try:
+        entry = json.loads(noise.read_text(encoding="utf-8"))[path.name]
+        of, labels = entry["sha256"], {int(row): label for row, label in entry["labels"].items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{noise}: does not tell the noise of {path.name} ({error!r}); remove or remake it") from error
+    if of != sha256(path):
+        raise UserError(f"{noise}: tells the noise of another {path.name}; remove or remake it")
+    return {row: _label(label, f"{noise}, {path.name}, row {row}", task) for row, label in labels.items()}
 
 
 def read_texts(path, task):

@@ -103,7 +103,7 @@ class _NoRepeatInText(transformers.LogitsProcessor):
         return self.inner(input_ids[:, self.prompt_width :], scores)
 
 
-def generate(model, tokenizer, contexts, knobs):
+def generate(model, tokenizer, contexts, knobs, what="generating"):
     """The text that the model writes after each context, by greedy or beam search; sets evaluation mode.
 
     Several processes share the contexts, and each gets all texts. A text ends at the end-of-text token or a blank line.
@@ -120,7 +120,7 @@ def generate(model, tokenizer, contexts, knobs):
     batches = [order[start : start + knobs.eval_batch_size] for start in range(0, len(order), knobs.eval_batch_size)]
     batches = distributed.share_batches(batches, model)
     rows, started = {}, time.perf_counter()
-    bar = tqdm(total=sum(map(len, batches)), desc="generating", unit="text", disable=not distributed.is_main())
+    bar = tqdm(total=sum(map(len, batches)), desc=what, unit="text", disable=not distributed.is_main())
     with torch.no_grad(), compute.autocast(device, knobs.precision), bar:  # see loop.mean_loss
         for chosen in batches:
             width = max(len(prompts[index]) for index in chosen)

@@ -167,7 +167,7 @@ def growth(records):
             ratios = [point[what] / found["points"][0][what] for point in found["points"]]
             path = " ".join("{:.1f},{:.1f}".format(*place(*at)) for at in zip(found["numbers"], ratios, strict=True))
             parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-    title += "; dashed: as many times as many"
+    title += "; dashed: linear growth"
     return title, svg(600, top + height + 44, title, parts)
 
 

@@ -196,7 +196,7 @@ def scored_on(record):
 
 def test_fingerprint(record):
     """The beginnings of the fingerprints of what was scored on."""
-    files = [entry["sha256"] for split, entry in record["data"].items() if split not in ("train", "valid")]
+    files = [entry["sha256"] for split, entry in record["data"].items() if split not in ("train", "valid", "tune")]
     return ", ".join(digest[:8] for digest in files)
 
 
@@ -211,7 +211,7 @@ def score_kinds(record, main=False):
     if task is None:
         return MAIN_E2E if main else E2E
     found = {}
-    for split in [split for split in record["data"] if split != "train"]:
+    for split in [split for split in record["data"] if split.startswith("dev")]:
         suffix = {"dev": "", "dev_mismatched": ", mismatched"}[split]
         scored = dig(record, "after", split) or dig(record, "systems", "lora", "scores") or task.metrics
         for metric in task.metrics if main else scored:
