@@ -337,8 +337,9 @@ def test_record_of_a_run(run, gpt2):
     adapter = folder / "adapter.safetensors"
     assert record["bytes"]["checkpoint"] == adapter.stat().st_size
     assert record["checkpoint_sha256"] == {adapter.name: results.sha256(adapter)}
-    assert record["parameters"]["trainable"] == 1024
-    assert record["bytes"]["optimizer"] == 1024 * 2 * 4 + 4 * 4  # two moments each, and a count for each of 4 tensors
+    trained = 2 * 16 * ((32 + 96) + (32 + 32) + (32 + 128) + (128 + 32))  # rank 16 on four matrices of two layers
+    assert record["parameters"]["trainable"] == trained
+    assert record["bytes"]["optimizer"] == trained * 2 * 4 + 16 * 4  # two moments each, and a count for each tensor
     assert record["counts"]["test_meanings"] == 3
     for when in ("before", "after"):
         assert 0 <= record[when]["bleu"] <= 100
