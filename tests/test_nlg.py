@@ -337,8 +337,10 @@ def test_record_of_a_run(run, gpt2):
     adapter = folder / "adapter.safetensors"
     assert record["bytes"]["checkpoint"] == adapter.stat().st_size
     assert record["checkpoint_sha256"] == {adapter.name: results.sha256(adapter)}
-    assert record["parameters"]["trainable"] == 1024
-    assert record["bytes"]["optimizer"] == 1024 * 2 * 4 + 4 * 4  # two moments each, and a count for each of 4 tensors
+    assert record["parameters"]["trainable"] == 16_384
+    assert (
+        record["bytes"]["optimizer"] == 16_384 * 2 * 4 + 4 * 16
+    )  # two moments each, and a count for each of 16 tensors
     assert record["counts"]["test_meanings"] == 3
     for when in ("before", "after"):
         assert 0 <= record[when]["bleu"] <= 100

@@ -160,10 +160,10 @@ def test_costs_are_those_of_the_runs_and_their_ratios(compared):
     folder, _, _ = compared
     costs = read(folder, "comparison.json")["costs"]
     layers, width, vocabulary = 2, 32, 600
-    trained = {"lora": layers * 2 * 2 * 4 * width}
+    trained = {"lora": layers * 16 * 16 * width}  # rank, and ins and outs of four matrices in widths
     trained["full"] = read(folder, "base", "results.json")["parameters"]["total"]
     assert trained["full"] == 2 * vocabulary * width + 256 * width + layers * (12 * width**2 + 13 * width) + 2 * width
-    tensors = {"lora": layers * 2, "full": 3 + layers * 12 + 2}  # the embeddings, the head, the norms
+    tensors = {"lora": layers * 8, "full": 3 + layers * 12 + 2}  # the embeddings, the head, the norms
     files = {"lora": "adapter.safetensors", "full": "model/model.safetensors"}
     for method in ("lora", "full"):
         run = read(folder, method, "results.json")
@@ -256,7 +256,7 @@ def test_both_methods_step_on_the_same_batches_by_turns(gpt2, monkeypatch):
     assert len(pairs) == comparing.WARM_UP + 3
     assert [(one[0], other[0]) for one, other in pairs] == [("full", "lora"), ("lora", "full")] * 3
     assert all(one[1] == other[1] for one, other in pairs)
-    assert {(method, trained) for method, _, trained in taken} == {("lora", 1024), ("full", 72_064)}
+    assert {(method, trained) for method, _, trained in taken} == {("lora", 16_384), ("full", 72_064)}
     # Those of the runs' first epoch, and then again.
     _, tokenizer = causal_lm.load_causal_lm(gpt2, compute.choose_device("cpu"))
     samples = run_training.encode_pairs(run_training.load_data(knobs)[0], tokenizer, 256, "training")
