@@ -160,11 +160,10 @@ def test_costs_are_those_of_the_runs_and_their_ratios(compared):
     folder, _, _ = compared
     costs = read(folder, "comparison.json")["costs"]
     layers, width, vocabulary = 2, 32, 600
-    # Rank 16 on four matrices of a layer, whose sides are 1 + 3, 1 + 1, 1 + 4 and 4 + 1 widths.
-    trained = {"lora": layers * 16 * 16 * width}
+    trained = {"lora": layers * 16 * 16 * width}  # rank, and ins and outs of four matrices in widths
     trained["full"] = read(folder, "base", "results.json")["parameters"]["total"]
     assert trained["full"] == 2 * vocabulary * width + 256 * width + layers * (12 * width**2 + 13 * width) + 2 * width
-    tensors = {"lora": layers * 4 * 2, "full": 3 + layers * 12 + 2}  # the embeddings, the head, the norms
+    tensors = {"lora": layers * 8, "full": 3 + layers * 12 + 2}  # the embeddings, the head, the norms
     files = {"lora": "adapter.safetensors", "full": "model/model.safetensors"}
     for method in ("lora", "full"):
         run = read(folder, method, "results.json")
