@@ -29,7 +29,7 @@ from typing import NamedTuple
 # Read when torch loads: how long its threads spin while they wait (see run_benchmarks.py).
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
-sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "NLU"))  # for run_training_nlu
+sys.path.append(str(Path(__file__).resolve().parents[1] / "NLU"))  # last: NLG has scripts of the same names
 sys.path.insert(2, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
 
 import run_training_nlu
