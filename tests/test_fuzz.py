@@ -703,7 +703,7 @@ def test_data_are_read_or_refused_whatever_marks_and_line_ends(tmp_path, kind, r
         assert ", line" in result or "the file is empty" in result or "no row" in result or "no labelled row" in result
     elif kind != "csv":
         assert len(result) == len(lines)
-        for (texts, label, _), line in zip(result, lines, strict=True):
+        for (texts, label, *_), line in zip(result, lines, strict=True):
             for text in [texts, label] if kind == "lines" else texts:
                 assert text in line.decode() and text == text.strip() != ""
     read(content + random)
