@@ -84,6 +84,24 @@ def test_loss_is_the_cross_entropy_of_the_completions_alone(gpt2):
     assert causal_lm.count_labels(samples) == count
 
 
+def test_logits_are_computed_where_a_text_begins_and_of_any_model_that_cannot_leave_some_out(gpt2):
+    model, tokenizer = load(gpt2)
+    model.eval()
+    batch = causal_lm.collate([causal_lm.encode(tokenizer, "name : A | food : Thai", "A is a pub .")] * 2)
+    widths = []
+    model.lm_head.register_forward_hook(lambda head, inputs, output: widths.append(output.shape[1]))
+    kept = causal_lm.loss_sum(model, batch, 0.0).item()
+
+    class Whole(type(model)):
+        def forward(self, input_ids, attention_mask, use_cache):
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    model.__class__ = Whole
+    assert causal_lm.loss_sum(model, batch, 0.0).item() == pytest.approx(kept, rel=1e-6)
+    labels = (batch["labels"][0] != causal_lm.NO_LABEL).sum()
+    assert widths == [labels + 1, batch["input_ids"].shape[1]]
+
+
 def test_label_smoothing_is_the_papers_formula(gpt2):
     """(1 - s) times the loss of the label and s times the mean loss over the vocabulary."""
     model, tokenizer = load(gpt2)
