@@ -613,6 +613,34 @@ def put(model: nn.Module, adapter_name: str | None, modules: list[nn.Module] | N
             module.merge()
 
 
+@contextlib.contextmanager
+def unchanged_by_an_error(model: nn.Module) -> Iterator[None]:
+    """If the block raises, the adapters of `model` are where they were: the same Parameters, merged or disabled."""
+    before = []
+    for module in all_modules(model):
+        place = vars(module).get("_place")
+        if place is None and not isinstance(module, Adapted):
+            continue
+        by_hand = isinstance(module, Adapted) and module.merged and module._aside is None
+        weight = module._parameters.get("weight") if by_hand else None  # from which the update will be subtracted
+        held = [vars(module), module._parameters, module._buffers, module._modules]
+        if place is not None:
+            held += [vars(place), *map(vars, place.parts.values())]
+        data = None if weight is None else weight.data
+        before.append((module, type(module), weight, data, [(values, {**values}) for values in held]))
+    try:
+        yield
+    except BaseException:
+        for module, cls, weight, data, held in before:
+            module.__class__ = cls
+            if weight is not None:
+                weight.data = data
+            for values, was in held:
+                values.clear()
+                values.update(was)
+        raise
+
+
 def _made_by_hand(modules: Iterable[nn.Module]) -> list[Adapted]:
     return [m for m in modules if isinstance(m, Adapted) and m._place is None and m.has_adapter]
 

@@ -34,6 +34,7 @@ from loralib.adapters import (
     of_base,
     own_tensors,
     put,
+    unchanged_by_an_error,
 )
 from loralib.architectures import base_name, group_spec, resized_embeddings, unwrapped
 from loralib.core import Adapted, is_sharded, quiet_state, whole
@@ -242,6 +243,7 @@ def load_lora(
             infinity. Whatever is raised, the model has not been changed.
     """
     path, model = local_path(os.fspath(path), revision), unwrapped(model)
+    check_one(all_modules(model))
     modules = base_modules(model)
     name = (active_adapter(model) or DEFAULT_NAME) if adapter_name is None else adapter_name
     check_adapter_name(name)
@@ -262,9 +264,8 @@ def load_lora(
         every = all_modules(model)
         check_not_reloaded(every)
         check_not_fsdp1(every)
-        before = active_adapter(model)
-        set_adapter(model, name)
-        try:
+        with unchanged_by_an_error(model):
+            set_adapter(model, name)
             found = _adapted(model)
             layers = _lora_layers(found)
             adapter = _read_for(path, modules, layers, lora_alpha, enable_lora, heads)
@@ -278,9 +279,6 @@ def load_lora(
             if adapter.token_indices != _token_indices(found):
                 misfits.append(f"tokens: {adapter.token_indices} in the file, {_token_indices(found)} in the model")
             _refuse(path, model, _differences(layers, adapter.layers) + misfits)
-        except BaseException:
-            put(model, before)
-            raise
         _add_own(model, modules, own, name)
     for layer_name, layer in layers.items():
         layer.lora_alpha = adapter.layers[layer_name]["lora_alpha"]

@@ -3,6 +3,7 @@
 The oracle is a second model that has only the one adapter. Run alone: `pytest tests/test_adapters.py`.
 """
 
+import contextlib
 import copy
 import io
 import pickle
@@ -13,6 +14,7 @@ import transformers
 from architectures import ARCHITECTURES, BERT, attention
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_model import INDEX, assert_unchanged, small_model, snapshot
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -433,3 +435,52 @@ def test_what_is_shared_and_replaced_reaches_every_adapter(detour):
         assert bool((model.norm.bias == 7).all()) == (name != "biases")
     base = lora.unload(model).norm
     assert base.num_batches_tracked == 0 and not base.running_mean.any() and base.bias[0] == 7
+
+
+def _merge_one(model, stack):
+    model.conv.merge()
+
+
+def _merge_by_hand(model, stack):
+    model.conv.weight.data += model.conv.delta_weight()
+    model.conv.merged = True
+
+
+STATES = {
+    "plain": lambda model, stack: None,
+    "training": lambda model, stack: model.train(),
+    "merged": lambda model, stack: lora.merge_lora_weights(model),
+    "one merged": _merge_one,
+    "merged by hand": _merge_by_hand,
+    "disabled": lambda model, stack: stack.enter_context(lora.disable_adapters(model)),
+    "merged and disabled": lambda model, stack: stack.enter_context(
+        lora.disable_adapters(lora.merge_lora_weights(model))
+    ),
+}
+
+
+@pytest.mark.filterwarnings(r"ignore:state_dict\(\) of:UserWarning")
+@pytest.mark.parametrize("into", ["first", "second"])
+@pytest.mark.parametrize("state", STATES)
+def test_a_refused_load_changes_nothing(state, into, tmp_path):
+    """Into the active adapter or another one, in every state of the model, to the very Parameters."""
+    torch.manual_seed(0)
+    model = small_model()
+    lora.inject_lora(model, target_modules=["embed"], modules_to_save=["head"], adapter_name="first")
+    lora.inject_lora(model, target_modules=["conv", "c_attn"], bias="lora_only", adapter_name="second")
+    randomize(model, 1)
+    lora.save_lora(model, tmp_path / "second")
+    other = small_model()
+    lora.inject_lora(other, r=2, target_modules=["image"])
+    lora.save_lora(other, tmp_path / "other")
+    adapted = model(INDEX)
+    with contextlib.ExitStack() as stack:
+        STATES[state](model, stack)
+        before, wanted = snapshot(model), model(INDEX)
+        with pytest.raises(ValueError, match="nothing was loaded"):
+            lora.load_lora(model, tmp_path / "other", adapter_name=into)
+        assert_unchanged(model, before)
+        assert torch.equal(model(INDEX), wanted)
+    assert (model(INDEX) - adapted).abs().max() < 1e-5
+    lora.load_lora(model, tmp_path / "second", adapter_name="second")
+    assert (model(INDEX) - adapted).abs().max() < 1e-5

@@ -251,12 +251,9 @@ class Oracle:
         self.active, self.disabled = None, False
 
     def shown(self):
-        """The active adapter's tensors that are in the model: while it is disabled, not those beside a head or bias."""
+        """The active adapter's tensors that are in the model: while it is disabled, its heads and biases are not."""
         own = self.own.get(self.active, {})
-        if not self.disabled:
-            return own
-        more = {name.rpartition(".")[0] for name in own if not is_lora(name)}
-        return {name: tensor for name, tensor in own.items() if name.rpartition(".")[0] not in more}
+        return {name: tensor for name, tensor in own.items() if is_lora(name) or not self.disabled}
 
     def state(self):
         return {**self.base, **self.shown()}
@@ -510,8 +507,11 @@ class Adapters(RuleBasedStateMachine):
     @rule(format=st.sampled_from(["loralib", "peft"]))
     def save(self, format):
         path, oracle = self.folder / f"{len(self.files)}", self.oracle
-        lora.save_lora(self.model, path, format=format)
         name = oracle.active
+        differing = format == "peft" and len(set(oracle.scaling[name].values())) > 1
+        told = pytest.warns(UserWarning, match="ranks or alphas differ") if differing else contextlib.nullcontext()
+        with told:
+            lora.save_lora(self.model, path, format=format)
         self.files.append((path, dict(oracle.own[name]), oracle.cases[name], dict(oracle.scaling[name])))
 
     @precondition(lambda self: self.files)
@@ -578,7 +578,4 @@ class Adapters(RuleBasedStateMachine):
 
 
 TestAdapters = Adapters.TestCase
-# Slow for now: what Hypothesis tries follows the constants of all modules, and new ones have led it to three sequences
-# that fail (a scaling of 0, a refused load, a change of dtype while disabled), not mended yet.
-TestAdapters = pytest.mark.slow(TestAdapters)
 TestAdapters.settings = examples(40, stateful_step_count=15)

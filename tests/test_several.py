@@ -403,8 +403,9 @@ def test_half_precision_and_autocast():
 # Sums.
 
 
-def test_a_sum_is_the_sum_of_the_updates():
+def test_a_sum_is_the_sum_of_the_updates(tmp_path):
     model = two()
+    lora.save_lora(model, tmp_path / "adapter")
     layers = {}
     for name in "ab":
         lora.set_adapter(model, name)
@@ -420,6 +421,8 @@ def test_a_sum_is_the_sum_of_the_updates():
         lambda: model.state_dict(),
         lambda: lora.adapters_per_row(model, NAMES).__enter__(),
         lambda: lora.inject_lora(model, target_modules=["0"], adapter_name="c"),
+        lambda: lora.load_lora(model, tmp_path / "adapter", adapter_name="a"),
+        lambda: lora.load_lora(model, tmp_path / "adapter", adapter_name="c"),
     ):
         with pytest.raises(ValueError, match="the model computes with the sum of 'a' and 'b'"):
             call()
