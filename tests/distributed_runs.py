@@ -11,6 +11,7 @@ import sys
 import nlu_models  # noqa: F401 (puts the folders of the scripts into the path)
 import run_training
 import run_training_nlu
+from common import cli
 from common.training import compute, distributed, loop
 
 SCRIPTS = {"nlg": run_training.train_model, "nlu": run_training_nlu.train_model}
@@ -35,7 +36,7 @@ def broken_off(train_model, knobs, steps):
         loop.optimizer_step = step
 
 
-if __name__ == "__main__":
+def main():
     with open(sys.argv[1], encoding="utf-8") as file:
         runs = json.load(file)
     stop, distributed.stop = distributed.stop, lambda: None  # once joined, for all runs
@@ -46,3 +47,7 @@ if __name__ == "__main__":
             broken_off(SCRIPTS[script], knobs, steps)
         SCRIPTS[script](**knobs, resume=steps is not None)
     stop()
+
+
+if __name__ == "__main__":
+    cli.run(main)

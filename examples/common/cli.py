@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import os
 import signal
 import subprocess
 import sys
@@ -34,20 +35,29 @@ def run(main):
     Where nobody reads the output any more, with 141 and without a word.
     """
     with stopping.ended_by_its_reader():
+        status = 0
         try:
             with stopping.terminable():
                 main()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            status = 2
         except stopping.Stopped as stop:
             if str(stop):
                 print(f"\n{stop}", file=sys.stderr)
-            sys.exit(128 + stop.signum)
+            status = 128 + stop.signum
         except KeyboardInterrupt:
             # Files are written beside their target and then moved, so what exists is whole.
             print("\ninterrupted; no file was left half-written", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
+            status = 128 + signal.SIGINT
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
+            # fully_shard keeps gloo's threads alive to the end. One that still holds a tensor of the last exchange when
+            # Python is being taken down aborts the process (pytorch pull request 179291), after all was well.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        if status:
+            sys.exit(status)
 
 
 def call(words, **options):

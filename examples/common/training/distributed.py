@@ -34,11 +34,7 @@ def start(device):
 
 
 def stop():
-    """Leave the other processes, once all are done.
-
-    fully_shard keeps gloo's threads alive to the end; one that still held a tensor of the last exchange would abort it
-    (pytorch pull request 179291). While this waits at the barrier, they let go.
-    """
+    """Leave the other processes, once all are done."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
