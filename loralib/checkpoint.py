@@ -100,9 +100,9 @@ def save_lora(
 
     Args:
         model: a model with LoRA layers, in any state.
-        path: the file to write; an earlier one stays whole until the new one is complete. For PEFT a folder, made if it
-            does not exist; its files are replaced in the same way, the configuration last. A README.md is written only
-            if there is none.
+        path: the file to write; an earlier one stays whole until the new one is complete. For PEFT a folder; its files
+            are replaced in the same way, the configuration last. A README.md is written only if there is none. Folders
+            that do not exist are made.
         bias, modules_to_save: what to save besides the adapter and the heads and biases that it got from
             `inject_lora`, as given to `mark_only_lora_as_trainable`.
         format: "loralib"; "peft" for a folder that `peft.PeftModel.from_pretrained` reads; or "diffusers" for a file

@@ -79,7 +79,6 @@ def write_diffusers(
     named = {dot + name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     text = json.dumps({dot + key: value for key, value in config.items()})
     file = diffusers_file(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, to_bytes(named, {_CONFIG_KEY: text}))
 
 

@@ -62,9 +62,10 @@ class Adapter:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is either the earlier one or the whole new one at every moment."""
+    """Write a file that is either the earlier one or the whole new one at every moment; make its folder."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:  # safetensors' own save_file would make it readable to its owner alone
             file.write(content)
             file.flush()

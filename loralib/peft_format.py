@@ -103,7 +103,6 @@ def write_peft(
             f"scale {', '.join(others[:8])} wrongly; save with single_rank=True for them",
             stacklevel=4,
         )
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS, to_bytes(tensors, {"format": "pt"}))
     if not (folder / CARD).exists():
         write_atomically(folder / CARD, model_card(adapter.base_model).encode())

@@ -464,3 +464,16 @@ def test_an_adapter_without_its_head_in_a_model_without_adapters(tmp_path):
     head = model.head.weight
     assert lora.load_lora(model, path, heads=False) == TARGETS
     assert model.head.weight is head and not head.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("format", "name"), [("loralib", "a.safetensors"), ("peft", "adapter"), ("diffusers", "b.safetensors")]
+)
+def test_folders_that_do_not_exist_are_made(format, name, tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8))
+    lora.inject_lora(model, r=2, target_modules=["0"])
+    lora.save_lora(model, tmp_path / "runs" / "today" / name, format=format)
+    assert lora.load_lora(nn.Sequential(nn.Linear(8, 8)), tmp_path / "runs" / "today" / name) == ["0"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        lora.save_lora(model, tmp_path / "file" / name, format=format)

@@ -75,7 +75,11 @@ def knob(default, reason, choices=None):
 
 def parse_knobs(knobs_class, description, arguments=None, presets=None):
     """The knobs from the command line: every field of the dataclass is an option of its name and type."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",  # all of them are listed below the description
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     kinds = typing.get_type_hints(knobs_class)
     for field in dataclasses.fields(knobs_class):
         kind = kinds[field.name]
