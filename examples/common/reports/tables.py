@@ -360,12 +360,17 @@ def bases(folder):
     return rows
 
 
+def _if_measured(name, script, rows, folder):
+    """What `rows` makes of the record `name`, or the command that makes the record."""
+    if not (folder / f"{name}.json").is_file():
+        command = f"python examples/benchmarks/{script} --record {name}"
+        return {"": ["measured"], "---": ["---"], "all": [f"not yet: `{command}`"]}
+    return rows(read(name, folder))
+
+
 def base_dtypes(folder):
     """A row for each dtype of a base: its bytes, and the time and peak memory of a step."""
-    if not (folder / f"{BENCHMARK_BASE}.json").is_file():
-        command = f"python examples/benchmarks/base_dtypes.py --record {BENCHMARK_BASE}"
-        return {"": ["time and peak memory"], "---": ["---"], "all bases": [f"not measured: `{command}`"]}
-    return base_rows(read(BENCHMARK_BASE, folder))
+    return _if_measured(BENCHMARK_BASE, "base_dtypes.py", base_rows, folder)
 
 
 def base_rows(record):
@@ -385,10 +390,7 @@ def base_rows(record):
 
 def against_peft(folder):
     """A row for each case that is measured beside PEFT."""
-    if not (folder / f"{BENCHMARK_PEFT}.json").is_file():
-        command = f"python examples/benchmarks/against_peft.py --record {BENCHMARK_PEFT}"
-        return {"": ["time and peak memory"], "---": ["---"], "all cases": [f"not measured: `{command}`"]}
-    return against_peft_rows(read(BENCHMARK_PEFT, folder))
+    return _if_measured(BENCHMARK_PEFT, "against_peft.py", against_peft_rows, folder)
 
 
 def against_peft_rows(record):
@@ -415,10 +417,7 @@ def _peak_ratio(case):
 
 def growth(folder):
     """A row for each axis along which a model grows."""
-    if not (folder / f"{BENCHMARK_GROWTH}.json").is_file():
-        command = f"python examples/benchmarks/growth.py --record {BENCHMARK_GROWTH}"
-        return {"": ["growth"], "---": ["---"], "all axes": [f"not measured: `{command}`"]}
-    return growth_rows(read(BENCHMARK_GROWTH, folder))
+    return _if_measured(BENCHMARK_GROWTH, "growth.py", growth_rows, folder)
 
 
 def growth_rows(record):
@@ -437,10 +436,7 @@ def growth_rows(record):
 
 def extraction(folder):
     """A row for the base, for each rank of an extracted adapter, and for the full fine-tune."""
-    if not (folder / f"{EXTRACTION}.json").is_file():
-        command = f"python examples/benchmarks/extraction.py --record {EXTRACTION}"
-        return {"": ["score"], "---": ["---:"], "all ranks": [f"not measured: `{command}`"]}
-    return extraction_rows(read(EXTRACTION, folder))
+    return _if_measured(EXTRACTION, "extraction.py", extraction_rows, folder)
 
 
 def extraction_rows(record):
@@ -517,10 +513,7 @@ def _outcome_cells(outcome):
 
 def adapters_per_row(folder):
     """A row for each batch of mixed adapters that is measured beside PEFT."""
-    if not (folder / f"{BENCHMARK_ROWS}.json").is_file():
-        command = f"python examples/benchmarks/adapters_per_row.py --record {BENCHMARK_ROWS}"
-        return {"": ["time and error"], "---": ["---"], "all batches": [f"not measured: `{command}`"]}
-    return adapters_per_row_rows(read(BENCHMARK_ROWS, folder))
+    return _if_measured(BENCHMARK_ROWS, "adapters_per_row.py", adapters_per_row_rows, folder)
 
 
 def adapters_per_row_rows(record):
