@@ -84,7 +84,7 @@ def save_lora(
     metadata: dict[str, str] | None = None,
     base_model: str | os.PathLike | None = None,
 ) -> None:
-    """Write the active adapter of `model` and its configuration to one safetensors file, or to a folder for PEFT.
+    """Write the active adapter of `model` and its configuration to one file, or in the form of PEFT or diffusers.
 
     If `fully_shard` shards the model, every process has to call this: the first one writes, the others wait for it.
     Otherwise one process is enough.

@@ -88,7 +88,7 @@ def inject_lora(
     target_parameters: Sequence[str] | None = None,
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
 ) -> list[str]:
-    """Put LoRA into layers of `model` in place, freeze everything else, and return the names of these layers.
+    """Put LoRA into layers of `model`, freeze the rest but a classifier's head, and return the names of these layers.
 
     Every module remains the same object, with its Parameters, hooks and attributes. An adapted module gets `lora_A`,
     `lora_B` and a class that computes with them, so checkpoints of the base still load. Adapters of a half-precision

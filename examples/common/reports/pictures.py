@@ -110,8 +110,8 @@ def quality(records, synthetic=False):
                 parts += _bar(left, y, scale * kind.factor, bar, COLOURS[name], row, key, kind)
             y += bar
         y += 12
-    what = "the models and data that ship here (SYNTHETIC)" if synthetic else "models and data from outside"
-    title = f"What each method reached on {what}; whiskers are 95 % of resamples of the test set"
+    what = "the models and data that ship here (SYNTHETIC)" if synthetic else "real models and data"
+    title = f"The best runs on {what}; a whisker is the 95 % interval over resamples of the test set"
     return title, svg(540, height + 24, title, parts)
 
 

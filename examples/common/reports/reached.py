@@ -64,9 +64,12 @@ def rows_of(records, members):
 
 
 def best_of(rows):
-    """{method: its best row}: of the most seeds, then of the least validation loss or, on GLUE, the highest score."""
+    """{method: its best row}: of the most seeds, with an interval, of the least validation loss or the highest score.
+
+    What has an interval on GLUE is of a trial, in which all methods have the same number of steps.
+    """
     best = {}
-    for row in sorted(rows, key=lambda row: (row.seeds, row.rank)):
+    for row in sorted(rows, key=lambda row: (row.seeds, bool(row.intervals), row.rank)):
         best[row.method] = row
     return best
 

@@ -132,13 +132,19 @@ def serving(folder):
     benchmark = read(MULTI_TASK, folder)
     one, each = (benchmark["served"][method] for method in ("lora", "full"))
     sizes = benchmark["bytes"]
+    peaks = [system["peak_memory_bytes"] for system in (one, each)]
+    rates = [system["texts_per_second"] for system in (one, each)]
+    before = peaks[0]["before_loading"] / 1e6
     pairs = {
         "files, bytes (with the base)": (sizes["lora"] + sizes["base"], sizes["full"], ","),
         "tensors in memory, bytes": (one["tensor_bytes"], each["tensor_bytes"], ","),
-        "peak of the process, bytes": (one["peak_memory_bytes"]["process"], each["peak_memory_bytes"]["process"], ","),
+        f"peak of the process, bytes ({before:.0f} million before a model is loaded)": (
+            *(peak["process"] for peak in peaks),
+            ",",
+        ),
         "switch to another task, ms": (1e3 * one["seconds"]["switch"], 1e3 * each["seconds"]["switch"], ".3f"),
-        "texts a second, tasks in turns": (*(s["texts_per_second"]["in turns"] for s in (one, each)), ".0f"),
-        "texts a second, task after task": (*(s["texts_per_second"]["task after task"] for s in (one, each)), ".0f"),
+        "texts a second, one batch of each task in turn": (*(rate["in turns"] for rate in rates), ".0f"),
+        "texts a second, task after task": (*(rate["task after task"] for rate in rates), ".0f"),
     }
     rows = {"": [f"one base, {len(benchmark['tasks'])} adapters", "a model each"], "---": ["---:", "---:"]}
     cells = {title: [f"{left:{form}}", f"{right:{form}}"] for title, (left, right, form) in pairs.items()}
@@ -193,11 +199,12 @@ def why(folder):
     cases = {level: list(found.values()) for level, found in record["levels"].items()}
     on_gpu, experts, nf4 = list(cuda["levels"]["steps"].values()), peft["cases"]["experts"], peft["cases"]["nf4"]
     mixed = [cell for cell in several["cells"] if cell["rows"] > 1]
+    sizes = " and ".join(str(size) for size in sorted({cell["rows"] for cell in mixed}))
     convolved = _times(cases["convolutions"])
     found = [
         (f"training step, {len(cases['steps'])} cases on a CPU: time", "Steps", _times(cases["steps"])),
         ("the same: peak memory of the process", "Steps", _peaks(cases["steps"])),
-        (f"training step, {len(on_gpu)} cases on a GPU (version 0.2): time", "On a GPU", _times(on_gpu)),
+        (f"training step, {len(on_gpu)} cases on a GPU (version 0.2.0): time", "On a GPU", _times(on_gpu)),
         ("the same: peak memory of tensors", "On a GPU", _peaks(on_gpu)),
         ("training step on a 4-bit base: time", "A 4-bit base", {"peft": [nf4["ratio"]["median"]]}),
         ("training step of 8 fused experts: time", "Fused experts", {"peft": [experts["ratio"]["median"]]}),
@@ -206,12 +213,13 @@ def why(folder):
         *(
             (title, "Several adapters in one batch", {"peft": [cell[what]["ratio"]["median"] for cell in mixed]})
             for title, what in (
-                ("several adapters in one batch: time of a token within `generate`", "tokens"),
-                ("the same: time of one call", "text"),
+                (f"{sizes} rows with an adapter for each row: time of a token within `generate`", "tokens"),
+                ("the same: time of one forward over whole texts", "text"),
+                ("the same: time of one forward over one more token", "token"),
             )
         ),
         ("inject, merge, save, load, switch on a CPU: time", "Operations", _times(cases["operations"])),
-        ("the same on a GPU (version 0.2)", "On a GPU", _times(list(cuda["levels"]["operations"].values()))),
+        ("the same on a GPU (version 0.2.0)", "On a GPU", _times(list(cuda["levels"]["operations"].values()))),
         (f"one convolution on a CPU, {len(cases['convolutions'])} cases: time", "Convolutions", convolved),
         (
             "the same, with PEFT at the rank of our update (r times the side of the kernel)",
@@ -219,7 +227,7 @@ def why(folder):
             {"peft": convolved.get("peft_same_rank", [])},
         ),
     ]
-    rows = {"": ["beside PEFT", "beside loralib 0.1.2", "measured in"], "---": ["---:", "---:", "---"]}
+    rows = {"": ["this library / PEFT", "this library / loralib 0.1.2", "measured in"], "---": ["---:", "---:", "---"]}
     for title, heading, ratios in found:
         link = f"[{heading}]({DETAILED}#{heading.lower().replace(' ', '-')})"
         if any(ratios.values()):
@@ -283,9 +291,11 @@ def _beside(cases):
 
 
 def bars(folder):
-    """A row for each aim of the benchmark: this library through a rival, at most so much; met ones of convolutions
-    are left out."""
-    rows = {"": ["through", "median of the ratios [quartiles]", "aim", "met"], "---": ["---", "---:", "---:", "---"]}
+    """A row for each aim of the benchmark: this library divided by a rival; met ones of convolutions are left out."""
+    rows = {
+        "": ["divided by", "median of the ratios [quartiles]", "aim, at most", "met"],
+        "---": ["---", "---:", "---:", "---"],
+    }
     for bar in read(BENCHMARK, folder)["bars"]:
         if bar["case"].startswith("Conv") and bar["met"]:
             continue
@@ -299,14 +309,14 @@ def bars(folder):
 
 
 def steps(folder):
-    """A row for each work and system: a training step through that of the frozen model, in time and all else."""
+    """A row for each work and system: a training step divided by that of the frozen model, in time and all else."""
     rows = {
         "": [
             "time",
-            "share of the products with A and B",
-            "saved for the backward",
+            "time of the products with A and B, share",
+            "bytes saved for the backward",
             "peak memory",
-            "operations",
+            "aten operators",
             "FLOPs",
         ]
     }
@@ -326,7 +336,7 @@ def steps(folder):
 
 
 def steps_cuda(folder):
-    """A row for each work on a GPU: a training step's time and peak of memory, through those of others."""
+    """A row for each work on a GPU: a training step's time and peak of memory, divided by those of others."""
     through = [("ours", "peft"), ("ours", "floor"), ("peft", "floor"), ("full", "floor")]
     peaks = [("ours", "peft"), ("floor", "peft"), ("full", "floor")]
     titles = [" / ".join(SYSTEMS[name] for name in pair) for pair in through + peaks]
@@ -471,9 +481,9 @@ def regret_rows(record):
     runs = {(run["targets"], run["r"]): run["losses"] for run in record["long"]}
     seen = [lines for lines, _ in runs[None, None]]
     middle, last = seen[len(seen) // 2 - 1], seen[-1]
-    whats = ("best rate", "through that of all", "loss")
+    whats = ("best rate", "divided by that of full fine-tuning", "loss")
     titles = [f"{what}, batches of {size}" for size in (small, large) for what in whats]
-    titles += ["loss more with the larger", f"long run: loss after {middle:,}, {last:,} lines"]
+    titles += [f"loss at {large} minus loss at {small}", f"long run: loss after {middle:,}, {last:,} lines"]
     rows = {"": ["trained", *titles], "---": ["---:"] * (len(titles) + 1)}
     for targets, r in dict.fromkeys(key[:2] for key in curves):
         one, other = (curves[targets, r, size] for size in (small, large))
