@@ -1,6 +1,7 @@
 """The tables of figures in the documents, made from examples/results/*.json alone, and tables as text."""
 
 import json
+import statistics
 
 from common.data import glue
 from common.reports import reached, reading
@@ -155,24 +156,49 @@ def serving(folder):
 
 
 def official_glue(folder):
-    """A row for each task, base and choice of layers: mean and deviation over seeds, at each method's best rate."""
-    methods = {"head": "head alone", "lora": "LoRA", "full": "all parameters"}
-    rows = {"": ["metric", "majority", *methods.values(), "learning rates, in this order", "seeds", "result file"]}
-    rows["---"] = ["---"] + ["---:"] * 6 + ["---"]
+    """A row for each task and base: mean and deviation over seeds, at each method's best rate, of as many epochs."""
+    titles = ["metric", "majority", "head alone", "LoRA, query and value", "LoRA, all linear layers", "all parameters"]
+    rows = {"": [*titles, "learning rates, in this order", "epochs", "result files"]}
+    rows["---"] = ["---"] + ["---:"] * 7 + ["---"]
     records = reading.read_folder(folder)
     names = [name for name in reached.best_trials(records) if not reading.is_synthetic(records[name])]
     for name in sorted(names, key=lambda name: reading.place(records[name])):
         record, settings = records[name], records[name]["configuration"]
-        title = f"{reading.task_title(record)}, {settings['model']}, {reading.targets_title(settings)}"
+        title = f"{reading.task_title(record)}, {settings['model']}"
         if title in rows:
             continue  # a better trial of the same is there
+        metric, majority, head, lora, full = _trial(record)
+        lrs = [f"{record['systems'][method]['lr']:g}" for method in ("head", "lora", "full")]
+        runs = _seeds_of_query_and_value(records, record)
+        scores = [records[run]["after"]["dev"][record["metric"]] for run in runs]
         rows[title] = [
-            *_trial(record),
-            ", ".join(f"{record['systems'][method]['lr']:g}" for method in methods),
-            str(settings["seeds"]),
-            _link(name),
+            *(metric, majority, head, _mean(_of_seeds(scores)) if runs else "-", lora, full),
+            ", ".join([lrs[0], *{f"{records[run]['configuration']['lr']:g}" for run in runs}, *lrs[1:]]),
+            str(settings["num_epochs"]),
+            ", ".join(map(_link, [name, *runs])),
         ]
     return rows
+
+
+def _seeds_of_query_and_value(records, trial):
+    """Names of the runs of LoRA on query and value like those of a trial: the rate with all of its seeds."""
+    alike = (
+        "model",
+        "data_dir",
+        "num_epochs",
+        "max_steps",
+        "batch_size",
+        "lora_dim",
+        "lora_alpha",
+        "max_train_samples",
+    )
+    found = {}
+    for name, run in reading.runs_of(records).items():
+        settings, wanted = run["configuration"], trial["configuration"]
+        same = run["task"] == f"glue {reading.glue_task(trial).name}" and run["adapt"] == "lora"
+        if same and settings["target_modules"] is None and all(settings[key] == wanted[key] for key in alike):
+            found.setdefault(settings["lr"], []).append(name)
+    return max(found.values(), key=len, default=[])
 
 
 def accounting(folder):
@@ -601,6 +627,13 @@ def _link(name):
 
 def _trained(parameters):
     return f"{parameters['trainable']:,} ({parameters['trainable'] / parameters['total']:.2%})"
+
+
+def _of_seeds(values):
+    return {
+        "mean": statistics.fmean(values),
+        "deviation": statistics.stdev(values) if len(values) > 1 else None,
+    }
 
 
 def _mean(score):
