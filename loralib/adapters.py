@@ -9,9 +9,11 @@ active adapter's stand in for. Switching exchanges entries of `_parameters` and 
 
 import contextlib
 import copy
+import functools
 import sys
 import types
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -31,7 +33,6 @@ _OWN_PREFIXES = (*LORA_NAMES, "lora_rows_")
 # What a model that was given adapters knows: by adapter and module the shapes of the base's tensors; and whether its
 # embeddings were resized since.
 PARTS, RESIZED = "_lora_parts", "_lora_resized"
-SHARED_BASE = "_lora_shared"  # an attribute of Parameters that several models have
 # The name of a Hugging Face model whose base is another one by now, as an adapter was merged into it.
 MERGED = "_lora_merged"
 
@@ -616,29 +617,31 @@ def put(model: nn.Module, adapter_name: str | None, modules: list[nn.Module] | N
 @contextlib.contextmanager
 def unchanged_by_an_error(model: nn.Module) -> Iterator[None]:
     """If the block raises, the adapters of `model` are where they were: the same Parameters, merged or disabled."""
-    before = []
+    undone: list[Callable[[], object]] = []
+    for parameter in model.parameters():
+        undone.append(functools.partial(parameter.requires_grad_, parameter.requires_grad))
     for module in all_modules(model):
+        undone.append(functools.partial(setattr, module, "__class__", type(module)))
         place = vars(module).get("_place")
-        if place is None and not isinstance(module, Adapted):
-            continue
-        by_hand = isinstance(module, Adapted) and module.merged and module._aside is None
-        weight = module._parameters.get("weight") if by_hand else None  # from which the update will be subtracted
-        held = [vars(module), module._parameters, module._buffers, module._modules]
-        if place is not None:
-            held += [vars(place), *map(vars, place.parts.values())]
-        data = None if weight is None else weight.data
-        before.append((module, type(module), weight, data, [(values, {**values}) for values in held]))
+        owners = [module] if place is None else [module, place, *place.parts.values()]
+        held: list[Any] = [vars(owner) for owner in owners]
+        # And what is changed in place: Parameters, hooks, parts, the list that recurrent layers compute with.
+        held += [each for of in held for each in of.values() if type(each) in (dict, OrderedDict, list)]
+        undone += [functools.partial(_refill, values, copy.copy(values)) for values in held]
+        weight = module._parameters.get("weight")
+        if weight is not None and isinstance(module, Adapted) and module.merged and module._aside is None:
+            undone.append(functools.partial(setattr, weight, "data", weight.data))  # by hand: it will be subtracted
     try:
         yield
     except BaseException:
-        for module, cls, weight, data, held in before:
-            module.__class__ = cls
-            if weight is not None:
-                weight.data = data
-            for values, was in held:
-                values.clear()
-                values.update(was)
+        for undo in undone:
+            undo()
         raise
+
+
+def _refill(values: Any, before: Any) -> None:
+    values.clear()
+    (values.extend if isinstance(values, list) else values.update)(before)
 
 
 def _made_by_hand(modules: Iterable[nn.Module]) -> list[Adapted]:

@@ -458,13 +458,25 @@ def drawn_anew(model: nn.Module) -> list[str]:
     model; every further load draws other ones."""
     found: list[str] = []
     for path, each in pretrained_models(model).items():
-        owners: dict[bool, dict[str, None]] = {True: {}, False: {}}  # of what was loaded, and of what was drawn
+        loaded, drawn = False, dict[str, None]()
         for name, module in base_modules(each).items():
             for tensor in own_tensors(module).values():
                 if isinstance(tensor, nn.Parameter) and not is_quantized(module):
-                    owners[getattr(tensor, "_is_hf_initialized", False)][f"{path}.{name}".strip(".")] = None
-        found += owners[False] if owners[True] else []
+                    marked = getattr(tensor, _BY_TRANSFORMERS, False)
+                    loaded = loaded or marked
+                    # A copy, and what somebody has put in since, have no mark either; but nothing was drawn into them.
+                    if not marked and getattr(module, _BY_TRANSFORMERS, False) and _is_written(tensor):
+                        drawn[f"{path}.{name}".strip(".")] = None
+        found += drawn if loaded else []
     return found
+
+
+# Its mark of a Parameter that was loaded, and of a module that is loaded or drawn.
+_BY_TRANSFORMERS = "_is_hf_initialized"
+
+
+def _is_written(tensor: nn.Parameter) -> bool:
+    return not tensor.is_inference() and tensor._version > 0
 
 
 def base_name(model: nn.Module) -> str | None:

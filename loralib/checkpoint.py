@@ -49,7 +49,7 @@ from loralib.formats import (
     whole_checkpoint,
     write_native,
 )
-from loralib.hub import local_path
+from loralib.hub import UPSTREAM_SUFFIXES, local_path
 from loralib.inject import (
     BIAS_MODES,
     STATISTICS,
@@ -70,8 +70,6 @@ from loralib.utils import _join, match_modules_to_save
 from loralib.wrappers import prefix_of_wrappers, under_names_of, without_compiled
 
 __all__ = ["load_lora", "read_metadata", "save_lora"]
-
-UPSTREAM_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def save_lora(
@@ -248,23 +246,23 @@ def load_lora(
     name = (active_adapter(model) or DEFAULT_NAME) if adapter_name is None else adapter_name
     check_adapter_name(name)
     check_intact(model, [name, active_adapter(model)])
-    if name not in adapter_names(model):
-        check_whole(model)
-        adapter = _read_for(path, modules, {}, lora_alpha, enable_lora, heads)
-        plans, problems = _plan(modules, adapter, merge_weights)
-        shapes: dict[str, dict] = {}
-        for plan in plans.values():
-            shapes.setdefault(plan.path, {}).update(plan.shapes)
-        own, misfits = _fit(modules, shapes, adapter, False)
-        check_not_offloaded({name: modules[name] for name in own})
-        _refuse(path, model, problems + misfits)
-        put_adapter(model, name, plans, own, _untied(modules, own, adapter))
-        layers = _lora_layers(_adapted(model))
-    else:
-        every = all_modules(model)
-        check_not_reloaded(every)
-        check_not_fsdp1(every)
-        with unchanged_by_an_error(model):
+    with unchanged_by_an_error(model):
+        if name not in adapter_names(model):
+            check_whole(model)
+            adapter = _read_for(path, modules, {}, lora_alpha, enable_lora, heads)
+            plans, problems = _plan(modules, adapter, merge_weights)
+            shapes: dict[str, dict] = {}
+            for plan in plans.values():
+                shapes.setdefault(plan.path, {}).update(plan.shapes)
+            own, misfits = _fit(modules, shapes, adapter, False)
+            check_not_offloaded({name: modules[name] for name in own})
+            _refuse(path, model, problems + misfits)
+            put_adapter(model, name, plans, own, _untied(modules, own, adapter))
+            layers = _lora_layers(_adapted(model))
+        else:
+            every = all_modules(model)
+            check_not_reloaded(every)
+            check_not_fsdp1(every)
             set_adapter(model, name)
             found = _adapted(model)
             layers = _lora_layers(found)
@@ -279,19 +277,19 @@ def load_lora(
             if adapter.token_indices != _token_indices(found):
                 misfits.append(f"tokens: {adapter.token_indices} in the file, {_token_indices(found)} in the model")
             _refuse(path, model, _differences(layers, adapter.layers) + misfits)
-        _add_own(model, modules, own, name)
-    for layer_name, layer in layers.items():
-        layer.lora_alpha = adapter.layers[layer_name]["lora_alpha"]
-        layer.scaling = adapter.layers[layer_name]["scaling"]
-    if any_sharded(model):  # fully_shard shards again then, what a forward has left whole
-        with quiet_state():
-            model.state_dict()
-    targets = _adapter_tensors(_adapted(model))
-    _write(modules, own, targets, adapter.tensors)
-    for part in (*active_parts(modules).values(), *targets.values()):
-        for tensor in part.values():
-            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
-                tensor.requires_grad_(trainable)
+            _add_own(model, modules, own, name)
+        for layer_name, layer in layers.items():
+            layer.lora_alpha = adapter.layers[layer_name]["lora_alpha"]
+            layer.scaling = adapter.layers[layer_name]["scaling"]
+        if any_sharded(model):  # fully_shard shards again then, what a forward has left whole
+            with quiet_state():
+                model.state_dict()
+        targets = _adapter_tensors(_adapted(model))
+        _write(modules, own, targets, adapter.tensors)
+        for part in (*active_parts(modules).values(), *targets.values()):
+            for tensor in part.values():
+                if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+                    tensor.requires_grad_(trainable)
     return LayerNames(layers)
 
 
@@ -591,7 +589,7 @@ def _untied(modules: dict[str, nn.Module], own: dict[str, frozenset[str]], adapt
     differing = [
         group
         for group in groups.values()
-        if not all(torch.equal(t, next(iter(group.values()))) for t in group.values())
+        if len(group) > 1 and not all(torch.equal(t, next(iter(group.values()))) for t in group.values())
     ]
     return sorted(name for group in differing for name in group)
 

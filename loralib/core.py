@@ -34,6 +34,7 @@ PUBLIC: dict[tuple[type, type], Any] = {}
 IN_PLACE: list[Callable[[Any], dict]] = []
 # What gives each row of a batch an adapter of its own: `loralib.several.adapters_per_row`.
 per_row: list[Callable] = []
+SHARED_BASE = "_lora_shared"  # an attribute of Parameters that several models have
 # Plain, because mypy does not take a class of modules for hashable.
 _cached: Any = functools.cache
 _Layer = TypeVar("_Layer", bound="InPlace")
@@ -396,7 +397,11 @@ class Adapted(InPlace):
     def _subtract(self, weight: Tensor) -> None:
         with torch.no_grad():
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            weight.data = (weight.to(dtype) - self.delta_weight()).to(weight.dtype)
+            base = (weight.to(dtype) - self.delta_weight()).to(weight.dtype)
+        if hasattr(weight, SHARED_BASE):
+            self._parameters["weight"] = nn.Parameter(base, weight.requires_grad)
+        else:
+            weight.data = base
 
     def _made_from(self, base: Tensor) -> tuple:
         tensors = base, self._tensor("lora_A"), self._tensor("lora_B")

@@ -8,7 +8,7 @@ from loralib.diffusers_format import FILE
 from loralib.peft_format import CONFIG, OLD_WEIGHTS, WEIGHTS
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+UPSTREAM_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _FILES = [CONFIG, WEIGHTS, OLD_WEIGHTS, FILE]
 
 
@@ -21,7 +21,7 @@ def local_path(path: str, revision: str | None) -> Path:
         ValueError: there is a `revision`, which `path` cannot have.
     """
     here = Path(path)
-    if here.exists() or not _REPOSITORY.fullmatch(path) or here.suffix in _SUFFIXES:
+    if here.exists() or not _REPOSITORY.fullmatch(path) or here.suffix in (".safetensors", *UPSTREAM_SUFFIXES):
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for an adapter on the Hub ('user/name'), which {path} is not")
         return here

@@ -110,7 +110,7 @@ class Matrix(Adapted):
         A: Any = self._parameters.get("lora_A")
         B: Any = self._parameters.get("lora_B")
         # Tensors of torch.func may be stacked and x not, nested ones have no shape, compilers fuse by themselves.
-        plain = type(A) is nn.Parameter and B is not None and isinstance(x, Tensor) and not x.is_nested
+        plain = type(A) is type(B) is nn.Parameter and isinstance(x, Tensor) and not x.is_nested
         if not plain or self._product is None or torch.compiler.is_compiling() or isinstance(self.scaling, Tensor):
             return super()._adapted_forward(x, weight)
         # Nobody else has the base's output yet, so the update is added in place, by the very product. In two axes: with
@@ -127,7 +127,7 @@ class Matrix(Adapted):
             # In the output's dtype: rounding the small matrices is cheaper than a wide copy of x.
             narrow, A, B = (tensor.to(result.dtype) for tensor in (narrow, A, B))
         result.addmm_(F.linear(narrow, A), self._full_B(B).T, alpha=self.scaling)
-        return result if x.dim() == 2 else result.view(*x.shape[:-1], -1)
+        return result if x.dim() == 2 else result.view(*x.shape[:-1], result.shape[-1])
 
     def _lora_forward(self, x: Tensor) -> Tensor:
         # The scaling sits on the narrow product rather than in torch.add(alpha=), whose alpha inductor drops when it
@@ -141,6 +141,8 @@ class Matrix(Adapted):
         return delta.T if self.fan_in_fan_out else delta
 
     def _add_delta(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        if isinstance(self.scaling, Tensor):
+            return super()._add_delta(weight, A, B)
         B = self._full_B(B)
         factors = (A.T, B.T) if self.fan_in_fan_out else (B, A)
         return torch.addmm(weight, *factors, alpha=self.scaling)
@@ -627,7 +629,7 @@ class Kernel(Adapted):
         return (B @ A).view(self._tensor("weight").shape)
 
     def _add_delta(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        if not weight.is_contiguous():  # which the sum stays as
+        if not weight.is_contiguous() or isinstance(self.scaling, Tensor):  # which the sum stays as
             return super()._add_delta(weight, A, B)
         # In one pass over the weight, which is what takes the time.
         return torch.addmm(weight.view(B.shape[0], A.shape[1]), B, A, alpha=self.scaling).view(weight.shape)

@@ -84,10 +84,10 @@ def _saving(cls: Any) -> Callable:
                 "lora.set_adapter",
                 stacklevel=2,
             )
-        also = _trained_beside(self)
+        also, bias = _trained_beside(self)
         if also:
             warnings.warn(f"{', '.join(also[:8])}: trained, and goes with the adapter, whole", stacklevel=2)
-        _, adapter, layers, modules = gather(self, modules_to_save=also or None, state=state_dict)
+        _, adapter, layers, modules = gather(self, bias, also or None, state_dict)
         adapter.base_model = base_name(self)
         there = Path(adapter.base_model or "")
         is_base = adapter.base_model is not None and there.is_dir() and folder.is_dir() and there.samefile(folder)
@@ -148,8 +148,15 @@ def _loading(cls: Any) -> Callable:
                 f"the checkpoint is of another adapter than {type(self).__name__} has; nothing was loaded. Give it the"
             )
             raise ValueError("\n  ".join([f"{what} ranks, alphas, layers and heads of that training:", *problems[:8]]))
+        frozen = {name for name, p in self.named_parameters() if not p.requires_grad} - set(ours.values())
+        alone = bool(frozen) and not frozen & state.keys()
         with quiet_state():
-            alone = bool(self.state_dict().keys() - state.keys())
+            unexpected = sorted(state.keys() - self.state_dict().keys()) if strict and alone else []
+        if unexpected:
+            raise RuntimeError(
+                f"{', '.join(unexpected[:8])}: in the checkpoint, and not in {type(self).__name__}; nothing was "
+                "loaded. Load it into the model that it was saved from, or with strict=False"
+            )
         result = cls.load_state_dict(self, state, strict and not alone, assign)
         if alone:  # the base is not meant to be there
             result.missing_keys.clear()
@@ -158,15 +165,28 @@ def _loading(cls: Any) -> Callable:
     return load_state_dict
 
 
-def _trained_beside(model: Any) -> list[str]:
-    """The modules that have Parameters which somebody has unfrozen, beside those of the adapter."""
+def _trained_beside(model: Any) -> tuple[list[str], str]:
+    """The modules that have Parameters which somebody has unfrozen, beside those of the adapter; and the `bias` that
+    takes those of adapted layers."""
     modules = base_modules(model)
-    parts = active_parts(modules)
-    return [
-        name
-        for name, module in modules.items()
-        if any(tensor.requires_grad for key, tensor in own_tensors(module).items() if key not in parts.get(name, {}))
-    ]
+    parts, layers = active_parts(modules), lora_layers(model)
+    also, bias = [], "none"
+    for name, module in modules.items():
+        tensors = {key: t for key, t in own_tensors(module).items() if key not in parts.get(name, {})}
+        trained = [key for key, tensor in tensors.items() if tensor.requires_grad]
+        inside = [layer for layer in layers if layer.startswith(f"{name}." if name else "")]
+        if trained == ["bias"] and name in layers:
+            bias = "lora_only"
+        elif trained and inside:
+            where = name or f"the {type(model).__name__} itself"
+            raise ValueError(
+                f"{', '.join(trained)} of {where}: trained, but cannot be saved with the adapter, as the module also "
+                f"holds adapted layers ({inside[0]}); freeze it, or save with torch.save(model.state_dict(), path). "
+                "Nothing was written"
+            )
+        elif trained:
+            also.append(name)
+    return also, bias
 
 
 def _for_trainer(adapter: Adapter, state: dict[str, Tensor] | None) -> dict[str, Tensor]:

@@ -17,8 +17,7 @@ from loralib.adapters import (
     places,
 )
 from loralib.architectures import unwrapped
-from loralib.core import Adapted
-from loralib.inject import STATISTICS
+from loralib.core import SHARED_BASE, Adapted
 from loralib.quantized import is_quantized
 from loralib.utils import unload
 
@@ -79,7 +78,6 @@ def _shared(modules: list[nn.Module]) -> dict[int, Any]:
     own: set[int] = set()
     for module in modules:
         kept += module._parameters.values()
-        kept += [buffer for key, buffer in module._buffers.items() if key not in STATISTICS]
         place = vars(module).get("_place")
         if place is not None:
             kept += place.replaced.values()
@@ -90,8 +88,13 @@ def _shared(modules: list[nn.Module]) -> dict[int, Any]:
             own.update(map(id, module.adapter_tensors().values()))
         if is_quantized(module):  # what belongs to the weight stands in other attributes
             kept += [value for key, value in vars(module).items() if not key.startswith("_")]
+            kept += module._buffers.values()
     trained = {id(tensor) for module in modules for tensor in module._parameters.values() if _trains(tensor)}
-    return {id(value): value for value in kept if value is not None and id(value) not in own | trained}
+    shared = {id(value): value for value in kept if value is not None and id(value) not in own | trained}
+    for value in shared.values():
+        if isinstance(value, nn.Parameter):
+            setattr(value, SHARED_BASE, True)
+    return shared
 
 
 def _trains(tensor: Any) -> bool:

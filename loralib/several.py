@@ -36,7 +36,6 @@ from torch import Tensor, nn
 from loralib import core
 from loralib.adapters import (
     LORA_NAMES,
-    SHARED_BASE,
     Place,
     _places,
     adapter_names,
@@ -52,7 +51,7 @@ from loralib.adapters import (
     put,
 )
 from loralib.architectures import is_read_from_outside, unwrapped
-from loralib.core import Adapted, InPlace
+from loralib.core import SHARED_BASE, Adapted, InPlace
 from loralib.layers import Groups, Kernel, Matrix, Table
 from loralib.quantized import is_quantized
 
@@ -107,12 +106,14 @@ class Block:
 class Layout(NamedTuple):
     """How the rows of a batch lie in what a module is given and gives, tensor by tensor: the axis, SHARED or OTHER.
 
-    And how much of that axis is of one row: so many, or TOKENS, as many as the input has.
+    And how much of that axis is of one row: so many, or TOKENS, as many as the input has. One that may be another the
+    next time, though the model is called in the same way, is not certain.
     """
 
     given: tuple
     output: tuple
     sizes: tuple = ()
+    certain: bool = True
 
 
 SHARED, OTHER = "shared", "other"  # the same for any rows; no tensor
@@ -140,7 +141,7 @@ class Work:
         self.classes: dict[nn.Module, Any] = {}  # outside of the block
         self.tensors: list[Tensor] | None = None
         self.scalings: list[float] = []
-        self.norms: list[float] = []
+        self.norms: list[tuple[float, float]] = []
 
     @property
     def place(self) -> Place:
@@ -158,7 +159,8 @@ class Work:
 
     def is_open(self) -> bool:
         """Whether that has still to be tried."""
-        return self.layout() is None and self.block.given not in self.place.tried
+        layout = self.layout()
+        return (layout is None or not layout.certain) and self.block.given not in self.place.tried
 
     def axis(self, leaf: int, x: Tensor) -> int | None:
         """The axis of `x`, the input of that number, that has the rows of the batch; None if it is the same for all."""
@@ -167,7 +169,7 @@ class Work:
             return None
         layout, whole = self.layout(), block.entered or compiling
         if layout is None and (compiling or not whole or block.given in self.place.tried):
-            layout = next(iter(self.place.layouts.values()), None)
+            layout = next((each for (given, _), each in self.place.layouts.items() if _agree(given, block.given)), None)
         if layout is None or leaf >= len(layout.given):
             raise ValueError(
                 f"{self.path} was not called, or otherwise, when it was tried which rows of its input are whose; call "
@@ -219,9 +221,14 @@ def _note_norms(works: list[Work]) -> None:
     """Note what tells of writes through `.data`, which leave no trace, since an earlier block."""
     tensors = [tensor.detach().float() for work in works for tensor in work.own_tensors()]
     if tensors and not any(tensor.is_meta for tensor in tensors):
-        norms = iter(torch.stack([x.to(tensors[0].device) for x in torch._foreach_norm(tensors)]).tolist())
+        device = tensors[0].device
+        # Signs and places change no norm, but a sum with weights that differ.
+        weights = {x.device: torch.linspace(1, 2, max(map(torch.numel, tensors)), device=x.device) for x in tensors}
+        sums = [x.flatten() @ weights[x.device][: x.numel()] for x in tensors]
+        noted = torch.stack([x.to(device) for x in (*torch._foreach_norm(tensors), *sums)]).tolist()
+        pairs = iter(zip(noted, noted[len(tensors) :], strict=False))
         for work in works:
-            work.norms = list(itertools.islice(norms, len(work.own_tensors())))
+            work.norms = list(itertools.islice(pairs, len(work.own_tensors())))
 
 
 _INSTEAD = "run the rows of each adapter by themselves, with lora.set_adapter"
@@ -458,7 +465,7 @@ def _computing(cls: Any, way: str) -> Any:
             return output
         if way == "parts":
             return _by_parts(work, self, args, kwargs)
-        return _WAYS[way](work, cls.forward, self, *args, **kwargs)
+        return _WAYS[way](work, cls.forward, self, *args, *kwargs.values())  # `input`, by whatever name
 
     return types.new_class(cls.__name__, (Several, cls), exec_body=lambda body: body.update(_members(cls, forward)))
 
@@ -549,7 +556,17 @@ def _computes_anew(module: nn.Module) -> bool:
 
 
 def _flag(value: Any) -> Any:
-    return value if isinstance(value, (bool, str)) else None
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_flag, value))
+    if isinstance(value, dict):
+        return tuple((key, _flag(each)) for key, each in value.items())
+    return value if isinstance(value, (bool, int, float, str)) else None
+
+
+def _agree(*ways: tuple) -> bool:
+    """Whether two ways of calling a model differ in no flag, but at most in the tensors that are given."""
+    one, other = ({key: flag for key, flag in way if flag is not None} for way in ways)
+    return one == other
 
 
 def _main_shape(model: Any, args: tuple, kwargs: dict) -> torch.Size:
@@ -597,7 +614,8 @@ def _try_rows(block: Block, model: Any, forward: Any, args: tuple, kwargs: dict,
                 forward(model, *own, **named)
             seen.append(block.recorder.calls)
     except Exception as error:
-        if all(work.place.layouts for work in open_):  # a cache that cannot be taken apart, after the first token
+        known = [[given for given, _ in work.place.layouts if _agree(given, block.given)] for work in open_]
+        if all(known):  # a cache that cannot be taken apart, after the first token
             for work in open_:
                 work.place.tried |= {block.given}
             return
@@ -616,11 +634,12 @@ def _try_rows(block: Block, model: Any, forward: Any, args: tuple, kwargs: dict,
             continue
         sizes = tuple(size if size is None else size // beams for size in layout.sizes)
         shape, tokens = block.shape, _tokens(block.shape)
+        certain = layout.certain and (len(shape) > 2 or {*sizes} <= {None, 1, tokens})  # not if padding is taken out
         # So it is for any length, but not for images, which have more windows if they are larger.
         if any_length := tokens > 1 and len(shape) < 3 and {*sizes} <= {None, 1, tokens}:
             sizes = tuple(TOKENS if size == tokens else size for size in sizes)
         call = block.given, None if any_length else shape
-        work.place.layouts = {**work.place.layouts, call: layout._replace(sizes=sizes)}
+        work.place.layouts = {**work.place.layouts, call: layout._replace(sizes=sizes, certain=certain)}
 
 
 def _taken(leaf: Any, rows: Any, size: int) -> Any:
@@ -637,13 +656,14 @@ def _layout(work: Work, seen: list[list], rows: int) -> Layout | None:
     first, reverse, whole = seen
     if not any(seen):
         return None
-    found = set()
+    found, certain = set(), True
     for calls in zip(first, reverse, whole, strict=False):
         given, output = [
             [_kind(*leaves, rows) for leaves in zip(*each, strict=False)] for each in zip(*calls, strict=True)
         ]
         sizes = [x.shape[axis] if isinstance(axis, int) else None for axis, x in zip(given, calls[0][0], strict=False)]
         found.add(Layout(tuple(given), tuple(output), tuple(sizes)))
+        certain = certain and all(_tells(kind, x, rows) for kind, x in zip(given, calls[2][0], strict=False))
     layout = found.pop() if len(found) == 1 and len(first) == len(reverse) == len(whole) else Layout((None,), (None,))
     given, output = ([kind for kind in kinds if kind != OTHER] for kinds in layout[:2])
     # Of what is the same for all, what is computed gets a first axis for the rows: there has to be room for it.
@@ -656,7 +676,16 @@ def _layout(work: Work, seen: list[list], rows: int) -> Layout | None:
             f"{work.path} is given {of or 'no tensor'} for a batch of {rows} rows, and which of it is whose cannot be "
             f"told; {_INSTEAD}"
         )
-    return layout
+    return layout._replace(certain=certain)
+
+
+def _tells(kind: Any, x: Any, rows: int) -> bool:
+    """Whether the rows of a tensor differ, or there is one place only where they can be."""
+    if not isinstance(kind, int):
+        return True
+    there = _rows_of(x, kind, rows)
+    one_place = there.shape[1] == 1 and (x.dim() < 2 or x.shape[1 - kind] % rows != 0)
+    return one_place or not _close(there, there[:1].expand_as(there))
 
 
 def _kind(first: Any, reverse: Any, whole: Any, rows: int) -> Any:
@@ -666,10 +695,19 @@ def _kind(first: Any, reverse: Any, whole: Any, rows: int) -> Any:
         size = first.shape[axis]
         if whole.shape == reverse.shape and whole.shape[axis] == rows * size:
             there, back = _rows_of(whole, axis, rows), _rows_of(reverse, axis, rows)
-            if _close(there[0], first.movedim(axis, 0)) and _close(there.flip(0), back):
+            if _is_row(there[0], first.movedim(axis, 0), there) and _is_row(there.flip(0), back, there):
                 return axis
     same = first.shape == reverse.shape == whole.shape
     return SHARED if same and _close(whole, first) and _close(whole, reverse) else None
+
+
+def _is_row(one: Tensor, other: Tensor, rows: Tensor) -> bool:
+    """Whether two are close, and closer than `rows` are to each other."""
+    if not _close(one, other) or not one.is_floating_point():
+        return _close(one, other)
+    one, other, rows = (torch.nan_to_num(x.float()) for x in (one, other, rows))
+    spread = (rows - rows.mean(0)).norm() / len(rows) ** 0.5
+    return bool(spread <= 1e-5 * one.norm() or (one - other).norm() <= spread * (one.numel() / rows[0].numel()) ** 0.5)
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
@@ -753,8 +791,11 @@ def adapters_per_row(model: nn.Module, adapter_names: Sequence[str | None | Sequ
     Heads, biases and statistics of the adapters are used, too, if their shapes agree. The first call runs the model
     three more times, on its first row, all rows and all in reverse, to find out how the rows of the batch lie in the
     input of each layer (windows of an image, flattened tokens); that is remembered for calls with the same arguments
-    and flags. Nothing is merged inside the block. Gradients reach the tensors of each adapter, which
-    `model.parameters()` does not list there. One model must not be used by several threads: see `share_base`.
+    and flags. Two things are not noticed: a model that orders rows by their data (by length, say) and gets them in
+    that order at first, and `torch.utils.checkpoint` by hand with `use_reentrant=True`.
+
+    Nothing is merged inside the block. Gradients reach the tensors of each adapter, which `model.parameters()` does not
+    list there. One model must not be used by several threads: see `share_base`.
 
     Args:
         model: a model with adapters; called as a whole, or by a part of it that is a Hugging Face model.

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from loralib.adapters import (
     PARTS,
     RESIZED,
-    SHARED_BASE,
     active_parts,
     all_modules,
     base_modules,
@@ -27,7 +26,7 @@ from loralib.adapters import (
     put,
 )
 from loralib.architectures import find_query_and_value, note_merged
-from loralib.core import Adapted, LoRALayer, quiet_state, whole
+from loralib.core import SHARED_BASE, Adapted, LoRALayer, quiet_state, whole
 from loralib.inject import check_bias_mode, inject_lora, match_names
 from loralib.quantized import allow_packing, count, dequantized, is_quantized, make_float, merges, tells
 from loralib.reloaded import check_not_reloaded

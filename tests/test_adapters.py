@@ -484,3 +484,46 @@ def test_a_refused_load_changes_nothing(state, into, tmp_path):
     assert (model(INDEX) - adapted).abs().max() < 1e-5
     lora.load_lora(model, tmp_path / "second", adapter_name="second")
     assert (model(INDEX) - adapted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["second"]}, {"bias": "all"}], ids=str)
+@pytest.mark.parametrize("disabled", [False, True])
+def test_a_refused_load_leaves_recurrent_layers_what_they_compute_with(disabled, options, tmp_path):
+    """They keep their weights in a list, too."""
+    model = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.LSTM(4, 4)})
+    for seed, name in enumerate(("a", "b")):
+        lora.inject_lora(model, r=2, target_modules=["first"], adapter_name=name, **options)
+        randomize(model, seed)
+    lora.set_adapter(model, "a")
+    x = torch.randn(3, 2, 4)
+    with lora.disable_adapters(model) if disabled else contextlib.nullcontext():
+        wanted, weights = model.second(x)[0], list(map(id, model.second._flat_weights))
+        for name in "ab":
+            with pytest.raises(FileNotFoundError):
+                lora.load_lora(model, tmp_path / "nowhere.safetensors", adapter_name=name)
+            assert torch.equal(model.second(x)[0], wanted)
+            assert list(map(id, model.second._flat_weights)) == weights
+
+
+def test_a_load_that_runs_out_of_memory_changes_nothing(tmp_path, monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    lora.inject_lora(model, r=2, target_modules=["0", "1"])
+    lora.save_lora(model, tmp_path / "adapter")
+    randomize(model, 0)
+    x, add, parts = torch.ones(1, 4), lora.inject.add_part, []
+    before, wanted = snapshot(model), model(x)
+
+    def add_part(*arguments, **options):
+        parts.append(arguments)
+        if len(parts) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return add(*arguments, **options)
+
+    monkeypatch.setattr(lora.inject, "add_part", add_part)
+    with pytest.raises(torch.OutOfMemoryError):
+        lora.load_lora(model, tmp_path / "adapter", adapter_name="new")
+    assert_unchanged(model, before)
+    assert torch.equal(model(x), wanted)
+    monkeypatch.undo()
+    lora.load_lora(model, tmp_path / "adapter", adapter_name="new")
+    assert lora.list_adapters(model) == ["default", "new"]

@@ -477,3 +477,13 @@ def test_folders_that_do_not_exist_are_made(format, name, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         lora.save_lora(model, tmp_path / "file" / name, format=format)
+
+
+def test_a_number_that_is_not_one_is_told_once(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8))
+    lora.inject_lora(model, r=2, target_modules=["0"])
+    nn.init.constant_(model[0].lora_B, float("nan"))
+    lora.save_lora(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="0.lora_B: NaN or infinity in the file") as caught:
+        lora.load_lora(model, tmp_path / "adapter")
+    assert str(caught.value).count("\n") == 1

@@ -734,3 +734,41 @@ def test_wide_convolutions_of_few_places_take_the_narrow_branch():
     wide, slim = lora.Conv2d(512, 512, 7, r=8, padding=3, device="meta"), lora.Conv2d(32, 32, 7, r=8, padding=3)
     assert wide._narrow_is_cheaper(torch.empty(4, 512, 8, 8, device="meta"))
     assert not slim._narrow_is_cheaper(torch.empty(4, 32, 32, 32))
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("mode", ["train", "eval", "merged"])
+@pytest.mark.parametrize("make", [lambda: lora.Linear(6, 4, r=2), lambda: lora.Conv2d(6, 4, 3, r=2, padding=1)])
+def test_a_scaling_that_is_a_tensor(make, mode, shape):
+    """In every state; it trains where the adapter does."""
+    layer = randomize(make()).double()
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64) if layer.weight.dim() == 4 else torch.randn(2, 6).double()
+    update = layer.delta_weight() / layer.scaling
+    layer.scaling = torch.tensor(0.7, dtype=torch.float64).reshape(shape).requires_grad_(mode == "train")
+    weight = layer.weight.detach() + 0.7 * update
+    wanted = F.conv2d(x, weight, layer.bias, padding=1) if x.dim() == 4 else F.linear(x, weight, layer.bias)
+    lora.merge_lora_weights(layer) if mode == "merged" else layer.train(mode == "train")
+    out = layer(x)
+    assert_close(out, wanted)
+    if mode == "train":
+        out.square().sum().backward()
+        assert layer.scaling.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (0, 5, 6), (2, 0, 6)])
+def test_a_batch_without_rows(shape):
+    layer = lora.Linear(6, 9, r=2)
+    x = torch.zeros(shape, requires_grad=True)
+    out = layer(x)
+    assert out.shape == (*shape[:-1], 9)
+    out.sum().backward()
+    assert x.grad.shape == shape
+
+
+def test_vmap_over_B_alone():
+    layer = randomize(lora.Linear(6, 9, r=2))
+    x, Bs = torch.randn(4, 6), torch.randn(3, 9, 2)
+    with torch.no_grad():
+        got = torch.vmap(lambda B: functional_call(layer, {"lora_B": B}, (x,)))(Bs)
+        for B, each in zip(Bs, got, strict=True):
+            torch.testing.assert_close(each, functional_call(layer, {"lora_B": B}, (x,)))

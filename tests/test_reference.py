@@ -114,3 +114,44 @@ def test_statistics_of_a_model_without_adapters_are_copied():
     before, reference = copy.deepcopy(model).eval(), lora.reference_model(model)
     model.train()(x)
     assert torch.equal(reference(x), before(x))
+
+
+@pytest.mark.parametrize("of", ["model", "reference"])
+def test_merging_for_good_changes_the_one_alone(of):
+    model = adapted()
+    reference = lora.reference_model(model)
+    expected = reference(INDEX)
+    one, other = (model, reference) if of == "model" else (reference, model)
+    lora.merge_and_unload(one)
+    assert torch.equal(other(INDEX), expected)
+
+
+def test_buffers_that_training_changes_are_copied():
+    class Average(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("average", torch.zeros(8))
+
+        def forward(self, x):
+            if self.training:
+                self.average.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+            return x - self.average
+
+    model = nn.Sequential(Average(), nn.Linear(8, 8))
+    lora.inject_lora(model, r=2, target_modules=["1"])
+    reference, x = lora.reference_model(model), torch.randn(2, 8)
+    expected = reference(x)
+    model.train()(x + 3)
+    assert torch.equal(reference(x), expected)
+
+
+@pytest.mark.parametrize("make", [lora.share_base, lora.reference_model])
+def test_a_layer_merged_by_hand_is_unmerged_for_the_copy_alone(make):
+    model = nn.Sequential(lora.Linear(8, 8, r=2))
+    randomize(model)
+    model[0].weight.data += model[0].delta_weight()
+    model[0].merged = True
+    x = torch.randn(2, 8)
+    expected = model(x)
+    make(model).train()
+    assert torch.equal(model(x), expected)

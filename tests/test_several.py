@@ -699,3 +699,83 @@ def test_every_architecture():
     print(f"{sum(result == 'right' for result in found.values())} right")
     print("\n".join(f"{kind} {name}: {result}" for (kind, name), result in wrong.items()))
     assert {kind for kind, _ in wrong} <= {"perceiver"} and all(each.startswith("refused") for each in wrong.values())
+
+
+class Ways(nn.Module):
+    """Calls a layer in ways that lay the rows of a batch otherwise: as they are, time first, flattened time first."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x, way=0, options=None, lengths=None):
+        assert lengths is None or len(lengths) == len(x)
+        way = options["way"] if options else way
+        if way == 2:
+            return self.a(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (x.shape[1], -1)).transpose(0, 1)
+        if way == 3:
+            return self.a(x.flip(0)).flip(0)
+        return self.a(input=x.transpose(0, way)).transpose(0, way)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "refused"),
+    {
+        "a number": ((X, 0), (X, 1), False),
+        "a number within": ((X, 0, {"way": 0}), (X, 0, {"way": 1}), False),
+        "rows that are all alike": ((0 * X, 2), (X, 2), True),
+        "a large offset": ((1e4 + X, 3), (1e4 + X, 3), True),
+        "a trial that fails": ((X, 0), (X, 1, None, [4] * 4), True),
+    }.values(),
+)
+def test_what_was_tried_for_one_call_is_not_taken_for_another(first, second, refused):
+    model = with_adapters(Ways(), ["a"])
+    with torch.no_grad(), lora.adapters_per_row(model, NAMES):
+        if refused:
+            with pytest.raises(ValueError, match="which (rows|of it) (are|is) whose"):
+                model(*first)
+                model(*second)
+            return
+        model(*first)
+        got = model(*second)
+    close(got, torch.stack(alone(model, lambda i: model.a(X[i]))))
+
+
+def test_rows_of_padded_texts_are_found_anew_in_each_call():
+    """Padding is taken out before the layer: as many tokens in all, but not for each row."""
+
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x):
+            there = x[..., 0] > -5
+            return torch.zeros_like(x).masked_scatter(there[..., None], self.a(x[there]))
+
+    model = with_adapters(Packed(), ["a"])
+
+    def texts(*lengths):
+        x = torch.randn(4, 6, 8)
+        for row, length in zip(x, lengths, strict=True):
+            row[length:, 0] = -10
+        return x
+
+    with torch.no_grad(), lora.adapters_per_row(model, NAMES):
+        x = texts(3, 3, 3, 3)
+        got = model(x)
+        with pytest.raises(ValueError, match="which of it is whose"):
+            model(texts(2, 4, 3, 3))
+    close(got, torch.stack(alone(model, lambda i: model(x[i : i + 1])[0])))
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.neg_, lambda B: B.copy_(B.flip(0).clone())])
+def test_writes_through_data_that_keep_the_norm_are_seen(change):
+    model = with_adapters(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), ["0"])
+    with torch.no_grad(), lora.adapters_per_row(model, NAMES):
+        model(X)
+    lora.set_adapter(model, "a")
+    change(model[0].lora_B.data)
+    wanted = torch.stack(alone(model, lambda i: model(X[i])))
+    with torch.no_grad(), lora.adapters_per_row(model, NAMES):
+        close(model(X), wanted)

@@ -24,6 +24,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, RobertaConfig
 
 import loralib as lora
+from loralib.formats import SCALINGS
 
 sys.path.append(str(ROOT / "examples" / "benchmarks"))
 import integrations_trainer as runs  # noqa: E402
@@ -476,3 +477,94 @@ def test_pushing_pushes_the_adapter(base, monkeypatch):
     )
     model.push_to_hub("u/n")
     assert pushed["r"] == 4
+
+
+def _copy_a_layer(model):
+    layers = model.roberta.encoder.layer
+    layers.append(copy.deepcopy(layers[-1]))
+
+
+def _another_table(model):
+    table = model.roberta.embeddings.word_embeddings
+    table.weight = nn.Parameter(table.weight.data.clone())
+
+
+def _another_matrix(model):
+    dense = model.roberta.encoder.layer[0].output.dense
+    model.roberta.encoder.layer[0].output.dense = nn.Linear(dense.in_features, dense.out_features)
+
+
+def _assigned(model):
+    model.roberta.load_state_dict(model.roberta.state_dict(), assign=True)
+
+
+@pytest.mark.parametrize("change", [_copy_a_layer, _another_table, _another_matrix, _assigned])
+def test_what_a_user_puts_into_a_loaded_model_was_not_drawn_by_transformers(change, base):
+    """Only the head and the layers of LoRA train."""
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    change(model)
+    lora.inject_lora(model, r=2)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name or name.startswith("classifier.") for name in trained), trained
+
+
+def test_a_whole_checkpoint_is_loaded_strictly(base, tmp_path):
+    """One tensor of the base that is missing does not make it a checkpoint of the adapter alone."""
+    model = draw(classifier(base))
+    scalings = torch.tensor([layer.scaling for layer in _layers(model)], dtype=torch.float64)
+    state = {**model.state_dict(), SCALINGS: scalings}
+    fresh = classifier(base)
+    assert fresh.load_state_dict(state, strict=True).missing_keys == []
+    assert torch.equal(fresh.eval()(IDS).logits, model(IDS).logits)
+    state["bogus"] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match="bogus"):
+        classifier(base).load_state_dict(state, strict=True)
+    del state["bogus"], state["roberta.encoder.layer.0.output.dense.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\.output\.dense\.weight"):
+        classifier(base).load_state_dict(state, strict=True)
+    adapter = {key: tensor for key, tensor in state.items() if "lora" in key or key.startswith("classifier.")}
+    assert classifier(base).load_state_dict(adapter, strict=True).missing_keys == []
+    with pytest.raises(RuntimeError, match="bogus: in the checkpoint, and not in RobertaFor.*; nothing was loaded"):
+        classifier(base).load_state_dict({**adapter, "bogus": torch.zeros(1)}, strict=True)
+
+
+def _layers(model):
+    return [module for _, module in sorted(model.named_modules()) if isinstance(module, lora.LoRALayer)]
+
+
+def test_the_bias_of_one_adapted_layer_that_trains_goes_with_the_adapter(base, tmp_path):
+    model = classifier(base)
+    bias = model.roberta.encoder.layer[0].attention.self.query.bias
+    bias.requires_grad_(True)
+    draw(model)
+    model.save_pretrained(tmp_path / "saved")
+    fresh = AutoModelForSequenceClassification.from_pretrained(base)
+    lora.load_lora(fresh, tmp_path / "saved")
+    assert torch.equal(fresh.eval()(IDS).logits, model(IDS).logits)
+    reader = peft.PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(base), tmp_path / "saved"
+    )
+    assert (reader.eval()(IDS).logits - model(IDS).logits).abs().max() < 1e-5
+
+
+def test_what_cannot_be_saved_with_the_adapter_is_named(tmp_path):
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    image = {**small, "image_size": 8, "patch_size": 4}
+    text = {**small, "vocab_size": 50, "max_position_embeddings": 8}
+    clip = transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=8)
+    transformers.CLIPModel(clip).save_pretrained(tmp_path / "clip")
+    model = transformers.CLIPModel.from_pretrained(tmp_path / "clip")
+    lora.inject_lora(model, r=2, target_modules=["q_proj"])
+    model.logit_scale.requires_grad_(True)
+    with pytest.raises(ValueError, match="logit_scale of the CLIPModel itself: trained, but cannot be saved with the"):
+        model.save_pretrained(tmp_path / "saved")
+    vit = transformers.ViTForImageClassification(transformers.ViTConfig(**image))
+    vit.save_pretrained(tmp_path / "vit")
+    model = transformers.ViTForImageClassification.from_pretrained(tmp_path / "vit")
+    lora.inject_lora(model, r=2, target_modules=["projection"])
+    model.vit.embeddings.cls_token.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"cls_token of vit\.embeddings: trained.*patch_embeddings\.projection"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    model.vit.embeddings.cls_token.requires_grad_(False)
+    model.save_pretrained(tmp_path / "saved")
