@@ -56,7 +56,7 @@ from common.scores import glue_scores
 from common.training import compute, distributed, loop
 
 import loralib as lora
-from loralib.checkpoint import UPSTREAM_SUFFIXES
+from loralib.hub import UPSTREAM_SUFFIXES
 
 HERE = Path(__file__).resolve().parent
 # Batch size, learning rate and epochs of the authors' RoBERTa-base runs (table 9 of the paper, and their code).
