@@ -26,6 +26,7 @@ sys.path.insert(0, str(REPOSITORY / "examples"))
 
 import update_documents  # noqa: E402 (after the folder that holds it)
 from common import cli  # noqa: E402
+from common.records import results  # noqa: E402
 from common.reports import pictures, reading, tables  # noqa: E402
 
 GENERATED = REPOSITORY / "examples" / "COMPARISON_RESULTS.md"
@@ -226,6 +227,33 @@ def test_results_are_of_committed_code_and_show_no_machine_paths(path):
     record = json.loads(path.read_text(encoding="utf-8"))
     assert re.fullmatch(r"[0-9a-f]{40}", record["environment"]["commit"])
     assert not [value for value in record["configuration"].values() if str(value).startswith("/")]
+
+
+def test_the_commit_of_a_record_is_that_of_the_code(tmp_path, monkeypatch):
+    """A change to a script makes it dirty; a record that a run has just written does not."""
+
+    def git(*words):
+        identity = ("-c", "user.name=x", "-c", "user.email=x@x")
+        return subprocess.run(
+            ["git", "-C", tmp_path, *identity, *words], capture_output=True, text=True, check=True
+        ).stdout
+
+    monkeypatch.setattr(results, "REPOSITORY", tmp_path)
+    assert results._commit() is None
+    folder = tmp_path / "examples" / "results"
+    folder.mkdir(parents=True)
+    script, record = tmp_path / "script.py", folder / "record.json"
+    for path in (script, record):
+        path.write_text("1", encoding="utf-8")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "all")
+    commit = git("rev-parse", "HEAD").strip()
+    record.write_text("2", encoding="utf-8")
+    (folder / "another.json").write_text("2", encoding="utf-8")
+    assert results._commit() == commit
+    script.write_text("2", encoding="utf-8")
+    assert results._commit() == f"{commit}-dirty"
 
 
 def test_script_docstrings_quote_the_default_run():

@@ -112,8 +112,13 @@ def peak_memory_bytes(device):
 
 
 def _commit():
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40", "--match", ""]
+    """The commit that the code is of, "-dirty" if a file of it was changed since; records are no code."""
+
+    def git(*words):
+        return subprocess.run(["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=True).stdout
+
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)examples/results")
+        return git("rev-parse", "HEAD").strip() + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None  # no git, or no repository: an unpacked archive
