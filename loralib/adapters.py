@@ -615,15 +615,17 @@ def put(model: nn.Module, adapter_name: str | None, modules: list[nn.Module] | N
 
 
 @contextlib.contextmanager
-def unchanged_by_an_error(model: nn.Module) -> Iterator[None]:
-    """If the block raises, the adapters of `model` are where they were: the same Parameters, merged or disabled."""
+def unchanged_by_an_error(model: nn.Module, name: str) -> Iterator[None]:
+    """If the block, which makes `name` the active adapter, raises, all is where it was: the same Parameters, merged or
+    disabled."""
     undone: list[Callable[[], object]] = []
     for parameter in model.parameters():
         undone.append(functools.partial(parameter.requires_grad_, parameter.requires_grad))
     for module in all_modules(model):
         undone.append(functools.partial(setattr, module, "__class__", type(module)))
         place = vars(module).get("_place")
-        owners = [module] if place is None else [module, place, *place.parts.values()]
+        parts = [] if place is None else [place.parts[key] for key in {place.active, name} & place.parts.keys()]
+        owners = [module] if place is None else [module, place, *parts]
         held: list[Any] = [vars(owner) for owner in owners]
         # And what is changed in place: Parameters, hooks, parts, the list that recurrent layers compute with.
         held += [each for of in held for each in of.values() if type(each) in (dict, OrderedDict, list)]

@@ -246,7 +246,7 @@ def load_lora(
     name = (active_adapter(model) or DEFAULT_NAME) if adapter_name is None else adapter_name
     check_adapter_name(name)
     check_intact(model, [name, active_adapter(model)])
-    with unchanged_by_an_error(model):
+    with unchanged_by_an_error(model, name):
         if name not in adapter_names(model):
             check_whole(model)
             adapter = _read_for(path, modules, {}, lora_alpha, enable_lora, heads)

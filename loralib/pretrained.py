@@ -174,17 +174,19 @@ def _trained_beside(model: Any) -> tuple[list[str], str]:
     for name, module in modules.items():
         tensors = {key: t for key, t in own_tensors(module).items() if key not in parts.get(name, {})}
         trained = [key for key, tensor in tensors.items() if tensor.requires_grad]
+        if not trained:
+            continue
         inside = [layer for layer in layers if layer.startswith(f"{name}." if name else "")]
         if trained == ["bias"] and name in layers:
             bias = "lora_only"
-        elif trained and inside:
+        elif inside:
             where = name or f"the {type(model).__name__} itself"
             raise ValueError(
                 f"{', '.join(trained)} of {where}: trained, but cannot be saved with the adapter, as the module also "
                 f"holds adapted layers ({inside[0]}); freeze it, or save with torch.save(model.state_dict(), path). "
                 "Nothing was written"
             )
-        elif trained:
+        else:
             also.append(name)
     return also, bias
 

@@ -702,12 +702,14 @@ def _kind(first: Any, reverse: Any, whole: Any, rows: int) -> Any:
 
 
 def _is_row(one: Tensor, other: Tensor, rows: Tensor) -> bool:
-    """Whether two are close, and closer than `rows` are to each other."""
+    """Whether two are close, and, but for rounding, closer than `rows` are to each other."""
     if not _close(one, other) or not one.is_floating_point():
         return _close(one, other)
+    rounding = 1e-5 if one.dtype in (torch.float32, torch.float64) else 1e-2
     one, other, rows = (torch.nan_to_num(x.float()) for x in (one, other, rows))
-    spread = (rows - rows.mean(0)).norm() / len(rows) ** 0.5
-    return bool(spread <= 1e-5 * one.norm() or (one - other).norm() <= spread * (one.numel() / rows[0].numel()) ** 0.5)
+    spread, rounding = (rows - rows.mean(0)).norm() / len(rows) ** 0.5, rounding * one.norm()
+    each = spread * (one.numel() / rows[0].numel()) ** 0.5
+    return bool(spread <= rounding or (one - other).norm() <= max(each, rounding))
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
