@@ -466,6 +466,16 @@ def test_of_runs_with_one_seed_the_best_is_chosen_by_validation(records):
     records["nlg_better"] = better
     assert reached.best_of(e2e_rows(records).values())["full"].files == ("nlg_better",)
     assert comparison.best_pairs(records)[reading.group_of(better)] == ("nlg_smollm2_lora", "nlg_better")
+    # Losses on other texts cannot be compared: those on more texts come first.
+    for name in ("nlg_smollm2_lora", "nlg_smollm2_full"):
+        more = records[f"{name}_more"] = copy.deepcopy(records[name])
+        more["after"]["bleu"] = 2.0
+        more["counts"]["valid_texts"] += 1
+        for entry in more["history"]:
+            entry["valid_loss"] += 1
+    assert reached.best_of(e2e_rows(records).values())["full"].files == ("nlg_smollm2_full_more",)
+    pair = comparison.best_pairs(records)[reading.group_of(better)]
+    assert pair == ("nlg_smollm2_lora_more", "nlg_smollm2_full_more")
 
 
 def test_names_of_files_are_folded():

@@ -3,7 +3,6 @@
 Two runs are a pair if they differ in the method alone.
 """
 
-import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,14 +78,6 @@ def require_pair(records, names):
     return pair
 
 
-def rank(record):
-    """What the best run of a method has most of: the least validation loss or, on GLUE, the score."""
-    if reading.glue_task(record) is None:
-        return -min(entry["valid_loss"] for entry in record["history"])
-    score = reading.scores(record).get(reading.main_kind(record)[0])
-    return -math.inf if score is None else score
-
-
 def is_scored(records, pair):
     """Whether both runs were scored on the whole test set."""
     return all(reached.whole_scores(records, name)[1] for name in pair)
@@ -101,8 +92,13 @@ def scores_of(records, pair):
 
 def best_pairs(records):
     """{title of a group: its pair of the best run of LoRA and then of full fine-tuning}, of those that are scored."""
+
+    def rank(name):
+        record = records[name]
+        return reached.rank([record], reading.scores(record).get(reading.main_kind(record)[0]))
+
     best = {}
-    for pair in sorted(pairs(records), key=lambda pair: [rank(records[name]) for name in pair]):
+    for pair in sorted(pairs(records), key=lambda pair: [rank(name) for name in pair]):
         if is_scored(records, pair):
             best[reading.group_of(records[pair[0]])] = pair
     return best

@@ -30,7 +30,7 @@ class Row(NamedTuple):
     steps: str = "0"
     trained: int = 0
     saved: int | None = None  # bytes
-    rank: float = 0.0  # what the best of a method has most of
+    rank: tuple = (0, 0.0)  # what the best of a method has most of
 
 
 def groups(records):
@@ -64,7 +64,7 @@ def rows_of(records, members):
 
 
 def best_of(rows):
-    """{method: its best row}: of the most seeds, with an interval, of the least validation loss or the highest score.
+    """{method: its best row}: of the most seeds, then with an interval, then by `rank`.
 
     What has an interval on GLUE is of a trial, in which all methods have the same number of steps.
     """
@@ -72,6 +72,17 @@ def best_of(rows):
     for row in sorted(rows, key=lambda row: (row.seeds, bool(row.intervals), row.rank)):
         best[row.method] = row
     return best
+
+
+def rank(runs_alike, score):
+    """What the best of a method has most of: for runs that differ in the seed alone, or a trial. On GLUE `score`.
+
+    On E2E it is the least validation loss. Losses on other texts cannot be compared; those on more texts come first.
+    """
+    if reading.glue_task(runs_alike[0]) is not None:
+        return 0, -math.inf if score is None else score
+    losses = [min(entry["valid_loss"] for entry in record["history"]) for record in runs_alike]
+    return runs_alike[0]["counts"]["valid_texts"], -statistics.fmean(losses)
 
 
 def best(records):
@@ -88,11 +99,11 @@ def best_trials(records):
     """Names of trials on whole dev sets, the best first: of the most seeds, then of the highest score of LoRA."""
     trials = {name: record for name, record in reading.trials_of(records).items() if reading.is_whole(record)}
 
-    def rank(name):
+    def seeds_and_score(name):
         score = reading.score_of(trials[name]["systems"]["lora"], reading.main_kind(trials[name])[0])["mean"]
-        return trials[name]["configuration"]["seeds"], _rank(score)
+        return trials[name]["configuration"]["seeds"], rank([trials[name]], score)
 
-    return sorted(trials, key=rank, reverse=True)
+    return sorted(trials, key=seeds_and_score, reverse=True)
 
 
 def partial(members):
@@ -222,7 +233,6 @@ def _trained(records, names):
     record, settings = records[name], records[name]["configuration"]
     values = [_numbers(record, scores) for scores, _ in found.values()]
     scores = {key: _mean([each[key] for each in values]) for key in values[0]}
-    losses = [min(entry["valid_loss"] for entry in records[each]["history"]) for each in found]
     main, _ = scores[reading.main_kind(record)[0]]
     yield Row(
         method=record["adapt"],
@@ -236,7 +246,7 @@ def _trained(records, names):
         steps=f"{record['history'][-1]['step']:,}",
         trained=record["parameters"]["trainable"],
         saved=record["bytes"]["checkpoint"],
-        rank=-statistics.fmean(losses) if reading.glue_task(record) is None else _rank(main),
+        rank=rank([records[each] for each in found], main),
     )
 
 
@@ -245,10 +255,6 @@ def _mean(values):
     if None in values:
         return None, None
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def _rank(score):
-    return -math.inf if score is None else score
 
 
 def _seeds(count):
@@ -278,5 +284,5 @@ def _of_trial(name, record):
             steps=f"best {', '.join(map(str, system['best_steps']))}",
             trained=system["trained"],
             saved=system["checkpoint_bytes"],
-            rank=_rank(found[reading.main_kind(record)[0]]["mean"]),
+            rank=rank([record], found[reading.main_kind(record)[0]]["mean"]),
         )
