@@ -65,10 +65,10 @@ pretrained on such texts. They show nothing about real text, and share no table 
 are of the dev set, times 100. Rows may differ in settings, steps and device, as they state; QUALITY_COMPARISON.py and
 LORA_vs_FULL_COMPARISON.py compare runs that differ in the method alone. A run that was scored on a part of the test
 set is shown with its validation loss only."""
-BEST_NOTES = """The best run of a method: runs of several seeds come first, then those with an interval. Of these on
-E2E: the one of the lowest loss on the most validation texts; on GLUE: that of the highest dev score, which is slightly
-too high for that reason. +- is the standard deviation over seeds. In brackets: 95 % of resamples of the test examples;
-with several seeds, of the first seed. "-": not measured."""
+BEST_NOTES = """Which run is the best? Runs of several seeds come first, then those with an interval. Of these the score
+decides on GLUE (so it is slightly too high), and on E2E the validation loss, on the most texts. +- is the standard
+deviation over seeds. In brackets: 95 % of resamples of the test examples; with several seeds, of the first seed. "-":
+not measured."""
 BEST = {"untrained": reached.UNTRAINED, "head alone": ["head"], "LoRA": ["lora"], "full fine-tuning": ["full"]}
 # Which methods a table should have, of GLUE and of E2E.
 EXPECTED = {False: ("head", "lora", "full"), True: ("none", "lora", "full")}

@@ -338,7 +338,10 @@ def test_the_dtypes_of_a_base_are_measured_beside_float32(llama, tmp_path):
     base, four = record["bases"].values()
     assert base["ratio"]["fp32"]["median"] == 1 < base["base_bytes"] / four["base_bytes"] < 8
     rows = tables.base_rows(record)
-    assert rows[""] == ["base, MiB", "time, fp32", "peak memory, fp32, MiB"] and list(rows)[2:] == ["float32", "nf4"]
+    assert rows[""] == ["base, MiB", "time, fp32 products", "peak memory, fp32 products, MiB"] and list(rows)[2:] == [
+        "float32",
+        "nf4",
+    ]
 
 
 def test_a_dtype_that_is_none_is_refused(tmp_path):
@@ -406,7 +409,7 @@ def test_what_ranks_keep_of_a_full_fine_tune_is_measured(task, tmp_path):
     metric = "matthews" if task == "cola" else "perplexity"
     assert found["ranks"]["256"]["scores"][metric] == pytest.approx(found["full"]["scores"][metric], rel=1e-3)
     rows = tables.extraction_rows(record)
-    assert list(rows) == ["", "---", "base", "rank 1", "rank 256", "all parameters"]
+    assert list(rows) == ["", "---", "base", "rank 1", "rank 256", "full fine-tuning"]
     assert len({len(row) for row in rows.values()}) == 1
 
 

@@ -1,4 +1,4 @@
-"""Fine-tune a GPT-2 with LoRA to turn E2E meaning representations into sentences.
+"""Fine-tune a causal language model with LoRA to turn E2E meaning representations into sentences.
 
     cd examples/NLG
     python run_training.py

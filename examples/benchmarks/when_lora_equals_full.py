@@ -86,7 +86,7 @@ class Method(NamedTuple):
 
     @property
     def title(self):
-        return f"{self.targets}, r={self.r}" if self.r else "all parameters"
+        return f"{self.targets}, r={self.r}" if self.r else "full fine-tuning"
 
 
 class Curve(NamedTuple):

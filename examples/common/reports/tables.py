@@ -29,15 +29,16 @@ BENCHMARK_ROWS = "benchmark_adapters_per_row"
 # The same training on bases stored in different dtypes.
 BASES = ["nlg_smollm2_all_2e-3", "nlg_smollm2_all_2e-3_nf4"]
 SYSTEMS = {
-    "floor": "no adapter",
-    "ours": "loralib",
+    "floor": "frozen model",
+    "ours": "this library",
     "upstream": "loralib 0.1.2",
     "peft": "PEFT",
     "peft_same_rank": "PEFT at rank r k",
-    "full": "full",
+    "full": "full fine-tuning",
 }
 # The tutorial whose sections the README's table of ratios links.
 DETAILED = "examples/MODEL_COMPARISON_DETAILED.md"
+BESIDE_PEFT = "A 4-bit base and fused experts beside PEFT"
 
 
 def read(name, folder):
@@ -49,16 +50,19 @@ def figures(folder):
     run = read(DEFAULT_RUN, folder)
     sizes, seconds = run["bytes"], run["seconds"]
     rows = {"": ["the default run"], "---": ["---:"]}
-    rows["parameters, of them trained"] = [f"{run['parameters']['total']:,}, {_trained(run['parameters'])}"]
-    rows["optimizer steps, of texts"] = [f"{run['history'][-1]['step']:,}, {run['configuration']['batch_size']}"]
+    rows["parameters"] = [f"{run['parameters']['total']:,}"]
+    rows["of them trained"] = [_trained(run["parameters"])]
+    rows["optimizer steps"] = [f"{run['history'][-1]['step']:,}"]
+    rows["texts in a step"] = [str(run["configuration"]["batch_size"])]
     rows["meanings scored"] = [f"{run['counts']['test_meanings']:,}"]
     for key, title, factor, digits in reading.SCORES:
         rows[title] = [" -> ".join(_number(run[when][key], factor, digits) for when in ("before", "after"))]
     rows["what is saved, bytes"] = [f"{sizes['checkpoint']:,}"]
     rows["state of the optimizer, bytes"] = [f"{sizes['optimizer']:,}"]
     rows["the model in float32, bytes"] = [f"{sizes['model']:,}"]
-    rows["seconds in all, of them training"] = [f"{seconds['total']:.0f}, {seconds['train']:.0f}"]
-    rows["device, threads"] = [f"{run['environment']['device']}, {run['environment']['threads']}"]
+    rows["seconds in all"] = [f"{seconds['total']:.0f}"]
+    rows["of them training"] = [f"{seconds['train']:.0f}"]
+    rows["device"] = [reading.device_title(run)]
     rows["result file"] = [_link(DEFAULT_RUN)]
     return rows
 
@@ -91,7 +95,7 @@ def study(folder):
     for name, run in runs.items():
         knobs = run["configuration"]
         targets = {"all-linear": "all linear layers", None: "query and value"}[knobs["target_modules"]]
-        title = f"LoRA r={knobs['lora_dim']}, {targets}" if run["adapt"] == "lora" else "all parameters"
+        title = f"LoRA r={knobs['lora_dim']}, {targets}" if run["adapt"] == "lora" else "full fine-tuning"
         losses = {entry["step"]: entry["valid_loss"] for entry in run["history"]}
         rows[title, name] = [
             f"{run['parameters']['trainable']:,}",
@@ -105,7 +109,7 @@ def study(folder):
 def tasks(folder):
     """A row for each GLUE task that ships here: what the methods reach on its dev set, and what can be reached."""
     sizes = ["adapter, bytes", "model, bytes"]
-    rows = {"": ["metric", "majority", "head alone", "LoRA", "all parameters", "ceiling", *sizes, "result file"]}
+    rows = {"": ["metric", "majority", "head alone", "LoRA", "full fine-tuning", "ceiling", *sizes, "result file"]}
     rows["---"] = ["---"] + ["---:"] * 7 + ["---"]
     for name in EMBEDDED_GLUE:
         record = read(name, folder)
@@ -157,7 +161,14 @@ def serving(folder):
 
 def official_glue(folder):
     """A row for each task and base: mean and deviation over seeds, at each method's best rate, of as many epochs."""
-    titles = ["metric", "majority", "head alone", "LoRA, query and value", "LoRA, all linear layers", "all parameters"]
+    titles = [
+        "metric",
+        "majority",
+        "head alone",
+        "LoRA, query and value",
+        "LoRA, all linear layers",
+        "full fine-tuning",
+    ]
     rows = {"": [*titles, "learning rates, in this order", "epochs", "result files"]}
     rows["---"] = ["---"] + ["---:"] * 7 + ["---"]
     records = reading.read_folder(folder)
@@ -203,7 +214,7 @@ def _seeds_of_query_and_value(records, trial):
 
 def accounting(folder):
     """A row for each size of GPT-2: what training needs beside activations, worked out without any weights."""
-    rows = {"": ["parameters", "LoRA trains", "LoRA, GB", "all, GB", "LoRA / all", "adapter, MB", "model, MB"]}
+    rows = {"": ["parameters", "LoRA trains", "LoRA, GB", "full, GB", "LoRA / full", "adapter, MB", "model, MB"]}
     rows["---"] = ["---:"] * len(rows[""])
     for name, sizes in read("nlg_compare", folder)["accounting"].items():
         one, every = sizes["lora"], sizes["full"]
@@ -224,40 +235,45 @@ def why(folder):
     )
     cases = {level: list(found.values()) for level, found in record["levels"].items()}
     on_gpu, experts, nf4 = list(cuda["levels"]["steps"].values()), peft["cases"]["experts"], peft["cases"]["nf4"]
-    mixed = [cell for cell in several["cells"] if cell["rows"] > 1]
-    sizes = " and ".join(str(size) for size in sorted({cell["rows"] for cell in mixed}))
+    mixed, sizes = several["cells"], sorted({cell["rows"] for cell in several["cells"]})
     convolved = _times(cases["convolutions"])
+    old = f"version 0.2.0, PEFT {cuda['rivals']['peft']}"
     found = [
         (f"training step, {len(cases['steps'])} cases on a CPU: time", "Steps", _times(cases["steps"])),
-        ("the same: peak memory of the process", "Steps", _peaks(cases["steps"])),
-        (f"training step, {len(on_gpu)} cases on a GPU (version 0.2.0): time", "On a GPU", _times(on_gpu)),
-        ("the same: peak memory of tensors", "On a GPU", _peaks(on_gpu)),
-        ("training step on a 4-bit base: time", "A 4-bit base", {"peft": [nf4["ratio"]["median"]]}),
-        ("training step of 8 fused experts: time", "Fused experts", {"peft": [experts["ratio"]["median"]]}),
-        ("the same: peak memory of a step", "Fused experts", {"peft": [_peak_ratio(experts)]}),
-        ("generation on a CPU, merged or not: time of a token", "Generation", _times(cases["generation"])),
+        ("the same: memory", "Steps", _peaks(cases["steps"])),
+        (f"training step, {len(on_gpu)} cases on a GPU ({old}): time", "On a GPU", _times(on_gpu)),
+        ("the same: memory", "On a GPU", _peaks(on_gpu)),
+        ("training step on a 4-bit base, 4 layers: time", BESIDE_PEFT, {"peft": [nf4["ratio"]["median"]]}),
+        ("the same: memory of a step", BESIDE_PEFT, {"peft": [_peak_ratio(nf4)]}),
+        ("training step of 8 fused experts, 4 layers: time", BESIDE_PEFT, {"peft": [experts["ratio"]["median"]]}),
+        ("the same: memory of a step", BESIDE_PEFT, {"peft": [_peak_ratio(experts)]}),
+        ("generation on a CPU, merged or not: time to write 32 tokens", "Generation", _times(cases["generation"])),
         *(
             (title, "Several adapters in one batch", {"peft": [cell[what]["ratio"]["median"] for cell in mixed]})
             for title, what in (
-                (f"{sizes} rows with an adapter for each row: time of a token within `generate`", "tokens"),
+                (f"{sizes[0]} to {sizes[-1]} rows, each with its adapter: time of a token in `generate`", "tokens"),
                 ("the same: time of one forward over whole texts", "text"),
                 ("the same: time of one forward over one more token", "token"),
             )
         ),
-        ("inject, merge, save, load, switch on a CPU: time", "Operations", _times(cases["operations"])),
-        ("the same on a GPU (version 0.2.0)", "On a GPU", _times(list(cuda["levels"]["operations"].values()))),
+        (
+            "inject, merge, unmerge, merge for good, save, load, switch on a CPU: time",
+            "Operations",
+            _times(cases["operations"]),
+        ),
+        (f"the same on a GPU ({old})", "On a GPU", _times(list(cuda["levels"]["operations"].values()))),
         (f"one convolution on a CPU, {len(cases['convolutions'])} cases: time", "Convolutions", convolved),
         (
-            "the same, with PEFT at the rank of our update (r times the side of the kernel)",
+            "the same, with PEFT at a rank that gives an update of the same rank",
             "Convolutions",
             {"peft": convolved.get("peft_same_rank", [])},
         ),
     ]
     rows = {"": ["this library / PEFT", "this library / loralib 0.1.2", "measured in"], "---": ["---:", "---:", "---"]}
-    for title, heading, ratios in found:
+    for number, (title, heading, ratios) in enumerate(found):
         link = f"[{heading}]({DETAILED}#{heading.lower().replace(' ', '-')})"
         if any(ratios.values()):
-            rows[title] = [*(_range(ratios.get(rival, [])) for rival in ("peft", "upstream")), link]
+            rows[title, number] = [*(_range(ratios.get(rival, [])) for rival in ("peft", "upstream")), link]
     return rows
 
 
@@ -317,20 +333,12 @@ def _beside(cases):
 
 
 def bars(folder):
-    """A row for each aim of the benchmark: this library divided by a rival; met ones of convolutions are left out."""
-    rows = {
-        "": ["divided by", "median of the ratios [quartiles]", "aim, at most", "met"],
-        "---": ["---", "---:", "---:", "---"],
-    }
+    """A row for each aim of the benchmark that is missed: this library divided by a rival."""
+    titles = ["divided by", "median of the ratios [quartiles]", "aim, at most"]
+    rows = {"": titles, "---": ["---", "---:", "---:"]}
     for bar in read(BENCHMARK, folder)["bars"]:
-        if bar["case"].startswith("Conv") and bar["met"]:
-            continue
-        value, met = bar["value"], "yes" if bar["met"] else "no"
-        text = f"{value['median']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
-        if bar["rival"] is None:
-            text = f"{1000 * value['median']:.0f} ms [{1000 * value['low']:.0f}, {1000 * value['high']:.0f}]"
-        aim = f"{bar['most']:g}" if bar["rival"] else f"{1000 * bar['most']:.0f} ms"
-        rows[bar["title"], bar["rival"]] = [SYSTEMS.get(bar["rival"], "-"), text, aim, met]
+        if not bar["met"]:
+            rows[bar["title"], bar["rival"]] = [SYSTEMS[bar["rival"]], _spread(bar["value"]), f"{bar['most']:g}"]
     return rows
 
 
@@ -339,6 +347,7 @@ def steps(folder):
     rows = {
         "": [
             "time",
+            "this library's time / that of the row",
             "time of the products with A and B, share",
             "bytes saved for the backward",
             "peak memory",
@@ -355,6 +364,7 @@ def steps(folder):
                 others = [system[what] / base[what] for what in ("saved_bytes", "peak_bytes", "operations", "flops")]
                 rows[f"{case['title']}: {SYSTEMS[name]}", key] = [
                     f"{time['median']:.2f} [{time['low']:.2f}, {time['high']:.2f}]",
+                    f"{case['ratios'][name]['median']:.2f}" if name in case["ratios"] else "",
                     f"{100 * narrow['share']['median']:.1f} %" if narrow else "-",
                     *(f"{value:.2f}" for value in others),
                 ]
@@ -365,11 +375,15 @@ def steps_cuda(folder):
     """A row for each work on a GPU: a training step's time and peak of memory, divided by those of others."""
     through = [("ours", "peft"), ("ours", "floor"), ("peft", "floor"), ("full", "floor")]
     peaks = [("ours", "peft"), ("floor", "peft"), ("full", "floor")]
-    titles = [" / ".join(SYSTEMS[name] for name in pair) for pair in through + peaks]
-    rows = {"": [f"time: {title}" for title in titles[:4]] + [f"memory: {title}" for title in titles[4:]]}
+    times = [through[0], ("ours", "full"), *through[1:]]
+    titles = [" / ".join(SYSTEMS[name] for name in pair) for pair in times + peaks]
+    rows = {
+        "": [f"time: {title}" for title in titles[: len(times)]]
+        + [f"memory: {title}" for title in titles[len(times) :]]
+    }
     rows["---"] = ["---:"] * len(rows[""])
     for case in read(BENCHMARK_CUDA, folder)["levels"]["steps"].values():
-        times = [case["ratios"]["peft"], *(case["through_floor"][name] for name, _ in through[1:])]
+        times = [case["ratios"]["peft"], case["ratios"]["full"], *(case["through_floor"][n] for n, _ in through[1:])]
         sizes = {name: system["peak_bytes"] for name, system in case["systems"].items()}
         rows[case["title"]] = [
             f"{times[0]['median']:.2f} [{times[0]['low']:.2f}, {times[0]['high']:.2f}]",
@@ -384,7 +398,7 @@ def bases(folder):
     runs = {name: read(name, folder) for name in BASES}
     steps = [entry["step"] for entry in next(iter(runs.values()))["history"]]
     columns = [*(f"loss at {step}" for step in steps), "result file"]
-    rows = {"": ["model, bytes", *columns], "---": ["---:"] * (len(columns) + 1)}
+    rows = {"": ["model with adapters, bytes", *columns], "---": ["---:"] * (len(columns) + 1)}
     for name, run in runs.items():
         losses = {entry["step"]: entry["valid_loss"] for entry in run["history"]}
         # The first records are from before --base_dtype.
@@ -413,7 +427,7 @@ def base_rows(record):
     """The rows of what benchmarks/base_dtypes.py measures."""
     found = record["bases"]
     precisions = list(found["float32"]["seconds"])
-    titles = [title for p in precisions for title in (f"time, {p}", f"peak memory, {p}, MiB")]
+    titles = [title for p in precisions for title in (f"time, {p} products", f"peak memory, {p} products, MiB")]
     rows = {"": ["base, MiB", *titles], "---": ["---:"] * (len(titles) + 1)}
     for dtype, base in found.items():
         rows[dtype] = [f"{base['base_bytes'] / 2**20:.0f}"]
@@ -433,7 +447,7 @@ def against_peft_rows(record):
     """The rows of what benchmarks/against_peft.py measures."""
     titles = {"nf4": "NF4 base, all linear layers", "experts": "8 fused experts, and query and value"}
     rows = {
-        "": ["trained", "time, ours / PEFT", "peak memory of a step, MiB: ours, PEFT", "ratio"],
+        "": ["trained", "time, ours / PEFT", "peak memory of a step, MiB: ours / PEFT", "ratio"],
         "---": ["---:"] * 4,
     }
     for case, found in record["cases"].items():
@@ -441,7 +455,7 @@ def against_peft_rows(record):
         rows[titles[case]] = [
             f"{found['trained']['loralib']:,}",
             f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]",
-            f"{ours / 2**20:,.0f}, {theirs / 2**20:,.0f}",
+            f"{ours / 2**20:,.0f} / {theirs / 2**20:,.0f}",
             f"{_peak_ratio(found):.2f}",
         ]
     return rows
@@ -486,8 +500,8 @@ def extraction_rows(record):
         rows[""] += [f"{title}: {name}", "of the change, %", "KiB"]
         rows["---"] += ["---:"] * 3
         systems = {"base": found["base"], **{f"rank {r}": each for r, each in found["ranks"].items()}}
-        for system, each in {**systems, "all parameters": found["full"]}.items():
-            share = {"base": 0.0, "all parameters": 1.0}.get(system, each.get("energy"))
+        for system, each in {**systems, "full fine-tuning": found["full"]}.items():
+            share = {"base": 0.0, "full fine-tuning": 1.0}.get(system, each.get("energy"))
             size = f"{each['bytes'] / 1024:,.0f}" if "bytes" in each else ""
             rows.setdefault(system, []).extend(
                 [_number(each["scores"][metric], factor, 1), _number(share, 100, 1), size]
@@ -507,20 +521,20 @@ def regret_rows(record):
     runs = {(run["targets"], run["r"]): run["losses"] for run in record["long"]}
     seen = [lines for lines, _ in runs[None, None]]
     middle, last = seen[len(seen) // 2 - 1], seen[-1]
-    whats = ("best rate", "divided by that of full fine-tuning", "loss")
-    titles = [f"{what}, batches of {size}" for size in (small, large) for what in whats]
-    titles += [f"loss at {large} minus loss at {small}", f"long run: loss after {middle:,}, {last:,} lines"]
+    whats = ("best rate", "rate / full's rate", "loss")
+    titles = [f"{what} ({size})" for size in (small, large) for what in whats]
+    titles += [f"loss ({large}) - loss ({small})", f"long run: loss after {middle:,} / {last:,} lines"]
     rows = {"": ["trained", *titles], "---": ["---:"] * (len(titles) + 1)}
     for targets, r in dict.fromkeys(key[:2] for key in curves):
         one, other = (curves[targets, r, size] for size in (small, large))
-        row = rows[f"{targets}, r={r}" if r else "all parameters"] = [f"{one['trained']:,}"]
+        row = rows[f"{targets}, r={r}" if r else "full fine-tuning"] = [f"{one['trained']:,}"]
         for curve in (one, other):
             full = curves[None, None, curve["batch_size"]]
             spread = f" +- {curve['deviation']:.3f}" if curve["deviation"] is not None else ""
             ratio = curve["best_rate"] / full["best_rate"]
             row += [f"{curve['best_rate']:g}", f"{ratio:.0f}", f"{curve['mean']:.3f}{spread}"]
         losses = dict(runs.get((targets, r), []))
-        row += [f"{other['mean'] - one['mean']:.3f}", ", ".join(f"{losses[n]:.3f}" for n in (middle, last) if losses)]
+        row += [f"{other['mean'] - one['mean']:.3f}", " / ".join(f"{losses[n]:.3f}" for n in (middle, last) if losses)]
     return rows
 
 
@@ -532,10 +546,10 @@ def integrations(folder):
 def integration_rows(record):
     """The rows of what benchmarks/integrations.py finds."""
     titles = ("trains", "checkpoint, bytes", "reload differs by", "resume differs by")
-    rows = {"": [f"{title}: ours, PEFT" for title in titles], "---": ["---:"] * len(titles)}
+    rows = {"": [f"{title}: ours / PEFT" for title in titles], "---": ["---:"] * len(titles)}
     for tool, systems in record["tools"].items():
         columns = [_outcome_cells(outcome) for outcome in systems.values()]
-        rows[tool] = [", ".join(cells) for cells in zip(*columns, strict=True)]
+        rows[tool] = [" / ".join(cells) for cells in zip(*columns, strict=True)]
     return rows
 
 
@@ -554,16 +568,16 @@ def adapters_per_row(folder):
 
 def adapters_per_row_rows(record):
     """The rows of what benchmarks/adapters_per_row.py measures."""
-    titles = [f"{step}: {what}" for step in ("a text", "a token") for what in ("ours / PEFT", "added, ms: ours, PEFT")]
-    rows = {"": [*titles, "a token within generate", "error: ours, PEFT"], "---": ["---:"] * 6}
+    titles = [f"{step}: {what}" for step in ("a text", "a token") for what in ("ours / PEFT", "added, ms: ours / PEFT")]
+    rows = {"": [*titles, "a token within generate: ours / PEFT", "error: ours / PEFT"], "---": ["---:"] * 6}
     for cell in record["cells"]:
         columns = []
         for step in ("text", "token"):
             columns.append(_spread(cell[step]["ratio"]))
-            columns.append(", ".join(f"{1000 * seconds:.1f}" for seconds in cell[step]["added"].values()))
+            columns.append(" / ".join(f"{1000 * seconds:.1f}" for seconds in cell[step]["added"].values()))
         columns.append(_spread(cell["tokens"]["ratio"]))
-        columns.append(", ".join(f"{error:.0e}" for error in cell["error"].values()))
-        rows[f"{cell['adapters']} adapters, {cell['rows']} rows"] = columns
+        columns.append(" / ".join("0" if error == 0 else f"{error:.0e}" for error in cell["error"].values()))
+        rows[f"{cell['adapters']} adapters loaded, {cell['rows']} row{'s' * (cell['rows'] > 1)} in the batch"] = columns
     return rows
 
 
