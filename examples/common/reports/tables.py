@@ -38,7 +38,7 @@ SYSTEMS = {
 }
 # The tutorial whose sections the README's table of ratios links.
 DETAILED = "examples/MODEL_COMPARISON_DETAILED.md"
-BESIDE_PEFT = "A 4-bit base and fused experts beside PEFT"
+BESIDE_PEFT = "4-bit base and experts"
 
 
 def read(name, folder):
@@ -78,8 +78,9 @@ def e2e(folder):
             base, references = record["configuration"]["model"], {}
             for row in reached.rows_of(records, members):
                 cells = [_number(row.scores[key][0], factor, digits) for key, _, factor, digits in reading.SCORES]
-                title = f"{base}: {row.title}" if row.steps == "0" else f"{base}: {row.title}, {row.steps} steps"
-                rows[title, row.files] = [*cells, ", ".join(map(_link, row.files))]
+                texts = records[row.files[0]]["configuration"]["batch_size"]
+                steps = "" if row.steps == "0" else f", {row.steps} steps of {texts} texts"
+                rows[f"{base}: {row.title}{steps}", row.files] = [*cells, ", ".join(map(_link, row.files))]
                 references = records[row.files[-1]]["references"]  # of the file that has the scores
             cells = [_number(references.get(key), factor, digits) for key, _, factor, digits in reading.SCORES]
             rows["the references themselves"] = [*cells, ""]
