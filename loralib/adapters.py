@@ -14,8 +14,8 @@ import sys
 import types
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ _OWN_PREFIXES = (*LORA_NAMES, "lora_rows_")
 PARTS, RESIZED = "_lora_parts", "_lora_resized"
 # The name of a Hugging Face model whose base is another one by now, as an adapter was merged into it.
 MERGED = "_lora_merged"
+_Key = TypeVar("_Key")
 
 
 class Form:
@@ -74,6 +75,7 @@ class Place:
         active: the adapter whose part is in the module; None for the base.
         replaced: the tensors of the base that the active adapter's stand in for.
         suspended: whether heads and biases are exchanged for a while: `replaced` then holds the adapter's.
+        statistics: the values of the base's buffers when that began, which a forward in training mode would change.
         adapters, current: the adapters of the whole model, and the one that it computes with.
         layouts, tried: how the rows of a batch lie in what the module is given, by the call of the model, and by which
             calls that was tried in vain.
@@ -91,6 +93,7 @@ class Place:
         self.active: str | None = None
         self.replaced: dict[str, Any] = {}
         self.suspended = False
+        self.statistics: dict[str, Tensor] = {}
         self.adapters: frozenset[str] = frozenset()
         self.current: str | None = None
         if isinstance(module, Adapted):  # made by hand: without its adapter it is a layer of rank 0
@@ -182,10 +185,11 @@ class Place:
     def put(self, module: nn.Module, name: str | None) -> None:
         """Make `name` the adapter that is in the module; the base, if it has no part here."""
         self.resume(module)
+        if vars(module).pop("_disabled", False):  # what comes within disable_adapters does compute
+            vars(module)["merged"] = False  # it said what is to be after the block
         name = name if name in self.parts else None
         if name == self.active:
             return
-        vars(module).pop("_disabled", None)  # what comes within disable_adapters does compute
         if self.active is not None:
             part = self.parts[self.active]
             if isinstance(module, Adapted) and (module.merged or module._aside is not None):
@@ -224,7 +228,7 @@ class Place:
         """Put a copy of the place into the state of its module, with the adapter's heads and biases in theirs."""
         place = copy.copy(self)
         place.parts = {name: Part(part.own, dict(part.tensors), part.form) for name, part in self.parts.items()}
-        place.replaced, place.suspended, place.stacked = dict(self.replaced), False, None
+        place.replaced, place.suspended, place.stacked, place.statistics = dict(self.replaced), False, None, {}
         if self.suspended:
             for kind in ("_parameters", "_buffers"):
                 for key in state[kind].keys() & self.replaced.keys():
@@ -236,9 +240,14 @@ class Place:
         if self.active is not None and not self.suspended:
             self._exchange(module)
             self.suspended = True
+            there = {key: module._buffers.get(key) for key in self.replaced}
+            self.statistics = {key: buffer.clone() for key, buffer in there.items() if buffer is not None}
 
     def resume(self, module: nn.Module) -> None:
         if self.suspended:
+            for key, values in self.statistics.items():
+                _tensors(module)[key].copy_(values)
+            self.statistics = {}
             self._exchange(module)
             self.suspended = False
 
@@ -270,7 +279,7 @@ def _tensors(module: nn.Module) -> dict[str, Any]:
 
 def _set_tensors(module: nn.Module, tensors: dict[str, Any]) -> None:
     # By setattr where a class watches it, as recurrent layers do.
-    watched = type(module).__setattr__ not in _UNWATCHED
+    watched = type(module).__setattr__ not in _UNWATCHED or isinstance(module, nn.RNNBase)
     for key, tensor in tensors.items():
         if watched:
             setattr(module, key, tensor)
@@ -374,7 +383,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         place.stacked = None
         if not place.parts:
             place.leave(module)
-    vars(model).get(PARTS, {}).pop(adapter_name, None)
+    for module in all_modules(model):  # the model, or what is wrapped in it
+        vars(module).get(PARTS, {}).pop(adapter_name, None)
 
 
 def add_part(
@@ -404,8 +414,8 @@ def add_part(
         is_parameter = isinstance(tensor, nn.Parameter)
         same = (id(tensor), id(module)) if key in apart else id(tensor)
         if same not in copies:
-            widened = widen and is_parameter and tensor.is_floating_point() and tensor.itemsize == 2
-            widened = widened and (whole or (is_bias(key) and not isinstance(module, nn.RNNBase)))
+            widened = widen and tensor.is_floating_point() and tensor.itemsize == 2
+            widened = widened and (whole or (is_parameter and is_bias(key) and not isinstance(module, nn.RNNBase)))
             clone = tensor.detach().to(torch.float32 if widened else tensor.dtype, copy=True)
             copies[same] = nn.Parameter(clone, clone.is_floating_point()) if is_parameter else clone
         tensors[key] = copies[same]
@@ -424,7 +434,12 @@ def note_parts(model: nn.Module, name: str, own: dict[str, frozenset[str]], modu
 def check_intact(model: nn.Module, names: Iterable[str | None] | None = None) -> None:
     """Warn of modules whose adapter, of those called `names` or of all, is gone because somebody replaced them; raise
     ValueError if one was resized."""
-    all_noted = vars(model).get(PARTS, {})
+    for module in all_modules(model):  # the model, or what is wrapped in it
+        if PARTS in vars(module):
+            _check_intact(module, vars(module)[PARTS], names)
+
+
+def _check_intact(model: nn.Module, all_noted: dict[Any, dict], names: Iterable[str | None] | None) -> None:
     for name in all_noted if names is None else dict.fromkeys(names):
         noted = all_noted.get(name, {})
         lost = []
@@ -446,7 +461,7 @@ def check_intact(model: nn.Module, names: Iterable[str | None] | None = None) ->
             warnings.warn(
                 f"{', '.join(lost[:8])}{', ...' if len(lost) > 8 else ''}: replaced by somebody since adapter {name!r} "
                 "was put there, which is gone from it with what it had learned; change a model before it gets adapters",
-                stacklevel=4,
+                stacklevel=5,
             )
             for path in lost:
                 del noted[path]
@@ -595,7 +610,11 @@ def put(model: nn.Module, adapter_name: str | None, modules: list[nn.Module] | N
         adapters = known.pop()
     else:
         adapters = frozenset(name for _, place in found for name in place.parts)
-    changing = [(module, place) for module, place in found if place.active != adapter_name or place.suspended]
+    changing = [
+        (module, place)
+        for module, place in found
+        if place.active != adapter_name or place.suspended or "_disabled" in vars(module)
+    ]
     if any(adapter_name in place.parts or place.active for _, place in changing):
         check_whole(model, modules)
     for module, place in changing:
@@ -605,7 +624,7 @@ def put(model: nn.Module, adapter_name: str | None, modules: list[nn.Module] | N
             except ValueError as error:
                 path = next(name for name, each in model.named_modules() if each is module)
                 raise ValueError(f"{path}: {error}") from error
-    merged = any(module._aside is not None for module, _ in changing if isinstance(module, Adapted))
+    merged = any(m._aside is not None or (m._disabled and m.merged) for m, _ in changing if isinstance(m, Adapted))
     for _, place in found:
         place.adapters, place.current = adapters, adapter_name
     for module, place in changing:
@@ -630,8 +649,8 @@ def unchanged_by_an_error(model: nn.Module, name: str) -> Iterator[None]:
         # And what is changed in place: Parameters, hooks, parts, the list that recurrent layers compute with.
         held += [each for of in held for each in of.values() if type(each) in (dict, OrderedDict, list)]
         undone += [functools.partial(_refill, values, copy.copy(values)) for values in held]
-        weight = module._parameters.get("weight")
-        if weight is not None and isinstance(module, Adapted) and module.merged and module._aside is None:
+        weight = module._parameters.get("weight") if isinstance(module, Adapted) else None
+        if weight is not None and module.merged and module._aside is None:
             undone.append(functools.partial(setattr, weight, "data", weight.data))  # by hand: it will be subtracted
     try:
         yield
@@ -699,6 +718,15 @@ def check_not_partitioned(modules: Iterable[nn.Module]) -> None:
         )
 
 
+def check_not_exchanged(model: nn.Module) -> None:
+    """Raise ValueError if `model` is in DistributedDataParallel, which knows of no Parameter that comes later."""
+    if type(model).__name__ == "DistributedDataParallel":
+        raise ValueError(
+            "DistributedDataParallel exchanges the gradients of what was trained when it was made, and of nothing that "
+            "comes later; nothing was changed. Inject, load or switch in its `module`, and wrap that anew"
+        )
+
+
 def check_one(modules: Iterable[nn.Module]) -> None:
     """Raise ValueError if several adapters compute at once in `modules`."""
     several = next((vars(module)["_several"] for module in modules if "_several" in vars(module)), None)
@@ -710,6 +738,15 @@ def check_one(modules: Iterable[nn.Module]) -> None:
             if shown
             else "each row has an adapter of its own just now; do that outside of lora.adapters_per_row"
         )
+
+
+def untied(tensors: Mapping[_Key, Tensor], values: Mapping[_Key, Tensor]) -> list[_Key]:
+    """Return the names of the `tensors` that are one object under several names, to which `values` of their own go."""
+    tied: dict[int, list[_Key]] = {}
+    for name, tensor in tensors.items():
+        tied.setdefault(id(tensor), []).append(name)
+    differing = [group for group in tied.values() if any(not torch.equal(values[group[0]], values[n]) for n in group)]
+    return [name for group in differing for name in group]
 
 
 def is_bias(name: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from loralib.adapters import MERGED, RESIZED, base_modules, input_embeddings, named_modules, own_tensors
-from loralib.core import _cached
+from loralib.core import _cached, computes_with, steps_of
 from loralib.layers import is_conv1d
 from loralib.quantized import is_quantized
 
@@ -99,8 +99,7 @@ LINEAR_BY_ANOTHER_NAME = ("FalconLinear",)
 # Classes like nn.Linear that derive from nothing and return more than the product: their weight is computed as the sum.
 LINEAR_IN_PART = ("QuantLinear",)  # I-BERT's, which rounds its weight once it is told to
 
-# What code asks of a weight without computing with it, and names of methods that do not compute a forward.
-_HARMLESS = {"dtype", "device", "shape", "size", "requires_grad", "requires_grad_", "ndim", "dim", "numel", "is_meta"}
+# Names of methods that do not compute a forward.
 _NO_FORWARD = ("init", "tie", "resize", "load", "save", "reset", "prune", "get_", "set_")
 
 
@@ -141,15 +140,11 @@ def _weights_read_in(code: types.CodeType, weight: str) -> set[str]:
             read |= _weights_read_in(constant, weight)
     if weight not in code.co_names:
         return read
-    skipped = ("CACHE", "RESUME", "PUSH_NULL", "PRECALL", "NOP", "EXTENDED_ARG")
-    steps = [(step.opname, step.argval) for step in dis.get_instructions(code) if step.opname not in skipped]
-    for i, (operation, key) in enumerate(steps[1:-1], 1):
-        before, after = steps[i - 1], steps[i + 1]
-        if (operation, key) != ("LOAD_ATTR", weight) or before[0] not in ("LOAD_ATTR", "LOAD_FAST", "LOAD_FAST_BORROW"):
-            continue
-        start = next(k for k in range(i, -1, -1) if steps[k][0] != "LOAD_ATTR")
-        asked = after[0] in ("LOAD_ATTR", "LOAD_METHOD") and (after[1] in _HARMLESS or after[1].endswith("_"))
-        if not asked and not (start and steps[start - 1][1] == "isinstance"):
+    steps = steps_of(code)
+    for i, (operation, key, _) in enumerate(steps[1:-1], 1):
+        before = steps[i - 1]
+        from_attribute = before[0] in ("LOAD_ATTR", "LOAD_FAST", "LOAD_FAST_BORROW")
+        if (operation, key) == ("LOAD_ATTR", weight) and from_attribute and computes_with(steps, i):
             read.add(before[1])
     return read
 

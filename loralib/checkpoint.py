@@ -24,6 +24,7 @@ from loralib.adapters import (
     base_modules,
     check_adapter_name,
     check_intact,
+    check_not_exchanged,
     check_not_fsdp1,
     check_not_offloaded,
     check_not_partitioned,
@@ -35,9 +36,10 @@ from loralib.adapters import (
     own_tensors,
     put,
     unchanged_by_an_error,
+    untied,
 )
 from loralib.architectures import base_name, group_spec, resized_embeddings, unwrapped
-from loralib.core import Adapted, is_sharded, quiet_state, whole
+from loralib.core import SHARED_BASE, Adapted, is_sharded, quiet_state, whole
 from loralib.diffusers_format import FILE, is_of_diffusers, read_diffusers, write_diffusers
 from loralib.formats import (
     LORA_ENDINGS,
@@ -55,6 +57,7 @@ from loralib.inject import (
     STATISTICS,
     LayerNames,
     Plan,
+    _some,
     check_bias_mode,
     own_names,
     plan_layers,
@@ -127,6 +130,8 @@ def save_lora(
     path = Path(path)
     if format == "loralib" and path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file, or format='peft'")
+    if format == "loralib" and path.suffix in (*UPSTREAM_SUFFIXES, ".ckpt"):
+        raise ValueError(f"{path}: files of that ending are pickles; the file is written by safetensors: name it so")
     folder = format == "peft" or (format == "diffusers" and path.suffix != ".safetensors")
     if folder and path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; give the name of a folder for format={format!r}")
@@ -175,6 +180,8 @@ def gather(
     if not state:
         _warn_of_untrained(found)
     adapter = _collect(model, found, layers, bias, modules_to_save)
+    if not state:
+        _warn_of_left_out(model, adapter)
     prefix = prefix_of_wrappers(model, [*adapter.tensors, *layers, *adapter.modules_to_save])
 
     def named(name: str) -> str:
@@ -240,10 +247,12 @@ def load_lora(
             model: one error lists every tensor that is missing, unexpected or of the wrong shape, or holds NaN or
             infinity. Whatever is raised, the model has not been changed.
     """
-    path, model = local_path(os.fspath(path), revision), unwrapped(model)
+    path, wrapped, model = local_path(os.fspath(path), revision), model, unwrapped(model)
     check_one(all_modules(model))
     modules = base_modules(model)
     name = (active_adapter(model) or DEFAULT_NAME) if adapter_name is None else adapter_name
+    if trainable and name != active_adapter(model):
+        check_not_exchanged(wrapped)
     check_adapter_name(name)
     check_intact(model, [name, active_adapter(model)])
     with unchanged_by_an_error(model, name):
@@ -307,8 +316,39 @@ def _write(
             there = _held(modules, {name: keys}, targets)[name]
             for key in keys:
                 value = values.get(_join(name, key))
-                if value is not None:  # statistics that other libraries do not save
-                    there[key].copy_(_as_held(there[key], value))
+                if value is None:  # statistics, which other libraries do not save
+                    value = vars(module)["_place"].replaced.get(key) if "_place" in vars(module) else None
+                if value is not None:
+                    held = _apart(modules, there[key]) if hasattr(there[key], SHARED_BASE) else there[key]
+                    held.copy_(_as_held(held, value))
+
+
+def _apart(modules: dict[str, nn.Module], shared: Tensor) -> nn.Parameter:
+    """A copy in the place of a Parameter that other models have, too."""
+    own = nn.Parameter(shared.detach().clone(), shared.requires_grad)
+    for module in modules.values():
+        for key in [key for key, tensor in module._parameters.items() if tensor is shared]:
+            setattr(module, key, own)
+    return own
+
+
+def _warn_of_left_out(model: nn.Module, adapter: Adapter) -> None:
+    modules = base_modules(model)
+    if not any("_place" in vars(module) for module in modules.values()):
+        return  # made by hand, what is saved is chosen by hand, as in 0.1.2
+    parts = active_parts(modules)
+    trained = {
+        _join(path, key)
+        for path, module in modules.items()
+        for key, tensor in own_tensors(module).items()
+        if tensor.requires_grad and key not in parts.get(path, {})
+    }
+    if left := sorted(trained - adapter.tensors.keys()):
+        warnings.warn(
+            f"{_some(left)}: trained, and not in the file, which holds the adapter only; name the modules in "
+            "modules_to_save of inject_lora, which trains copies of them, or of save_lora",
+            stacklevel=4,
+        )
 
 
 def _refuse(path: Path, model: nn.Module, problems: list[str]) -> None:
@@ -580,18 +620,13 @@ def _is_statistic(name: str) -> bool:
 def _untied(modules: dict[str, nn.Module], own: dict[str, frozenset[str]], adapter: Adapter) -> list[str]:
     """The tensors that the model ties to others and to which the file gives values of their own."""
     parts = active_parts(modules)
-    groups: dict[int, dict[str, Tensor]] = {}
-    for path, keys in own.items():
-        for key, tensor in {**own_tensors(modules[path]), **parts.get(path, {})}.items():
-            name = _join(path, key)
-            if key in keys and name in adapter.tensors:
-                groups.setdefault(id(tensor), {})[name] = adapter.tensors[name]
-    differing = [
-        group
-        for group in groups.values()
-        if len(group) > 1 and not all(torch.equal(t, next(iter(group.values()))) for t in group.values())
-    ]
-    return sorted(name for group in differing for name in group)
+    tensors = {
+        _join(path, key): tensor
+        for path, keys in own.items()
+        for key, tensor in {**own_tensors(modules[path]), **parts.get(path, {})}.items()
+        if key in keys and _join(path, key) in adapter.tensors
+    }
+    return sorted(untied(tensors, adapter.tensors))
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -39,6 +39,8 @@ from loralib.adapters import (
     list_adapters,
     of_base,
     own_tensors,
+    unchanged_by_an_error,
+    untied,
 )
 from loralib.architectures import group_spec, unwrapped
 from loralib.core import Adapted, full_precision
@@ -123,7 +125,8 @@ def combine_adapters(
     plans = plan_layers(modules, {path: spec for path, (spec, _) in made.items()}, merge_weights)
     plans.update(plan_tokens(modules, {path: indices for path, (indices, _) in rows.items()}, merge_weights))
     values = {**{path: pair for path, (_, pair) in made.items()}, **{f"{p}.weight": t for p, (_, t) in rows.items()}}
-    put_combined(model, adapter_name, modules, plans, values, whole)
+    with unchanged_by_an_error(model, adapter_name):
+        put_combined(model, adapter_name, modules, plans, values, whole)
     if merged:
         merge_lora_weights(model)
     return LayerNames(made)
@@ -136,12 +139,11 @@ def put_combined(
     plans: dict[str, Plan],
     values: Mapping[str, tuple[Tensor, ...]],
     whole: dict[tuple[str, str], Tensor],
-    apart: Sequence[str] = (),
 ) -> None:
     """Put an adapter into `model` whose numbers are known.
 
     Args:
-        model, adapter_name, plans, apart: see `put_adapter`.
+        model, adapter_name, plans: see `put_adapter`.
         modules: those of `base_modules`.
         values: the tensors of each plan.
         whole: the values of what is trained whole, by module and name.
@@ -153,6 +155,8 @@ def put_combined(
     for path, key in whole:
         own[path] = own.get(path, frozenset()) | {key}
     check_not_offloaded({path: modules[path] for path in own})
+    tensors = {place: own_tensors(modules[place[0]])[place[1]] for place in whole}
+    apart = [".".join(place) for place in untied(tensors, whole)]
     put_adapter(model, adapter_name, plans, own, apart)
     with torch.no_grad():
         for (path, key), value in whole.items():

@@ -13,6 +13,7 @@ shows after the next `eval()` or merge.
 """
 
 import contextlib
+import dis
 import functools
 import inspect
 import math
@@ -67,11 +68,10 @@ class LoRALayer:
     """
 
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool):
-        lora_alpha = _as_number(lora_alpha)
         check_hyperparameters(r, lora_alpha, lora_dropout)
-        self.r = r
-        self.lora_alpha = lora_alpha
-        self.lora_dropout: Any = nn.Dropout(lora_dropout) if lora_dropout > 0 else identity
+        self.r = int(r)
+        self.lora_alpha = as_number(lora_alpha)
+        self.lora_dropout: Any = nn.Dropout(float(lora_dropout)) if lora_dropout > 0 else identity
         self.merged = False
         self.merge_weights = merge_weights
 
@@ -118,8 +118,9 @@ class InPlace(nn.Module):
             destination._metadata[prefix[:-1]]["adapter"] = self._place.shown
         if self._place is not None and len(self._place.adapters) > 1:
             _tell_once(
+                "others",
                 f"state_dict() of this model holds its base and the active adapter, {self._place.current!r}, and none "
-                "of the others; save each with lora.save_lora after lora.set_adapter"
+                "of the others; save each with lora.save_lora after lora.set_adapter",
             )
 
     def _load_from_state_dict(self, state: dict, prefix: str, metadata: dict, *args: Any) -> None:
@@ -131,12 +132,68 @@ class InPlace(nn.Module):
             )
             return
         super()._load_from_state_dict(state, prefix, metadata, *args)
+        if place is not None and place.replaced and not place.suspended and "adapter" not in metadata:
+            self._load_base(state, prefix, place.replaced)
+
+    def _load_base(self, state: dict, prefix: str, base: dict) -> None:
+        # A checkpoint of the base alone is for the base, and not for the adapter's copies of heads and biases only.
+        if any("lora_" in key for key in state):
+            return
+        for key, tensor in base.items():
+            value = state.get(prefix + key)
+            if value is None or value.shape != tensor.shape:
+                continue
+            if tensor.is_meta:
+                base[key] = nn.Parameter(value.clone(), False) if isinstance(tensor, nn.Parameter) else value.clone()
+            else:
+                tensor.data.copy_(value)
 
 
 def _called_by_own_method(frame: Any, module: nn.Module) -> bool:
     while frame.f_code.co_name == "__getattr__":  # of a kind
         frame = frame.f_back
     return frame.f_locals.get("self") is module
+
+
+def is_read_past_forward(frame: Any, layer: nn.Module) -> bool:
+    """Whether the code of `frame` reads an attribute of `layer` to compute with it in the forward of another module."""
+    while frame.f_code.co_name == "__getattr__":  # of a kind
+        frame = frame.f_back
+    reader, depth = frame, 0
+    while frame is not None and depth < 16:
+        owner = frame.f_locals.get("self")
+        if owner is layer:
+            return False
+        if frame.f_code.co_name == "forward" and isinstance(owner, nn.Module):
+            return _computes_at(reader.f_code, reader.f_lasti)
+        frame, depth = frame.f_back, depth + 1
+    return False
+
+
+@functools.lru_cache(maxsize=4096)
+def _computes_at(code: types.CodeType, offset: int) -> bool:
+    steps = steps_of(code)
+    here = next((i for i, step in enumerate(steps) if step[2] == offset), None)
+    return here is None or computes_with(steps, here)
+
+
+def steps_of(code: types.CodeType) -> list[tuple[str, Any, int]]:
+    """The instructions of `code` that say what it does: name, argument and place."""
+    skipped = ("CACHE", "RESUME", "PUSH_NULL", "PRECALL", "NOP", "EXTENDED_ARG")
+    return [(s.opname, s.argval, s.offset) for s in dis.get_instructions(code) if s.opname not in skipped]
+
+
+# What code asks of a weight without computing with it.
+_HARMLESS = {"dtype", "device", "shape", "size", "requires_grad", "requires_grad_", "ndim", "dim", "numel", "is_meta"}
+
+
+def computes_with(steps: list[tuple[str, Any, int]], i: int) -> bool:
+    """Whether the attribute that is read in step `i` is computed with, rather than asked for its dtype and the like."""
+    start = next((k for k in range(i, -1, -1) if steps[k][0] != "LOAD_ATTR"), 0)
+    if start and steps[start - 1][1] == "isinstance":
+        return False
+    after = steps[i + 1][:2] if i + 1 < len(steps) else ("", "")
+    return not (after[0] in ("LOAD_ATTR", "LOAD_METHOD") and (after[1] in _HARMLESS or after[1].endswith("_")))
 
 
 class _Merged(NamedTuple):
@@ -215,6 +272,14 @@ class Adapted(InPlace):
             self.weight.requires_grad = False
 
     # What is the same for every layer.
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        # Layers made by hand hold the base's weight for whoever reads it, as in 0.1.2.
+        seen = name == "weight" and self._place is not None and not torch.compiler.is_compiling()
+        if seen and is_read_past_forward(sys._getframe(1), self) and not is_quantized(self) and not self.is_sharded():
+            return _computed_weight(self)
+        return value
 
     @property
     def has_adapter(self) -> bool:
@@ -360,7 +425,9 @@ class Adapted(InPlace):
         if self._aside is not None:
             self._unmerge()
         elif self.merged and self.has_adapter and not self._disabled:
-            self._subtract(self._tensor("weight"))
+            weight = self._subtract(self._tensor("weight"))
+            if "weight" in self._parameters:
+                self._parameters["weight"] = weight
         self.merged = False
 
     def _unmerge(self) -> None:
@@ -386,22 +453,26 @@ class Adapted(InPlace):
         if weight is aside.weight and all(map(torch.equal, _sums(weight), aside.sums)):
             return
         base = weight
-        if weight is aside.weight:
+        if weight is aside.weight and hasattr(aside.base, SHARED_BASE):
+            base = nn.Parameter(weight.data.clone(), aside.base.requires_grad)
+        elif weight is aside.weight:
             aside.base.data.copy_(weight.data)
             base = aside.base
         if not _is_view(weight, aside.base):  # somebody has put the base back
-            self._subtract(base)
+            base = self._subtract(base)
         self._parameters["weight"], self._aside, self.merged = base, None, False
         self.merge()
 
-    def _subtract(self, weight: Tensor) -> None:
+    def _subtract(self, weight: Any) -> Any:
+        """Return the base in a weight that has the update in it: the same Parameter, unless other models share it."""
         with torch.no_grad():
             dtype = torch.promote_types(weight.dtype, torch.float32)
             base = (weight.to(dtype) - self.delta_weight()).to(weight.dtype)
         if hasattr(weight, SHARED_BASE):
-            self._parameters["weight"] = nn.Parameter(base, weight.requires_grad)
+            weight = nn.Parameter(base, weight.requires_grad)
         else:
             weight.data = base
+        return weight
 
     def _made_from(self, base: Tensor) -> tuple:
         tensors = base, self._tensor("lora_A"), self._tensor("lora_B")
@@ -438,8 +509,9 @@ class Adapted(InPlace):
         if self._aside is not None and base is not None:
             destination[f"{prefix}weight"] = base if keep_vars else base.detach()
             _tell_once(
+                "merged",
                 "state_dict() of a merged layer holds the base weight, without the update, beside lora_A and lora_B; "
-                "for an export of the sum call lora.merge_and_unload(model) first"
+                "for an export of the sum call lora.merge_and_unload(model) first",
             )
 
     def _load_from_state_dict(self, state: dict, prefix: str, metadata: dict, *args: Any) -> None:
@@ -557,7 +629,10 @@ def _set_computed_weight(self: Any, value: Any) -> None:
 
 def _is_traced_by_fx() -> bool:
     # Which torch.export sets, too; what it traces follows computed weights.
-    return not torch.compiler.is_compiling() and bool(torch.fx._symbolic_trace.is_fx_tracing())
+    if torch.compiler.is_compiling():
+        return False
+    tracer: Any = torch.fx._symbolic_trace
+    return bool(getattr(tracer, "is_fx_symbolic_tracing", tracer.is_fx_tracing)())
 
 
 def _repr_with_settings(self: Any) -> str:
@@ -712,7 +787,7 @@ def check_hyperparameters(r: int, lora_alpha: float, lora_dropout: float) -> Non
         raise TypeError(f"r={r!r}: the rank must be an integer, not {type(r).__name__}")
     if r < 0:
         raise ValueError(f"r={r}: the rank must be 0 (no adapter) or a positive integer")
-    for name, value in (("lora_alpha", _as_number(lora_alpha)), ("lora_dropout", lora_dropout)):
+    for name, value in (("lora_alpha", as_number(lora_alpha)), ("lora_dropout", lora_dropout)):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name}={value!r}: must be a number, not {type(value).__name__}")
     if not _is_finite(lora_alpha):
@@ -721,10 +796,17 @@ def check_hyperparameters(r: int, lora_alpha: float, lora_dropout: float) -> Non
         raise ValueError(f"lora_dropout={lora_dropout}: must be a probability between 0 and 1")
 
 
-def _as_number(value: Any) -> Any:
-    """Return the number in a tensor of one element, which 0.1.2 takes for `lora_alpha`; anything else as it is."""
-    constant = isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad
-    return value.item() if constant else value
+def as_number(value: Any) -> Any:
+    """Return Python's number for one of numpy, or of a tensor of one element, which 0.1.2 takes for `lora_alpha`.
+
+    >>> as_number(torch.tensor(4.0)), as_number(16), as_number("16")
+    (4.0, 16, '16')
+    """
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 and not value.requires_grad else value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _is_finite(number: float) -> bool:
@@ -791,14 +873,13 @@ def _sums(tensor: Tensor) -> tuple[Tensor, ...]:
     return bits.sum(0), bits.sum(1), bits.flatten()[:: max(1, bits.numel() // 4096)].clone()
 
 
-_told = False
+_told: set[str] = set()
 _quiet = False
 
 
-def _tell_once(message: str) -> None:
-    global _told
-    if not _told and not _quiet:
-        _told = True
+def _tell_once(what: str, message: str) -> None:
+    if what not in _told and not _quiet:
+        _told.add(what)
         warnings.warn(message, stacklevel=5)
 
 

@@ -7,7 +7,7 @@ that rank comes nearer to (Eckart and Young, 1936). What has no matrix to adapt 
 import math
 import numbers
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from loralib.adapters import (
     list_adapters,
     of_base,
     own_tensors,
+    unchanged_by_an_error,
 )
 from loralib.architectures import default_modules_to_save, unwrapped
 from loralib.combine import check_rank, join, layer_spec, nearest, put_combined
@@ -35,6 +36,7 @@ from loralib.inject import (
     Plan,
     _fused,
     _parameters,
+    _some,
     _target_parameters,
     _targets,
     match_names,
@@ -56,7 +58,7 @@ class Extracted(NamedTuple):
     """What an adapter holds of the change to one weight.
 
     Attributes:
-        r: its rank; 0 if nothing of it is in the adapter.
+        r: its rank, at least 1; what the adapter holds nothing of is in `left_out`.
         change: the Frobenius norm of W_tuned - W_base.
         energy: which share of the square of that the adapter holds.
     """
@@ -194,7 +196,8 @@ def extract_lora(
     packed = [path for path, key in whole if key == "weight" and is_quantized(modules[path])]
     if packed:
         raise ValueError(f"{', '.join(packed[:8])}: the weight is quantised, and cannot be kept whole; adapt it")
-    put_combined(model, adapter_name, modules, plans, tensors, whole, _untied(modules, whole))
+    with unchanged_by_an_error(model, adapter_name):
+        put_combined(model, adapter_name, modules, plans, tensors, whole)
     named = {place: ".".join(filter(None, place)) for place in changes if place not in done}
     result = Extraction(
         layers,
@@ -423,17 +426,3 @@ def _own(
 def _is_vectors(modules: dict[str, nn.Module], path: str) -> bool:
     below = [module for name, module in modules.items() if _is_within((name, ""), path)]
     return path != "" and all(tensor.dim() < 2 for module in below for tensor in own_tensors(module).values())
-
-
-def _untied(modules: dict[str, nn.Module], whole: dict[_Place, Tensor]) -> list[str]:
-    # What the base ties, and tuned gives values of their own.
-    tied: dict[int, list[_Place]] = {}
-    for path, key in whole:
-        tied.setdefault(id(own_tensors(modules[path])[key]), []).append((path, key))
-    differing = [group for group in tied.values() if any(not torch.equal(whole[group[0]], whole[p]) for p in group)]
-    return [f"{path}.{key}" for group in differing for path, key in group]
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")

@@ -5,7 +5,7 @@ import math
 import operator
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,14 +22,17 @@ from loralib.adapters import (
     base_modules,
     check_adapter_name,
     check_intact,
+    check_not_exchanged,
     check_not_offloaded,
     check_whole,
     input_embeddings,
     is_bias,
     named_modules,
     note_parts,
+    of_base,
     own_tensors,
     put,
+    unchanged_by_an_error,
 )
 from loralib.architectures import (
     LINEAR_BY_ANOTHER_NAME,
@@ -49,7 +52,16 @@ from loralib.architectures import (
     what_to_name,
     without_gradient,
 )
-from loralib.core import Adapted, InPlace, adapted, check_hyperparameters, identity, takes_any_keyword
+from loralib.core import (
+    Adapted,
+    InPlace,
+    LoRALayer,
+    adapted,
+    as_number,
+    check_hyperparameters,
+    identity,
+    takes_any_keyword,
+)
 from loralib.layers import Groups, Kernel, Matrix, Table, as_booleans, check_groups, is_conv1d, matrix_shape
 from loralib.parameters import LowRank, Parameters, Rows, with_parameters
 from loralib.quantized import is_quantized, keep_gradients
@@ -147,6 +159,7 @@ def inject_lora(
     check_adapter_name(adapter_name)
     if enable_lora is not None and len(as_booleans(enable_lora)) != 3:
         raise ValueError(f"enable_lora={list(enable_lora)}: must be three booleans, for q, k and v")
+    check_not_exchanged(model)
     model = unwrapped(model)
     check_whole(model)
     modules = base_modules(model)
@@ -155,7 +168,7 @@ def inject_lora(
     else:
         saved = match_names(modules, modules_to_save, "modules_to_save") if modules_to_save else []
     packed = [
-        name for name in modules if is_quantized(modules[name]) and any(f"{name}.".startswith(f"{s}.") for s in saved)
+        name for name in modules if any(f"{name}.".startswith(f"{s}.") for s in saved) and is_quantized(modules[name])
     ]
     if packed:
         raise ValueError(
@@ -175,12 +188,12 @@ def inject_lora(
         if exclude_modules:
             excluded = match_names([*modules, *_parameters(model, modules)], exclude_modules, "exclude_modules")
         names += [name for name in found if name not in excluded]
+    if not names and trainable_token_indices is None:
+        raise ValueError(f"nothing is left to adapt after exclude_modules={exclude_modules!r}")
     _warn_of_ties(modules, [*names, *saved])
     tokens = token_rows(model, modules, trainable_token_indices, saved) if trainable_token_indices is not None else {}
-    specs = {
-        name: {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, **_fused(modules, name, enable_lora)}
-        for name in names
-    }
+    knobs = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": float(lora_dropout)}
+    specs = {name: {**knobs, **_fused(modules, name, enable_lora)} for name in names}
     named = target_modules is not None or target_parameters is not None
     if named and enable_lora is not None and not any("enable_lora" in s for s in specs.values()):
         raise ValueError(
@@ -191,6 +204,7 @@ def inject_lora(
     _apply_pattern(specs, alpha_pattern or {}, "alpha_pattern", "lora_alpha")
     for spec in specs.values():
         _check_arguments(spec["r"], spec["lora_alpha"], lora_dropout)
+        spec.update(r=int(spec["r"]), lora_alpha=as_number(spec["lora_alpha"]))
         if use_rslora:
             spec["scaling"] = spec["lora_alpha"] / math.sqrt(spec["r"])
     check_intact(model, [active_adapter(model)])
@@ -219,7 +233,8 @@ def inject_lora(
         raise ValueError(f"{_some(both)}: its module is a target, too; name one of the two")
     own = own_names(modules, own_of_plans(plans), bias, saved)
     check_not_offloaded({name: modules[name] for name in own})
-    put_adapter(model, adapter_name, plans, own)
+    with unchanged_by_an_error(model, adapter_name):
+        put_adapter(model, adapter_name, plans, own)
     return LayerNames(names)
 
 
@@ -251,7 +266,9 @@ def match_names(names: Iterable[str], targets: Sequence[str] | str, argument: st
     ['h.0.attn', 'h.1.attn']
     """
     names = [name for name in names if name]
-    if not isinstance(targets, Iterable) or not all(isinstance(target, str) for target in targets):
+    # What gives its names once only would be empty the second time.
+    once = isinstance(targets, Iterator)
+    if once or not isinstance(targets, Iterable) or not all(isinstance(target, str) for target in targets):
         raise TypeError(f"{argument}={targets!r}: must be a list of names, or a regular expression as a string")
     if not targets:
         raise ValueError(f"{argument}={targets!r} names nothing")
@@ -308,6 +325,9 @@ def own_names(
         for path in modules:
             if f"{path}.".startswith(f"{name}."):
                 own[path] = own.get(path, frozenset()) | own_tensors(modules[path]).keys()
+                other = first.get(id(modules[path]), path)
+                if other != path and own.get(other, own[path]) != own[path]:
+                    raise ValueError(f"{path} is {other} by another name, which is adapted; name it once")
     return {path: keys for path, keys in own.items() if keys}
 
 
@@ -412,6 +432,7 @@ def put_adapter(
         within = is_pretrained(cls) and any(f"{path}.".startswith(inside) for path in own)
         if within or (module is model and takes_any_keyword(cls.forward)):
             own = {**own, name: own.get(name, frozenset())}
+    narrow = _read_by_others(modules, own)
     here: dict[str, list[Plan]] = {}
     for plan in plans.values():
         here.setdefault(plan.path, []).append(plan)
@@ -433,17 +454,30 @@ def put_adapter(
                 copies[shared] = list(map(nn.Parameter, made))
             adapter.update(zip(plan.shapes, copies[shared], strict=True))
         own_copies = frozenset(key for key in keys if f"{name}.{key}" in apart)
-        # What other code reads of a module has to keep the dtype that it computes with.
-        read = is_read_from_outside(modules, name) and "weight" in keys
         form = _form_of(module, here.get(name, []))
+        read = name in narrow
         add_part(module, adapter_name, keys, form, adapter, copies, own_copies, widen=not read)
-        if read and own_tensors(module)["weight"].itemsize == 2:
+        dtypes = {tensor.dtype for key, tensor in own_tensors(module).items() if key in keys and tensor.itemsize == 2}
+        if read and dtypes:
             warnings.warn(
-                f"{name} is trained in {own_tensors(module)['weight'].dtype}, in which small steps are rounded away: "
-                "code outside of it reads its weight, and computes in that dtype",
+                f"{name} is trained in {dtypes.pop()}, in which small steps are rounded away: code outside of it reads "
+                "its Parameters, and computes in that dtype",
                 stacklevel=3,
             )
     put(model, adapter_name)
+
+
+def _read_by_others(modules: dict[str, nn.Module], own: dict[str, frozenset[str]]) -> set[str]:
+    """The modules that have to keep the dtype that other code computes with, which reads what is to be trained there.
+
+    Those in one that is trained whole go together.
+    """
+    read = {
+        path for path, keys in own.items() if any(is_read_from_outside(modules, path, key) for key in of_base(keys))
+    }
+    whole = [path for path, keys in own.items() if keys >= own_tensors(modules[path]).keys()]
+    owners = [owner for owner in whole if any(path.startswith(f"{owner}.") for path in read)]
+    return read | {path for path in whole if any(f"{path}.".startswith(f"{owner}.") for owner in owners)}
 
 
 def _warn_of_ties(modules: dict[str, nn.Module], names: list[str]) -> None:
@@ -561,7 +595,13 @@ def token_rows(
         if path in saved:
             raise ValueError(f"{_TOKENS}: {path} is trained whole (modules_to_save)")
         weight = own_tensors(table)["weight"]
-        found.update({other: whole for other, module in modules.items() if own_tensors(module).get("weight") is weight})
+        same = [other for other, module in modules.items() if own_tensors(module).get("weight") is weight]
+        differing = [other for other in same if found.get(other, whole) != whole]
+        if differing:
+            raise ValueError(
+                f"{_TOKENS}: {path} and {differing[0]} are one table; give all rows under one name"
+            )
+        found.update(dict.fromkeys(same, whole))
     return found
 
 
@@ -574,7 +614,7 @@ def _targets(
 ) -> tuple[list[str], list[str]]:
     """The names of what is to be adapted, and of what is left alone on purpose."""
     # A module has several names where it is used twice; the first is the one to report.
-    first = named_modules(model)
+    first, every = named_modules(model), modules
     modules = {name: module for name, module in modules.items() if name in first}
     heads, aside, bare = [*saved], [], {}
     if target_modules is None:
@@ -591,7 +631,9 @@ def _targets(
             aside = without_gradient(model)
             names = [name for name in names if not any(f"{name}.".startswith(f"{each}.") for each in aside)]
     else:
-        names = match_names(modules, target_modules, "target_modules")
+        one_of = {id(module): name for name, module in modules.items()}
+        names = [one_of.get(id(every[name]), name) for name in match_names(every, target_modules, "target_modules")]
+        names = list(dict.fromkeys(names))
     excluded = []
     if exclude_modules:
         excluded = match_names([*modules, *_parameters(model, modules)], exclude_modules, "exclude_modules")
@@ -673,7 +715,9 @@ def _plan(name: str, modules: dict[str, nn.Module], spec: dict, merge_weights: b
         cls = cls._base_class
     kind = next((kind for plain, kind in _KINDS.items() if issubclass(cls, plain)), None)
     quantized = is_quantized(module)
-    if is_conv1d(module) or cls.__name__ in LINEAR_BY_ANOTHER_NAME or quantized:
+    if quantized:
+        kind = Matrix if hasattr(module, "in_features") else None
+    elif is_conv1d(module) or cls.__name__ in LINEAR_BY_ANOTHER_NAME:
         kind = Matrix
     if kind is None:
         allowed = ", ".join(f"nn.{plain.__name__}" for plain in _KINDS)
@@ -702,7 +746,7 @@ def _plan(name: str, modules: dict[str, nn.Module], spec: dict, merge_weights: b
     A, B = kind.shapes(module, settings)
     if 0 in A:
         raise ValueError(f"{name} would get no adapter: r={r}, enable_lora={spec.get('enable_lora')}")
-    branch = quantized or cls.forward in _FORWARDS or cls.__name__ in ("Conv1D", *LINEAR_BY_ANOTHER_NAME)
+    branch = quantized or cls.forward in _FORWARDS or _is_by_name(cls, module)
     # A forward that was put on the object may have kept that of its class, and would go past the branch; a wrapper's is
     # made to follow where what it has kept is just that.
     kept = [vars(module)[key] for key in ("_old_forward", "forward") if key in vars(module)][:1]
@@ -722,6 +766,22 @@ def _plan(name: str, modules: dict[str, nn.Module], spec: dict, merge_weights: b
     groups = settings.get("group_sizes")
     widest = min(A[1], max(groups) if groups else B[0])
     return Plan(name, "weight", {"lora_A": A, "lora_B": B}, _drawn_by(form.cls), form, widest=widest)
+
+
+def _is_by_name(cls: Any, module: Any) -> bool:
+    """Whether a class that is known by its name computes the product of its weight, as that of transformers does."""
+    if not is_conv1d(module) and cls.__name__ not in LINEAR_BY_ANOTHER_NAME:
+        return False
+    if cls.__module__.startswith("transformers."):
+        return True
+    weight, bias = (module._parameters.get(key) for key in ("weight", "bias"))
+    if weight is None or weight.is_meta:
+        return False
+    with torch.no_grad():
+        matrix = weight if is_conv1d(module) else weight.T
+        x = torch.linspace(-1, 1, 2 * len(matrix), dtype=weight.dtype, device=weight.device).reshape(2, -1)
+        product = x @ matrix if bias is None else x @ matrix + bias
+        return bool(torch.allclose(cls.forward(module, x), product, rtol=1e-2, atol=1e-3))
 
 
 def _drawn_by(cls: Any) -> Callable[..., None]:
@@ -769,6 +829,8 @@ def _compute(modules: dict[str, nn.Module], path: str, key: str, update: LowRank
 
 def _check_names(name: str, cls: type, module: nn.Module, kind: type) -> None:
     taken = [] if isinstance(module, Adapted) else sorted(_names_of(cls, module) & _names_of_ours(kind))
+    if "_place" not in vars(module) and not isinstance(module, LoRALayer):
+        taken += [name for name in (*module._parameters, *module._buffers) if name.startswith("lora_")]
     if taken:
         raise TypeError(
             f"{name} is a {cls.__name__} with attributes that a LoRA layer has too ({', '.join(taken)}); "

@@ -25,8 +25,10 @@ def is_quantized(layer: nn.Module) -> bool:
     """
     if _class_of(layer):
         return True
-    weight = layer._parameters.get("weight")
-    return weight is not None and (_knows_its_values(weight) or not weight.is_floating_point() or weight.itemsize < 2)
+    weight = dict(layer._parameters).get("weight")  # of a ScriptModule they are no dict
+    if weight is None or weight.is_complex():
+        return False
+    return _knows_its_values(weight) or not weight.is_floating_point() or weight.itemsize < 2
 
 
 def dequantized(layer: Any) -> Tensor:

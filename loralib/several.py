@@ -25,6 +25,7 @@ import copy
 import functools
 import itertools
 import operator
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ from loralib.adapters import (
     all_modules,
     change_class,
     check_intact,
+    check_not_exchanged,
     check_one,
     check_present,
     check_whole,
@@ -72,6 +74,7 @@ class Block:
         given: how the model is called: the names of what it is given, and which flags.
         shape: that of a row of its main input.
         size: the number of rows in this call, beams included.
+        enlarged: the number of rows that were found to be beams.
         beams: whether each row may stand for several, one after the other, as the beams of `generate` do.
     """
 
@@ -83,6 +86,7 @@ class Block:
             self.index = torch.tensor(self.rows)
             self.own = F.one_hot(self.index, len(self.slots)).float()[:, None, :, None]
         self.off = self.beams = self.entered = False
+        self.enlarged = 0
         self.dropless = True
         self.given: tuple = ()
         self.shape: tuple[int, ...] = ()
@@ -437,6 +441,15 @@ class Several(InPlace):
 
     _several: Work | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        work = vars(self).get("_several")
+        if name != "weight" or not isinstance(work, Work) or work.block.off or work.block.recorder is not None:
+            return value
+        if not torch.compiler.is_compiling() and core.is_read_past_forward(sys._getframe(1), self):
+            raise ValueError(f"the weight of {work.path} is read past its forward, where rows share it; {_INSTEAD}")
+        return value
+
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         if isinstance(self._several, Work):
             self._several.tensors = None
@@ -511,6 +524,9 @@ def _entered(cls: Any) -> Any:
             return cls.forward(self, *args, **kwargs)
         size, *shape = _main_shape(self, args, kwargs)
         fits = size == len(block.rows) or (block.beams and size % len(block.rows) == 0)
+        if fits and size != len(block.rows) != 1 and block.enlarged != size and not torch.compiler.is_compiling():
+            _check_beams(_flatten((args, kwargs))[0], len(block.rows), size)
+            block.enlarged = size
         if not fits:
             raise ValueError(f"{len(block.rows)} names of adapters for a batch of {size}: give one for each row")
         given = [*enumerate(args), *sorted(kwargs.items())]
@@ -537,7 +553,7 @@ def _entered(cls: Any) -> Any:
         @functools.wraps(cls.generate)
         def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
             block = self._several.block
-            before, block.beams = block.beams, True
+            before, block.beams, block.enlarged = block.beams, True, 0
             try:
                 return cls.generate(self, *args, **kwargs)
             finally:
@@ -549,6 +565,18 @@ def _entered(cls: Any) -> Any:
 
 def _members(cls: Any, forward: Any) -> dict:
     return {"__module__": __name__, "__doc__": cls.__doc__, "forward": forward, "__new__": core._constructor(cls)}
+
+
+def _check_beams(tensors: list, rows: int, size: int) -> None:
+    # The beams of a row begin as copies of it, one after the other. Guidance repeats the batch as a whole instead.
+    for x in tensors:
+        if isinstance(x, Tensor) and x.dim() and len(x) == size:
+            beams = x.unflatten(0, (rows, -1))
+            if not torch.equal(beams, beams[:, :1].expand_as(beams)):
+                raise ValueError(
+                    f"{rows} names of adapters for a batch of {size}, whose rows are not each repeated in place, as "
+                    f"beams are (guidance?): which are whose cannot be told; {_INSTEAD}"
+                )
 
 
 def _computes_anew(module: nn.Module) -> bool:
@@ -604,6 +632,7 @@ def _try_rows(block: Block, model: Any, forward: Any, args: tuple, kwargs: dict,
     reverse = [row * beams + beam for row in reversed(range(len(block.rows))) for beam in range(beams)]
     seen, devices = [], [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     training = [module for module in model.modules() if module.training]
+    state = _tensors_held(model)
     try:
         for module in training:  # not by eval(), which merges
             module.training = False
@@ -627,6 +656,7 @@ def _try_rows(block: Block, model: Any, forward: Any, args: tuple, kwargs: dict,
         block.recorder = None
         for module in training:
             module.training = True
+        _hold_again(state)
     layouts = {work: _layout(work, [calls.get(work, []) for calls in seen], len(block.rows)) for work in open_}
     for work, layout in layouts.items():
         if layout is None:
@@ -640,6 +670,32 @@ def _try_rows(block: Block, model: Any, forward: Any, args: tuple, kwargs: dict,
             sizes = tuple(TOKENS if size == tokens else size for size in sizes)
         call = block.given, None if any_length else shape
         work.place.layouts = {**work.place.layouts, call: layout._replace(sizes=sizes, certain=certain)}
+
+
+def _tensors_held(model: nn.Module) -> list[tuple[nn.Module, dict, dict]]:
+    """What the modules remember from call to call: their buffers, and tensors in attributes."""
+    return [
+        (
+            module,
+            {key: (t, _version(t), t.clone()) for key, t in module._buffers.items() if t is not None},
+            {key: value for key, value in vars(module).items() if value is None or isinstance(value, Tensor)},
+        )
+        for module in model.modules()
+    ]
+
+
+@torch.no_grad()
+def _hold_again(state: list[tuple[nn.Module, dict, dict]]) -> None:
+    for module, buffers, attributes in state:
+        for key, (buffer, version, values) in buffers.items():
+            module._buffers[key] = buffer
+            if version is None or buffer._version != version:
+                buffer.copy_(values)
+        vars(module).update(attributes)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def _taken(leaf: Any, rows: Any, size: int) -> Any:
@@ -742,7 +798,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
 
     A sum is for computing only. Meanwhile the modules of the model hold the base, so the model lists no trained
     tensors, and saving, merging and changing it are refused until one adapter is set again. Gradients do reach the
-    tensors of each adapter.
+    tensors of each adapter. What is written into them through `.data` meanwhile does not count.
 
     Raises:
         ValueError: `model` has no such adapter, or is sharded by `fully_shard`; or several have a head, a bias or
@@ -756,6 +812,8 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
     if not names:
         raise ValueError(f"adapter_name={adapter_name!r}: must be a name, or a list of them")
     found = _places(modules)
+    if found and found[0][1].current != adapter_name:
+        check_not_exchanged(model)
     check_intact(model, [found[0][1].current, *names] if found else None)
     if not any(names[0] in place.parts for _, place in found):
         check_present(model, names[0])

@@ -1,6 +1,7 @@
 """What is done to a whole model that has LoRA layers: choose what trains, collect it, merge, unload, count."""
 
 import contextlib
+import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from loralib.adapters import (
     PARTS,
@@ -80,9 +82,11 @@ def mark_only_lora_as_trainable(
             warnings.warn(f"{message}; call lora.inject_lora(model, ...) first", stacklevel=2)
     trained = trained_names(model, bias, modules_to_save)
     model.requires_grad_(False)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in trained:
-            parameter.requires_grad = True
+    parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for path, tensors in active_parts(dict(model.named_modules(remove_duplicate=False))).items():
+        parameters.update({_join(path, key): t for key, t in tensors.items() if isinstance(t, nn.Parameter)})
+    for name in trained & parameters.keys():  # those of the adapter also while the base's are in their place
+        parameters[name].requires_grad = True
 
 
 def lora_state_dict(
@@ -421,6 +425,13 @@ def _add_to_base(model: nn.Module) -> None:
         if place.active is not None:
             own = place.tensors(module, place.active)
             values += [(module, key, own[key]) for key in of_base(own) if (id(module), key) not in summed]
+    for module, name, value in values:
+        if name not in module._parameters and name not in module._buffers and not _takes(module, name, value):
+            path = next(path for path, each in model.named_modules() if each is module)
+            raise ValueError(
+                f"{path}.{name} is computed by torch.nn.utils (pruning, weight norm, parametrize), and cannot be made "
+                "to be the sum; nothing was merged. Remove that first (torch.nn.utils.prune.remove, ...)"
+            )
     put(model, None)
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     held = [module._parameters.get(name, module._buffers.get(name)) for module, name, _ in values]
@@ -440,6 +451,18 @@ def _add_to_base(model: nn.Module) -> None:
             setattr(module, name, fresh[id(tensor)])
         else:
             tensor.copy_(value)
+
+
+def _takes(module: nn.Module, name: str, value: Tensor) -> bool:
+    """Whether what torch.nn.utils.parametrize computes is `value` once it has been assigned that."""
+    if not parametrize.is_parametrized(module, name):
+        return False
+    parametrization: Any = copy.deepcopy(module.parametrizations[name])  # type: ignore[index]
+    try:
+        parametrization.right_inverse(value)
+        return bool(torch.allclose(parametrization(), value, rtol=1e-3, atol=1e-5))
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
 
 
 def _untie(model: nn.Module) -> None:
