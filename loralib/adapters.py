@@ -745,7 +745,9 @@ def untied(tensors: Mapping[_Key, Tensor], values: Mapping[_Key, Tensor]) -> lis
     tied: dict[int, list[_Key]] = {}
     for name, tensor in tensors.items():
         tied.setdefault(id(tensor), []).append(name)
-    differing = [group for group in tied.values() if any(not torch.equal(values[group[0]], values[n]) for n in group)]
+    differing = [
+        group for group in tied.values() if any(not torch.equal(values[group[0]], values[n]) for n in group[1:])
+    ]
     return [name for group in differing for name in group]
 
 

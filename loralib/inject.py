@@ -113,7 +113,7 @@ def inject_lora(
     ['0.lora_A', '0.lora_B']
 
     Args:
-        model: changed in place, also within `torch.compile` and data parallelism; its `nn.Linear`, `nn.Embedding`,
+        model: changed in place, also within `torch.compile` and `nn.DataParallel`; its `nn.Linear`, `nn.Embedding`,
             `nn.Conv1d/2d/3d` and Hugging Face `Conv1D` layers, their subclasses, and the quantised linear layers of
             torchao, bitsandbytes, HQQ and gptqmodel can be adapted. In a subclass with a forward of its own, and in
             layers whose weight another module reads (`nn.MultiheadAttention`), `weight` is computed as the sum.
@@ -151,8 +151,8 @@ def inject_lora(
         TypeError: a target is of a class that cannot be adapted, or has an attribute that a LoRA layer needs for
             itself, or an argument is of a wrong type.
         ValueError: a target matches nothing, the model has an adapter of that name already, its architecture has no
-            default, it is sharded by `fully_shard` or offloaded by accelerate (inject before that), or an argument is
-            out of range. Nothing has been changed then.
+            default, it is sharded by `fully_shard`, offloaded by accelerate or in `DistributedDataParallel` (inject
+            before that), or an argument is out of range. Nothing has been changed then.
     """
     _check_arguments(r, lora_alpha, lora_dropout)
     check_bias_mode(bias)

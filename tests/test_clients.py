@@ -1151,7 +1151,7 @@ def test_state_dict_of_a_merged_layer_holds_the_base(kind, monkeypatch):
     layer = kind.trained(lora)
     before = copy.deepcopy(layer.state_dict())
     layer.eval()
-    monkeypatch.setattr("loralib.core._told", False)
+    monkeypatch.setattr("loralib.core._told", set())
     with pytest.warns(UserWarning, match="holds the base weight, without the update"):
         state = layer.state_dict()
     with warnings.catch_warnings():

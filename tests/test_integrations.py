@@ -61,7 +61,7 @@ def test_rows_of_the_table():
     row = {"trains": True, "checkpoint_bytes": 1234, "reload_difference": 0.0, "resume_difference": None}
     found = {"loralib": row, "peft": {"error": "ValueError: no"}}
     rows = tables.integration_rows({"tools": {"one": found}})
-    assert rows["one"] == ["yes, error", "1,234, error", "0, error", "-, error"]
+    assert rows["one"] == ["yes / error", "1,234 / error", "0 / error", "- / error"]
 
 
 # Wrappers.

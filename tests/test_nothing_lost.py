@@ -349,7 +349,7 @@ def test_a_replaced_module_is_noticed(tmp_path):
         lora.list_adapters,
     ):
         model = injected()
-        model[1] = nn.Linear(4, 4)
+        model[1] = nn.Linear(4, 4).requires_grad_(False)
         with pytest.warns(UserWarning, match="^1: replaced by somebody since adapter 'default' was put there"):
             act(model)
         act(model)  # told once
