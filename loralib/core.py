@@ -132,21 +132,21 @@ class InPlace(nn.Module):
             )
             return
         super()._load_from_state_dict(state, prefix, metadata, *args)
-        if place is not None and place.replaced and not place.suspended and "adapter" not in metadata:
-            self._load_base(state, prefix, place.replaced)
+        # The checkpoint of a model without adapters is for the base, too, and not for copies of heads and biases only.
+        # What it is of is known from its metadata, which a dict of a safetensors file or of parts does not have.
+        if place is not None and not place.suspended and prefix and metadata and "adapter" not in metadata:
+            for key, tensor in place.replaced.items():
+                value = state.get(prefix + key)
+                if value is not None and value.shape == tensor.shape:
+                    if tensor.is_meta:
+                        place.replaced[key] = _like(tensor, value)
+                    else:
+                        tensor.data.copy_(value)
 
-    def _load_base(self, state: dict, prefix: str, base: dict) -> None:
-        # A checkpoint of the base alone is for the base, and not for the adapter's copies of heads and biases only.
-        if any("lora_" in key for key in state):
-            return
-        for key, tensor in base.items():
-            value = state.get(prefix + key)
-            if value is None or value.shape != tensor.shape:
-                continue
-            if tensor.is_meta:
-                base[key] = nn.Parameter(value.clone(), False) if isinstance(tensor, nn.Parameter) else value.clone()
-            else:
-                tensor.data.copy_(value)
+
+def _like(tensor: Tensor, value: Tensor) -> Tensor:
+    value = value.detach().clone()
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
 def _called_by_own_method(frame: Any, module: nn.Module) -> bool:

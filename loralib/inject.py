@@ -598,9 +598,7 @@ def token_rows(
         same = [other for other, module in modules.items() if own_tensors(module).get("weight") is weight]
         differing = [other for other in same if found.get(other, whole) != whole]
         if differing:
-            raise ValueError(
-                f"{_TOKENS}: {path} and {differing[0]} are one table; give all rows under one name"
-            )
+            raise ValueError(f"{_TOKENS}: {path} and {differing[0]} are one table; give all rows under one name")
         found.update(dict.fromkeys(same, whole))
     return found
 

@@ -342,8 +342,7 @@ def test_a_weight_norm_that_takes_what_it_is_to_be_is_merged():
 # Checkpoints of the base.
 
 
-@pytest.mark.parametrize("by_hand", [False, True])
-def test_a_checkpoint_of_the_base_is_loaded_into_the_base(by_hand):
+def test_a_checkpoint_of_the_base_is_loaded_into_the_base():
     def base():
         return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
 
@@ -351,8 +350,7 @@ def test_a_checkpoint_of_the_base_is_loaded_into_the_base(by_hand):
     for _ in range(9):
         pretrained(3 + torch.randn(9, 8))
     lora.inject_lora(model, r=2, target_modules=["0"], modules_to_save=["2"], bias="all")
-    state = pretrained.state_dict()
-    model.load_state_dict(dict(state) if by_hand else state, strict=False)
+    model.load_state_dict(pretrained.state_dict(), strict=False)
     wanted = pretrained.eval()(X)
     assert torch.equal(model.eval()(X), wanted)
     with lora.disable_adapters(model):
@@ -360,11 +358,19 @@ def test_a_checkpoint_of_the_base_is_loaded_into_the_base(by_hand):
     assert torch.equal(lora.unload(model)(X), wanted)
 
 
-def test_a_checkpoint_of_the_adapted_model_leaves_the_base():
+@pytest.mark.parametrize("part", ["adapted model", "head", "one of the head"])
+def test_a_checkpoint_of_the_adapted_model_or_a_head_leaves_the_base(part):
     model = drawn(small(), modules_to_save=["2"])
     state, base = copy.deepcopy(model.state_dict()), small().state_dict()
-    model.load_state_dict(state)
-    assert torch.equal(lora.unload(model)[2].weight, base["2.weight"])
+    if part != "adapted model":
+        names = ["2.weight", "2.bias"] if part == "head" else ["2.bias"]
+        state = {name: torch.randn_like(base[name]) for name in names}
+    model.load_state_dict(state, strict=False)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    head = nn.Linear(8, 2)
+    model[2].load_state_dict(head.state_dict())
+    assert torch.equal(model[2].weight, head.weight)
+    assert all(torch.equal(one, base[key]) for key, one in lora.unload(model).state_dict().items())
 
 
 # Arguments.
@@ -520,9 +526,9 @@ def test_a_batch_that_is_repeated_as_a_whole_is_no_beams():
             lora.set_adapter(model, name)
             assert close(beams[2 * row : 2 * row + 2], model(X[[row, row]]))
         for repeat in (lambda x: x.repeat(2, 1), lambda x: torch.cat([x, 0 * x])):
-            with lora.adapters_per_row(model, ["a", "b"]):
-                with pytest.raises(ValueError, match="batch of 4, whose rows are not each repeated in place"):
-                    model.generate(X[:2], repeat)
+            message = "batch of 4, whose rows are not each repeated in place"
+            with lora.adapters_per_row(model, ["a", "b"]), pytest.raises(ValueError, match=message):
+                model.generate(X[:2], repeat)
 
 
 @pytest.mark.parametrize("buffer", [True, False])
