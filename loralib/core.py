@@ -134,7 +134,8 @@ class InPlace(nn.Module):
         super()._load_from_state_dict(state, prefix, metadata, *args)
         # The checkpoint of a model without adapters is for the base, too, and not for copies of heads and biases only.
         # What it is of is known from its metadata, which a dict of a safetensors file or of parts does not have.
-        if place is not None and not place.suspended and prefix and metadata and "adapter" not in metadata:
+        of_base = metadata.keys() & {"version", "adapter"} == {"version"}
+        if place is not None and not place.suspended and prefix and of_base:
             for key, tensor in place.replaced.items():
                 value = state.get(prefix + key)
                 if value is not None and value.shape == tensor.shape:

@@ -422,11 +422,11 @@ class Adapters(RuleBasedStateMachine):
             elif inside == "convert":
                 self.convert(dtype)
             elif inside == "save" and self.oracle.active:
-                lora.save_lora(self.model, self.folder / "disabled")
+                self.save_to(self.folder / "disabled")
             self.check()
         self.oracle.switch(self.oracle.active)
         if inside == "save" and self.oracle.active:
-            lora.save_lora(self.model, self.folder / "enabled")
+            self.save_to(self.folder / "enabled")
             assert (self.folder / "disabled").read_bytes() == (self.folder / "enabled").read_bytes()
 
     # Values
@@ -504,6 +504,11 @@ class Adapters(RuleBasedStateMachine):
 
     # Files
 
+    def save_to(self, path, **options):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*trained, and not in the file")  # what `mark` unfroze
+            lora.save_lora(self.model, path, **options)
+
     @has_adapter
     @rule(format=st.sampled_from(["loralib", "peft"]))
     def save(self, format):
@@ -511,9 +516,8 @@ class Adapters(RuleBasedStateMachine):
         name = oracle.active
         differing = format == "peft" and len(set(oracle.scaling[name].values())) > 1
         told = pytest.warns(UserWarning, match="ranks or alphas differ") if differing else contextlib.nullcontext()
-        with warnings.catch_warnings(), told:
-            warnings.filterwarnings("ignore", "(?s).*trained, and not in the file")  # what `mark` unfroze
-            lora.save_lora(self.model, path, format=format)
+        with told:
+            self.save_to(path, format=format)
         self.files.append((path, dict(oracle.own[name]), oracle.cases[name], dict(oracle.scaling[name])))
 
     @precondition(lambda self: self.files)
