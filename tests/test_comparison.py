@@ -478,6 +478,11 @@ def test_of_runs_with_one_seed_the_best_is_chosen_by_validation(records):
     assert pair == ("nlg_smollm2_lora_more", "nlg_smollm2_full_more")
 
 
+def test_a_run_that_was_cut_off_and_resumed_is_a_pair_all_the_same(records):
+    records["nlg_smollm2_lora"]["configuration"]["resume"] = True
+    assert ("nlg_smollm2_lora", "nlg_smollm2_full") in comparison.pairs(records)
+
+
 def test_names_of_files_are_folded():
     names = ["a_lora", "a_full", "b", "a_lora", "c_x", "d_b_1", "d_b_2"]
     assert comparison.in_braces(names) == "a_{lora,full}, b, c_x, d_b_{1,2}"

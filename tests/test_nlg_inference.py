@@ -365,19 +365,20 @@ def given_texts(tmp_path, no_java):
     }
 
 
-@pytest.mark.parametrize("of_the_run", [True, False], ids=["its texts", "other texts"])
-def test_a_comparison_names_both_systems(given_texts, of_the_run, tmp_path, capsys):
+@pytest.mark.parametrize("when", ["after", "before", None], ids=["its texts", "its base's texts", "other texts"])
+def test_a_comparison_names_both_systems(given_texts, when, tmp_path, capsys):
     """By the run beside the texts, if that run scored as they do, and else by the file."""
     test = e2e.group_references(e2e.read_pairs(Path(given_texts["data_dir"]) / "test.txt"))
-    path = given_texts["adapted_texts" if of_the_run else "base_texts"]
+    path = given_texts["adapted_texts" if when else "base_texts"]
     settings = {"lora_dim": 4, "lora_alpha": 8.0, "target_modules": "all-linear", "lr": 0.01}
-    run = {"adapt": "lora", "configuration": settings, "after": evaluate_lora_improvement.read_texts(path, test)[0]}
+    scores = evaluate_lora_improvement.read_texts(path, test)[0]
+    run = {"adapt": "lora", "configuration": settings, when or "after": scores}
     beside = tmp_path / "run"
     beside.mkdir()
     (beside / "results.json").write_text(json.dumps(run), encoding="utf-8")
     given_texts["adapted_texts"] = str(Path(given_texts["adapted_texts"]).rename(beside / "texts.jsonl"))
     record = evaluate_lora_improvement.measure_improvement(**given_texts)
-    title = "LoRA r=4, alpha=8, all linear layers, lr 0.01" if of_the_run else "texts.jsonl"
+    title = {"after": "LoRA r=4, alpha=8, all linear layers, lr 0.01", "before": "base"}.get(when, "texts.jsonl")
     assert record["compared"] == {"base": "base.txt", "adapted": title}
     assert f"\nbase: base.txt\nadapted: {title}\n5 meanings; in brackets" in capsys.readouterr().out
 

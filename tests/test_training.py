@@ -349,6 +349,18 @@ class Two(loop.Knobs):
     preset: str = cli.knob("fast", "recipe", ["fast", "paper"])
 
 
+def test_options_are_given_in_full(capsys):
+    """--seed is not --seeds."""
+
+    @dataclasses.dataclass
+    class One:
+        seeds: int = cli.knob(3, "how many")
+
+    with pytest.raises(SystemExit):
+        cli.parse_knobs(One, "", ["--seed", "5"])
+    assert "unrecognized arguments: --seed 5" in capsys.readouterr().err
+
+
 def test_presets_fill_in_what_is_not_given():
     presets = {"fast": {}, "paper": {"lr": 1.0, "seed": 5}}
     assert cli.parse_knobs(Two, "", [], presets) == Two()

@@ -129,9 +129,11 @@ def name_of(path, fingerprint, scores):
     """What a system is: the settings of the run that made its checkpoint or its texts, else the name of the file."""
     try:
         run = json.loads((Path(path).parent / "results.json").read_text(encoding="utf-8"))
-        made_it = set(fingerprint.values()) == set(run.get("checkpoint_sha256", {}).values())
-        if made_it or any(reached.same(run[when], scores) for when in ("before", "after") if when in run):
+        made_it = bool(fingerprint) and set(fingerprint.values()) == set(run.get("checkpoint_sha256", {}).values())
+        if made_it or ("after" in run and reached.same(run["after"], scores)):
             return reading.settings_title(run["configuration"], run["adapt"])
+        if "before" in run and reached.same(run["before"], scores):
+            return reading.METHODS["none"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # no run beside it
     return portable(path)

@@ -79,6 +79,7 @@ def parse_knobs(knobs_class, description, arguments=None, presets=None):
         usage="%(prog)s [options]",  # all of them are listed below the description
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --seed is not --seeds
     )
     kinds = typing.get_type_hints(knobs_class)
     for field in dataclasses.fields(knobs_class):

@@ -13,11 +13,12 @@ from pathlib import Path
 from common.cli import UserError, call
 from common.files import configuration, fingerprints, weights_fingerprint
 
-# The knobs in which methods differ, those that only the runs with adapters read, and those that say where results go.
+# The knobs in which methods differ, those that only the runs with adapters read, and those that say where results go
+# or whether the run was cut off on the way, which changes nothing.
 # Each run is held against its own knobs when it is read.
 METHOD_KNOBS = {"adapt", "lr", "skip_base"}
 LORA_KNOBS = {"lora_dim", "lora_alpha", "lora_dropout", "target_modules", "init_adapter"}
-PLACE_KNOBS = {"output_dir", "record"}
+PLACE_KNOBS = {"output_dir", "record", "resume"}
 
 
 def make_all(script, wanted, files, reuse):

@@ -141,8 +141,10 @@ def sources(records, name, when="after"):
 def _is_checkpoint_of(improvement, run):
     scored = improvement["inputs_sha256"].get("adapter") or improvement["inputs_sha256"].get("adapted_model") or {}
     settings = [record["configuration"] for record in (improvement, run)]
-    return set(scored.values()) == set(run.get("checkpoint_sha256", {}).values()) and all(
-        settings[0][knob] == settings[1][knob] for knob in DECODING
+    return (
+        bool(scored)
+        and set(scored.values()) == set(run.get("checkpoint_sha256", {}).values())
+        and all(settings[0][knob] == settings[1][knob] for knob in DECODING)
     )
 
 

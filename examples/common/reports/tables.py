@@ -83,7 +83,8 @@ def e2e(folder):
                 rows[f"{base}: {row.title}{steps}", row.files] = [*cells, ", ".join(map(_link, row.files))]
                 references = records[row.files[-1]]["references"]  # of the file that has the scores
             cells = [_number(references.get(key), factor, digits) for key, _, factor, digits in reading.SCORES]
-            rows["the references themselves"] = [*cells, ""]
+            if references:
+                rows["the references themselves"] = [*cells, ""]
     return rows
 
 
