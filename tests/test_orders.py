@@ -678,3 +678,27 @@ def test_what_others_read_of_a_half_precision_module_keeps_its_dtype(make, optio
         with torch.no_grad():
             assert close(model(x).float(), base(x).float(), 0.05)
     assert model(x).dtype == torch.bfloat16
+
+
+def test_what_comes_after_distributed_data_parallel_is_refused(tmp_path):
+    """Its gradients would not be exchanged; what is there already can be loaded again, and what is frozen can come."""
+    path = tmp_path / "a.safetensors"
+    model = drawn(small(), "ab")
+    lora.save_lora(model, path)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wanted = wrapped(X)
+        for call in (
+            lambda: lora.inject_lora(wrapped, r=2, target_modules=["0"], adapter_name="c"),
+            lambda: lora.load_lora(wrapped, path, adapter_name="c"),
+            lambda: lora.set_adapter(wrapped, "a"),
+        ):
+            with pytest.raises(ValueError, match="DistributedDataParallel exchanges the gradients of what was trained"):
+                call()
+        assert lora.list_adapters(model) == ["a", "b"] and torch.equal(wrapped(X), wanted)
+        lora.set_adapter(wrapped, "b")
+        assert lora.load_lora(wrapped, path) == ["0"]
+        lora.load_lora(wrapped, path, adapter_name="frozen", trainable=False)
+    finally:
+        torch.distributed.destroy_process_group()
