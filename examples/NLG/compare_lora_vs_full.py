@@ -155,7 +155,7 @@ def time_in_turn(knobs):
     for method in TRAINED:
         run_knobs = knobs_of_run(knobs, method)
         model, tokenizer = build_model(run_knobs, device)
-        scaler = torch.amp.GradScaler(device.type, enabled=knobs.precision == "fp16")
+        scaler = loop.make_scaler(device, run_knobs)
         steppers[method] = model, loop.make_optimizer(model, run_knobs), scaler, run_knobs
     batches = itertools.cycle(load_data(run_knobs, tokenizer))
     seconds = {method: [] for method in TRAINED}
@@ -216,7 +216,7 @@ def compare_quality(runs):
             **scores,
             "references": runs["base"]["references"].get(metric),
             "ratio": ratio(scores["lora"], scores["full"]),
-            "difference": None if scores["lora"] is None else scores["lora"] - scores["full"],
+            "difference": None if None in (scores["lora"], scores["full"]) else scores["lora"] - scores["full"],
         }
     return quality
 

@@ -34,6 +34,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
@@ -62,6 +63,8 @@ PRESETS = {
 LEARNING_RATES = {"fast": {"lora": 5e-3, "full": 7e-4}, "paper": {"lora": 2e-4, "full": 2e-5}}
 # What a word for --target_modules means to lora.inject_lora, where that has another.
 TARGETS = {"query-value": None}
+# Above it a perplexity is no number that a computer has.
+LARGEST_LOSS = math.log(sys.float_info.max)
 # What is printed of the scores, and by what it is multiplied.
 SCORES = {
     **{"bleu": ("BLEU", 1), "nist": ("NIST", 1), "meteor": ("METEOR", 1), "rouge_l": ("ROUGE-L", 1)},
@@ -104,11 +107,9 @@ class Knobs(causal_lm.DecodingKnobs, loop.Knobs):
 
 def check(knobs):
     """Raise a UserError for a knob that is out of range."""
-    require_positive(knobs, "num_epochs", "max_steps", "batch_size", "grad_accumulation", "lr", "seq_len")
-    require_positive(knobs, "eval_every", "patience", "max_train_samples", "max_eval_samples")
-    require_positive(knobs, "max_valid_samples")
+    loop.check(knobs)
+    require_positive(knobs, "seq_len", "max_train_samples", "max_eval_samples", "max_valid_samples")
     causal_lm.check_decoding(knobs)
-    loop.check_fsdp(knobs)
     pretrained.check_base_dtype(knobs)
 
 
@@ -171,7 +172,8 @@ def save_model(model, tokenizer, knobs):
 
 def encode_pairs(pairs, tokenizer, seq_len, purpose):
     """Token samples of the pairs but the too long ones: a text cut off would teach to stop in mid-sentence."""
-    samples = [causal_lm.encode(tokenizer, meaning, reference) for meaning, reference in pairs]
+    bar = tqdm(pairs, f"reading {purpose} texts", unit="text", leave=False, disable=not distributed.is_main())
+    samples = [causal_lm.encode(tokenizer, *pair) for pair in bar]
     short = [sample for sample in samples if len(sample["input_ids"]) <= seq_len]
     if len(short) < len(samples):
         print(f"left out {len(samples) - len(short)} of {len(samples)} {purpose} texts of more than {seq_len} tokens")
@@ -180,16 +182,27 @@ def encode_pairs(pairs, tokenizer, seq_len, purpose):
     return short
 
 
+def encode_test(model, tokenizer, test):
+    """The samples of {meaning: references}, all of them: what is scored is never left out."""
+    samples = encode_pairs(all_pairs(test), tokenizer, math.inf, "test")
+    longest, window = max(len(sample["input_ids"]) for sample in samples), pretrained.context_window(model)
+    if longest > window:
+        raise UserError(f"a text of the test file has {longest} tokens, and the model reads at most {window}")
+    return samples
+
+
+def all_pairs(groups):
+    return [(meaning, reference) for meaning, references in groups.items() for reference in references]
+
+
 def evaluate(model, tokenizer, test, knobs, what="the result"):
     """(Scores of the texts that the model writes for the test meanings, the texts)."""
-    pairs = [(meaning, reference) for meaning, references in test.items() for reference in references]
-    samples = [causal_lm.encode(tokenizer, *pair) for pair in pairs]
-    perplexity = math.exp(loop.mean_loss(model, TASK, samples, knobs))
+    loss = loop.mean_loss(model, TASK, encode_test(model, tokenizer, test), knobs)
     generated = causal_lm.generate(model, tokenizer, list(test), knobs, f"scoring {what}")
     scores = text_scores.score(generated.texts, list(test.values()), list(test)) if distributed.is_main() else {}
     return {
         **scores,
-        "perplexity": perplexity,
+        "perplexity": math.exp(loss) if loss < LARGEST_LOSS else None,
         "tokens": generated.tokens,
         "generation_seconds": generated.seconds,
     }, generated.texts
@@ -220,10 +233,10 @@ def train_model(**overrides):
     print(f"parameters   {parameters.total:,} in total, {parameters.trainable:,} trainable ({percent:.2f} %)")
 
     train_samples = encode_pairs(train, tokenizer, knobs.seq_len, "training")
-    valid_pairs = [(meaning, reference) for meaning, references in valid.items() for reference in references]
-    valid_samples = encode_pairs(valid_pairs, tokenizer, knobs.seq_len, "validation")
+    valid_samples = encode_pairs(all_pairs(valid), tokenizer, knobs.seq_len, "validation")
+    encode_test(model, tokenizer, test)  # what is too long is told before the training
 
-    record = results.begin("e2e", knobs, find_files(knobs), parameters, model)
+    record = results.begin("e2e", knobs, find_files(knobs), parameters, model, device)
     record["counts"] = {
         "train_texts": len(train_samples),
         "valid_texts": len(valid_samples),
@@ -244,7 +257,6 @@ def train_model(**overrides):
             results.add_checkpoint(record, save_model(model, tokenizer, knobs))
         record["after"], texts = evaluate(model, tokenizer, test, knobs)
     record["seconds"]["total"] = time.perf_counter() - started
-    record["environment"] = results.environment(device)
     if distributed.is_main():
         results.write_texts(output_dir / "test_texts.jsonl", test, texts or texts_before)
         record["samples"] = [
@@ -265,8 +277,7 @@ def train_model(**overrides):
 
 def score_references(test):
     """People leave out values as well: what the references mention is what a perfect imitation of them reaches."""
-    pairs = [(meaning, reference) for meaning, references in test.items() for reference in references]
-    meanings, texts = zip(*pairs, strict=True)
+    meanings, texts = zip(*all_pairs(test), strict=True)
     return {
         "slot_share": text_scores.slot_share(texts, meanings),
         "slot_error_rate": text_scores.slot_error_rate(texts, meanings),

@@ -114,9 +114,8 @@ class Knobs(loop.Knobs):
 
 def check(knobs):
     """Raise a UserError for a knob that is out of range, or does not go with another."""
-    require_positive(knobs, "num_epochs", "max_steps", "batch_size", "grad_accumulation", "lr", "seq_len")
-    require_positive(knobs, "eval_every", "patience", "max_train_samples", "max_eval_samples", "eval_batch_size")
-    loop.check_fsdp(knobs)
+    loop.check(knobs)
+    require_positive(knobs, "seq_len", "max_train_samples", "max_eval_samples")
     if knobs.init_adapter is not None:
         if knobs.adapt != "lora":
             raise UserError(f"--init_adapter goes with --adapt lora, and this is --adapt {knobs.adapt}; leave it out")
@@ -255,7 +254,8 @@ def train_model(task, **overrides):
 
     samples = {split: encode_examples(examples, tokenizer, knobs.seq_len) for split, examples in splits.items()}
     parameters = lora.count_parameters(model)
-    record = results.begin(f"glue {task.name}", knobs, glue.find_files(knobs.data_dir, task), parameters, model)
+    files = glue.find_files(knobs.data_dir, task)
+    record = results.begin(f"glue {task.name}", knobs, files, parameters, model, device)
     if knobs.init_adapter is not None:
         record["init_adapter"] = results.weights_fingerprint(knobs.init_adapter)
     record["counts"] = {f"{split} lines": len(examples) for split, examples in splits.items()}
@@ -291,7 +291,6 @@ def train_model(task, **overrides):
         record["after"][split], predictions, probabilities = evaluate(model, samples[split], tokenizer, task, knobs)
         lines += prediction_lines(split, splits[split], predictions, probabilities)
     record["seconds"]["total"] = time.perf_counter() - started
-    record["environment"] = results.environment(device)
     if distributed.is_main():
         results.write_atomically(output_dir / "dev_predictions.jsonl", "".join(lines))
         results.write_record(record, output_dir, knobs.record)

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import math
 import os
 import signal
 import subprocess
@@ -122,11 +123,27 @@ def fill_in(knobs_class, given, presets=None):
 
 
 def require_positive(knobs, *names):
-    """Raise a UserError for the first of these knobs that is set and not above zero (NaN is not)."""
+    """Raise a UserError for the first of these knobs that is set and not a number above zero."""
     for name in names:
         value = getattr(knobs, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} {value}: must be above 0")
+
+
+def require_not_negative(knobs, *names):
+    """The same for those that may be zero."""
+    for name in names:
+        value = getattr(knobs, name)
+        if not 0 <= value < math.inf:
+            raise UserError(f"--{name} {value}: must be at least 0")
+
+
+def require_share(knobs, *names):
+    """The same for those that say how much of something, never all of it."""
+    for name in names:
+        value = getattr(knobs, name)
+        if not 0 <= value < 1:
+            raise UserError(f"--{name} {value}: must be at least 0 and below 1")
 
 
 def given(knobs, *names):

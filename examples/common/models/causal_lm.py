@@ -110,6 +110,14 @@ class _NoRepeatInText(transformers.LogitsProcessor):
         return self.inner(input_ids[:, self.prompt_width :], scores)
 
 
+class _NoNaN(transformers.LogitsProcessor):
+    # The largest of NaNs is some token, and a text of such tokens looks like one of a bad model.
+    def __call__(self, input_ids, scores):
+        if scores.isnan().any():
+            raise UserError("the model's outputs are not finite; nothing was written. Try another --precision")
+        return scores
+
+
 def generate(model, tokenizer, contexts, knobs, what="generating"):
     """The text that the model writes after each context, by greedy or beam search; sets evaluation mode.
 
@@ -118,11 +126,9 @@ def generate(model, tokenizer, contexts, knobs, what="generating"):
     model.eval()
     device = next(model.parameters()).device
     prompts = [encode_context(tokenizer, context) for context in contexts]
-    room = pretrained.context_window(model) - max(map(len, prompts))
-    if room < 1:
-        raise UserError(
-            f"a context of {max(map(len, prompts))} tokens fills the model's {pretrained.context_window(model)}"
-        )
+    window, longest = pretrained.context_window(model), max(map(len, prompts))
+    if longest >= window:
+        raise UserError(f"a context of {longest} tokens fills the model's {window}")
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding
     batches = [order[start : start + knobs.eval_batch_size] for start in range(0, len(order), knobs.eval_batch_size)]
     batches = distributed.share_batches(batches, model)
@@ -140,10 +146,10 @@ def generate(model, tokenizer, contexts, knobs, what="generating"):
                 input_ids=torch.tensor(ids, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 num_beams=knobs.num_beams,
-                max_new_tokens=min(knobs.max_new_tokens, room),
+                max_new_tokens=min(knobs.max_new_tokens, window - width),
                 # Only a beam search takes it.
                 **({"length_penalty": knobs.length_penalty} if knobs.num_beams > 1 else {}),
-                logits_processor=[_NoRepeatInText(size, width)] if size else [],
+                logits_processor=[_NoNaN(), *([_NoRepeatInText(size, width)] if size else [])],
                 synced_gpus=distributed.is_sharded(model),  # all go on until the last text has ended
             )
             for index, row in zip(chosen, output[:, width:].tolist(), strict=True):
@@ -152,6 +158,10 @@ def generate(model, tokenizer, contexts, knobs, what="generating"):
             bar.update(len(chosen))
     seconds = time.perf_counter() - started
     rows = distributed.union(rows)
+    ended = {index: row[-1] == tokenizer.eos_token_id for index, row in rows.items()}
+    cut = sum(not ended[index] and len(row) < knobs.max_new_tokens for index, row in rows.items())
+    if cut:
+        print(f"{cut} of {len(rows)} texts were cut off where the model's {window} tokens were full")
     texts = [_decode(tokenizer, rows[index]) for index in range(len(prompts))]
     return Generated(texts, sum(map(len, rows.values())), seconds)
 

@@ -33,7 +33,7 @@ def load(auto_class, name, kind, **options):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
         model, report = auto_class.from_pretrained(name, local_files_only=local, output_loading_info=True, **options)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise UserError(f"--model {name}: cannot be loaded as a {kind}: {error}") from error
     return model.float(), tokenizer, sorted(report["missing_keys"])
 
@@ -114,7 +114,8 @@ def context_window(model):
         # RoBERTa's positions begin after that of the padding.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return module.num_embeddings - module.padding_idx - 1
-    return getattr(model.config, "max_position_embeddings", math.inf)
+    most = getattr(model.config, "max_position_embeddings", None)
+    return most if most is not None and most > 0 else math.inf  # XLNet says -1
 
 
 def _require_on_hub(name):
@@ -134,5 +135,5 @@ def _require_on_hub(name):
         # One request first: from_pretrained tries each file for half a minute when there is no network.
         huggingface_hub.model_info(name, timeout=10)
     except Exception as error:  # no common base: the hub's own errors, or those of the http client it uses
-        reason = str(error).strip().splitlines()[-1]
+        reason = (str(error).strip() or repr(error)).splitlines()[-1]
         raise UserError(f"--model {name}: {what} ({reason}). {do}") from error

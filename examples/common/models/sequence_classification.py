@@ -100,7 +100,9 @@ def encode(tokenizer, texts, seq_len):
     if len(encoding["input_ids"]) > seq_len:  # the tokenizer cuts nothing then
         marks = tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
         raise UserError(f"--seq_len {seq_len}: the marks around the texts alone are {marks} tokens; use more")
-    return {**encoding, "cut": bool(encoding.encodings[0].overflowing)}
+    if tokenizer.is_fast:
+        return {**encoding, "cut": bool(encoding.encodings[0].overflowing)}
+    return {**encoding, "cut": len(tokenizer(*texts)["input_ids"]) > seq_len}
 
 
 def collate(samples, tokenizer):
@@ -150,7 +152,13 @@ def predict(model, samples, knobs, tokenizer, progress=False):
             rows.update(zip(chosen, output, strict=True))
             bar.update(len(chosen))
     rows = distributed.union(rows)
-    return torch.stack([rows[index] for index in range(len(samples))])
+    output = torch.stack([rows[index] for index in range(len(samples))])
+    if not output.isfinite().all():
+        raise loop.NotFinite(
+            f"the outputs for {len(samples)} texts are not all finite; nothing was written of them. In training, try a "
+            "lower --lr or more --warmup_steps; with --precision fp16, another one"
+        )
+    return output
 
 
 def decide(output):
@@ -163,11 +171,6 @@ def training_task(task, tokenizer):
 
     def validate(model, _, samples, knobs):
         output = predict(model, samples, knobs, tokenizer)
-        if not output.isfinite().all():
-            raise UserError(
-                "the outputs on the dev set are not finite; nothing was saved of this validation. Try a lower --lr or "
-                "more --warmup_steps"
-            )
         labels = [sample["label"] for sample in samples]
         loss = _loss_sum(output, torch.tensor(labels), 0.0).item() / len(samples)
         scores = glue_scores.score(decide(output), labels, task)

@@ -38,8 +38,8 @@ def write_texts(path, meanings, texts):
     write_atomically(path, "".join(lines))
 
 
-def begin(task, knobs, files, parameters, model):
-    """The record of a training so far: what is known before the first step.
+def begin(task, knobs, files, parameters, model, device):
+    """The record of a training so far: what is known before the first step, which code it is of included.
 
     `files` is {split: path}, `parameters` what lora.count_parameters gives.
     """
@@ -53,6 +53,7 @@ def begin(task, knobs, files, parameters, model):
         "parameters": parameters._asdict(),
         "bytes": {"model": sum(map(_stored_bytes, model.parameters()))},
         "seconds": {},
+        "environment": environment(device),
     }
 
 
@@ -88,7 +89,7 @@ def environment(device):
     """Where a run took place: versions, commit, device."""
     return {
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -100,8 +101,10 @@ def peak_memory_bytes(device):
     """The most memory the process has held, and the most that torch has held on a CUDA device."""
     peak = {"process": None}
     status = Path("/proc/self/status")
-    if status.is_file():  # of Linux, whose getrusage begins with what the parent process held
-        peak["process"] = 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.M)[1])
+    # Of Linux, whose getrusage begins with what the parent process held. Some sandboxes have the file without the line.
+    most = status.is_file() and re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.M)
+    if most:
+        peak["process"] = 1024 * int(most[1])
     elif resource is not None:
         # Bytes on macOS, KiB elsewhere.
         unit = 1 if sys.platform == "darwin" else 1024
@@ -109,6 +112,14 @@ def peak_memory_bytes(device):
     if device.type == "cuda":
         peak["cuda"] = torch.cuda.max_memory_allocated(device)
     return peak
+
+
+def _version(package):
+    """None for one that is not installed, as of those that only some scripts need."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _commit():

@@ -34,6 +34,8 @@ def choose_device(name):
     if not there:
         usable = ", ".join(kind for kind, there in available.items() if there)
         raise UserError(f"--device {name}: no such device here; use auto or one of: {usable}")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # what is asked of CUDA without saying of which one
     return device
 
 

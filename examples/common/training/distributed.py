@@ -14,6 +14,8 @@ import sys
 import torch
 import torch.distributed as dist
 
+from common.cli import UserError
+
 
 def started():
     """How many processes torchrun started, before or after they have joined."""
@@ -24,8 +26,13 @@ def start(device):
     """Join the other processes if torchrun started this one; return the device of this process."""
     if started() == 1:
         return device
+    if device.type == "mps":
+        raise UserError("--device mps: it is for one process; start with python, or give --device cpu")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        place, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if place >= there:
+            raise UserError(f"torchrun started more processes than there are GPUs; give --nproc_per_node {there}")
+        device = torch.device("cuda", place)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if not is_main():

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from common import stopping
-from common.cli import UserError, knob
+from common.cli import UserError, knob, require_not_negative, require_positive, require_share
 from common.files import write_atomically
 from common.training import compute, distributed
 
@@ -53,6 +53,10 @@ class Knobs(compute.ComputeKnobs):
     seed: int = knob(110, "of the adapters, the order of the texts and dropout; 110 is the paper authors'")
 
 
+class NotFinite(UserError):
+    """Losses, outputs or weights are not finite: of a learning rate that is too high, as a rule."""
+
+
 def validate_by_loss(model, task, samples, knobs):
     """The validation of a task whose aim is its loss."""
     loss = mean_loss(model, task, samples, knobs)
@@ -81,8 +85,15 @@ class Outcome(NamedTuple):
     optimizer_bytes: int
 
 
-def check_fsdp(knobs):
-    """Raise a UserError if --fsdp does not go with how the script was started, or with what is trained."""
+def check(knobs):
+    """Raise a UserError for a knob that is out of range, or does not go with how the script was started."""
+    require_positive(knobs, "num_epochs", "max_steps", "batch_size", "grad_accumulation", "lr")
+    require_positive(knobs, "eval_every", "patience", "eval_batch_size")
+    require_not_negative(knobs, "warmup_steps", "weight_decay")
+    require_share(knobs, "label_smoothing")
+    if knobs.adapt == "lora":
+        require_positive(knobs, "lora_dim", "lora_alpha")
+        require_share(knobs, "lora_dropout")
     if knobs.fsdp and distributed.started() == 1:
         raise UserError(
             "--fsdp divides the frozen weights between processes; start it with torchrun --nproc_per_node 2"
@@ -118,6 +129,12 @@ def make_optimizer(model, knobs):
     return torch.optim.AdamW(trainable, lr=knobs.lr, betas=BETAS, eps=EPS, weight_decay=knobs.weight_decay)
 
 
+def make_scaler(device, knobs):
+    # Half precision loses small gradients, which a factor keeps in its range. It adapts; where it was too large, a step
+    # is left out, and torch's own first value is so for the first few.
+    return torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=knobs.precision == "fp16")
+
+
 def identity(knobs, free, record, splits):
     """What a resumed run must have in common with the one that it goes on with: the knobs but for `free`, and the data.
 
@@ -126,6 +143,7 @@ def identity(knobs, free, record, splits):
     return {
         **{name: value for name, value in asdict(knobs).items() if name not in free},
         "data": [record["data"][split]["sha256"] for split in splits],
+        "base": record["base"],
         "processes": record["processes"],
     }
 
@@ -137,12 +155,13 @@ def read_state(path, identity):
         raise UserError(f"--resume: there is no {path} to go on from; {when}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        before = dict(state["identity"])
     except Exception as error:  # of whatever kind: torch lets through what its parts raise on damaged bytes
         reason = str(error).partition("\n")[0]
         raise UserError(f"--resume: {path} cannot be read ({reason}); start anew without --resume") from error
-    differing = [name for name, value in identity.items() if state["identity"].get(name) != value]
+    differing = [name for name, value in identity.items() if before.get(name) != value]
     if differing:
-        was = ", ".join(f"{name} {state['identity'].get(name)!r}, now {identity[name]!r}" for name in differing)
+        was = ", ".join(f"{name} {before.get(name)!r}, now {identity[name]!r}" for name in differing)
         raise UserError(f"--resume: {path} is of another run: {was}; start anew without --resume, or repeat its knobs")
     return state
 
@@ -162,14 +181,16 @@ def train(model, task, samples, valid_samples, knobs, state_path, identity, stat
         state: to go on with, of `read_state`.
     """
     begun, device = time.perf_counter(), next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # of the training alone
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(model, knobs)
-    # Half precision loses small gradients, which a factor keeps in its range. It adapts; where it was too large, a step
-    # is left out, and torch's own first value is so for the first few.
-    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=knobs.precision == "fp16")
+    scaler = make_scaler(device, knobs)
     lengths = [len(sample["input_ids"]) for sample in samples]
     epoch_steps = math.ceil(len(samples) / knobs.batch_size)
     steps = min(knobs.num_epochs * epoch_steps, knobs.max_steps or math.inf)
+    if knobs.warmup_steps >= steps:
+        print(f"this run of {steps} steps ends within its warmup, --warmup_steps {knobs.warmup_steps:g}")
     stretch = max(1, steps // CURVE_POINTS)
     torch.manual_seed(knobs.seed + distributed.rank())  # dropout differs between processes
     # What a resumed run goes on with, beside the tensors: the losses are those since the last entry of their list.
@@ -280,12 +301,14 @@ def _add_up(loss, parameters):
     # In one message. DistributedDataParallel would divide by the number of processes, and wait for ever where one of
     # them has no sample left.
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    everything = torch.cat([loss.flatten(), *(gradient.flatten() for gradient in gradients)])
+    # Where no process has a gradient the optimizer is to leave the weight alone, as it does in one process.
+    there = loss.new_tensor([p.grad is not None for p in parameters])
+    everything = torch.cat([loss.flatten(), there, *(gradient.flatten() for gradient in gradients)])
     distributed.add_up(everything)
     loss.copy_(everything[0])
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, total in zip(parameters, everything[1:].split(sizes), strict=True):
-        parameter.grad = total.view_as(parameter)
+    _, there, *totals = everything.split([1, len(parameters), *(parameter.numel() for parameter in parameters)])
+    for parameter, found, total in zip(parameters, there.tolist(), totals, strict=True):
+        parameter.grad = total.view_as(parameter) if found else None
 
 
 @torch.no_grad()  # in inference mode fully_shard would make buffers that cannot be trained with
@@ -301,7 +324,13 @@ def mean_loss(model, task, samples, knobs):
                 model, compute.to_device(task.collate(ordered[start : start + size]), device), 0.0
             )
     sums = distributed.union({start: loss.item() for start, loss in sums.items()})
-    return math.fsum(sums.values()) / task.count(samples)
+    loss = math.fsum(sums.values()) / task.count(samples)
+    if not math.isfinite(loss):
+        raise NotFinite(
+            f"the loss of {len(samples)} texts is {loss}; nothing was written of it. In training, try a lower --lr or "
+            "more --warmup_steps; with --precision fp16, another one"
+        )
+    return loss
 
 
 def set_checkpointing(model, on):
@@ -316,7 +345,7 @@ def set_checkpointing(model, on):
 
 def _not_finite(what, step, steps, rate, state_path, saved_step):
     last = "there is none yet" if saved_step is None else f"{state_path}, of step {saved_step}"
-    return UserError(
+    return NotFinite(
         f"{what} at step {step} of {steps} (learning rate {rate:.2e}); nothing was saved of this step. The last good "
         f"checkpoint: {last}. Try a lower --lr or more --warmup_steps"
     )
@@ -355,5 +384,5 @@ def _random_state(device):
 
 def _set_random_state(device, states):
     torch.set_rng_state(states[0])
-    if device.type == "cuda":
+    if device.type == "cuda" and len(states) > 1:  # the run may have begun on another device
         torch.cuda.set_rng_state(states[1], device)
