@@ -129,9 +129,13 @@ def serving(name, record):
 
 
 def hours_and_bytes(records, pair, count):
-    """([hours to train so many tasks], [bytes to keep of them]) by LoRA, with the base, and by full fine-tuning."""
+    """([hours to train so many tasks], [bytes to keep of them]) by LoRA, with the base, and by full fine-tuning.
+
+    The hours are None where a run was stopped and resumed: its record has the seconds of the last part.
+    """
     lora, full = (records[name] for name in pair)
-    hours = [count * record["seconds"]["train"] / 3600 for record in (lora, full)]
+    seconds = [record["seconds"]["train"] for record in (lora, full)]
+    hours = [None if taken is None else count * taken / 3600 for taken in seconds]
     kept = [count * record["bytes"]["checkpoint"] for record in (lora, full)]
     return hours, [full["bytes"]["model"] + kept[0], kept[1]]
 
@@ -153,14 +157,15 @@ def cost_model(records, pair, knobs):
     ]
     prices = []
     if knobs.gpu_hour_price is not None:
-        prices.append([knobs.gpu_hour_price * hour for hour in hours])
+        prices.append([None if hour is None else knobs.gpu_hour_price * hour for hour in hours])
         rows.append(row(f"training: hours x {knobs.gpu_hour_price:g}", prices[-1], ",.4f"))
     if knobs.gb_month_price is not None:
         prices.append([knobs.gb_month_price * knobs.months * size / GB for size in kept])
         title = f"keeping: bytes / 10^9 x {knobs.months:g} months x {knobs.gb_month_price:g}"
         rows.append(row(title, prices[-1], ",.4f"))
     if len(prices) == 2:
-        rows.append(row("together", [sum(both) for both in zip(*prices, strict=True)], ",.4f"))
+        together = [None if None in both else sum(both) for both in zip(*prices, strict=True)]
+        rows.append(row("together", together, ",.4f"))
     lines = [f"seconds and bytes: {pair[0]}.json, {pair[1]}.json; the base: {pair[1]}.json"]
     if not prices:
         lines.append("no prices given: --gpu_hour_price and --gb_month_price add the costs")
@@ -182,15 +187,20 @@ def best(records, knobs):
         if steps:
             ratios["step"] = f"{steps['ratio']:#.3g}"
         hours, kept = hours_and_bytes(records, pair, count)
-        cells = [" / ".join(f"{value:.2f}" for value in values) for values in (hours, [size / GB for size in kept])]
+        cells = [_both(hours), _both([size / GB for size in kept])]
         if prices(knobs):
+            keeping = (knobs.gb_month_price or 0) * knobs.months
             costs = [
-                (knobs.gpu_hour_price or 0) * hour + (knobs.gb_month_price or 0) * knobs.months * size / GB
+                None if hour is None else (knobs.gpu_hour_price or 0) * hour + keeping * size / GB
                 for hour, size in zip(hours, kept, strict=True)
             ]
-            cells.append(" / ".join(f"{cost:.2f}" for cost in costs))
+            cells.append(_both(costs))
         found.append((records[pair[0]], None, [*ratios.values(), *cells], [*pair, *([name] if steps else [])]))
     return comparison.overview(found)
+
+
+def _both(values):
+    return " / ".join("-" if value is None else f"{value:.2f}" for value in values)
 
 
 def served(records):

@@ -226,7 +226,8 @@ def test_the_published_identity_of_the_paper_is_right():
 def test_results_are_of_committed_code_and_show_no_machine_paths(path):
     record = json.loads(path.read_text(encoding="utf-8"))
     assert re.fullmatch(r"[0-9a-f]{40}", record["environment"]["commit"])
-    assert not [value for value in record["configuration"].values() if str(value).startswith("/")]
+    for settings in record.get("configurations", {"": record.get("configuration")}).values():
+        assert not [value for value in settings.values() if str(value).startswith("/")]
 
 
 def test_the_commit_of_a_record_is_that_of_the_code(tmp_path, monkeypatch):

@@ -155,8 +155,12 @@ def judge(records, task):
 
 def read_predictions(folder):
     """The lines of the dev split that a run wrote."""
-    lines = (Path(folder) / "dev_predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    return [line for line in map(json.loads, lines) if line["split"] == "dev"]
+    path = Path(folder) / "dev_predictions.jsonl"
+    try:
+        with path.open(encoding="utf-8") as file:
+            return [line for line in map(json.loads, file) if line["split"] == "dev"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no predictions of {SCRIPT.name} ({error!r}); run without --reuse") from error
 
 
 def changed(before, after, task):

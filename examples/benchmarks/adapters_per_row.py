@@ -18,7 +18,6 @@ import statistics
 import sys
 import warnings
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 # Read when torch loads: how long its threads spin while they wait (see run_benchmarks.py).
@@ -29,7 +28,6 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's 
 import measure
 import torch
 from common.cli import UserError, knob, parse_knobs, require_positive, run
-from common.records import results
 from common.reports import tables
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -192,23 +190,16 @@ def check(knobs):
 def measure_all(knobs):
     """Measure, print, write and return the record."""
     adapters, rows = check(knobs)
-    measure.require_quiet(knobs)
+    record = measure.begin("adapters_per_row", knobs, CPU)
     warnings.simplefilter("ignore")  # what PEFT says of adapters that it has not trained
-    torch.set_num_threads(knobs.threads)
     cells = []
     for count in adapters:
         ours, theirs, names = both(knobs, count)
         for number in rows:
             found = cell(Work(ours, theirs, names, number, knobs), knobs, f"{count} adapters, {number} rows")
             cells.append({"adapters": count, "rows": number, **found})
-    record = {
-        "task": "adapters_per_row",
-        "configuration": results.configuration(knobs),
-        "cells": cells,
-        "memory": measure.in_own_process(memory_of, knobs),
-        "environment": results.environment(CPU),
-        "versions": {name: metadata.version(name) for name in ("peft", "transformers")},
-    }
+    memory = measure.in_own_process(memory_of, knobs)
+    record.update(cells=cells, memory=memory, versions=measure.versions("peft", "transformers"))
     print(tables.aligned(tables.in_lists(tables.adapters_per_row_rows(record))))
     measure.write(record, knobs, "adapters_per_row")
     return record

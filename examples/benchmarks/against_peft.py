@@ -17,7 +17,6 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 # Read when torch loads: how long its threads spin while they wait (see base_dtypes.py).
@@ -133,10 +132,9 @@ def check(knobs):
 def measure_all(knobs):
     """Measure, print, write and return the record."""
     cases = check(knobs)
-    measure.require_quiet(knobs)
-    torch.set_num_threads(knobs.threads)
     device = compute.choose_device(knobs.device)
-    found = {}
+    versions = measure.versions("peft", "transformers", *(["bitsandbytes"] if "nf4" in cases else []))
+    record, found = measure.begin("against_peft", knobs, device), {}
     for case in cases:
         steps = {library: Step(library, case, knobs) for library in ("loralib", "peft")}
         trained = {library: sum(p.numel() for p in step.trained) for library, step in steps.items()}
@@ -152,13 +150,7 @@ def measure_all(knobs):
             "peak_bytes": peaks,
             "trained": trained,
         }
-    record = {
-        "task": "against_peft",
-        "configuration": results.configuration(knobs),
-        "cases": found,
-        "environment": results.environment(device),
-        "versions": {name: metadata.version(name) for name in ("peft", "bitsandbytes", "transformers")},
-    }
+    record.update(cases=found, versions=versions)
     print(tables.aligned(tables.in_lists(tables.against_peft_rows(record))))
     measure.write(record, knobs, "against_peft")
     return record

@@ -15,7 +15,6 @@ import gc
 import os
 import sys
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 # Read when torch loads: how long its threads spin while they wait. By default so long that beside another busy process
@@ -110,8 +109,7 @@ def check(knobs):
 def measure_all(knobs):
     """Measure, print, write and return the record."""
     dtypes, precisions = check(knobs)
-    measure.require_quiet(knobs)
-    torch.set_num_threads(knobs.threads)
+    record = measure.begin("base_dtypes", knobs, CPU)
     found = {dtype: {"seconds": {}, "ratio": {}, "peak_bytes": {}} for dtype in dtypes}
     for precision in precisions:
         steps = {dtype: Step(dtype, precision, knobs) for dtype in dtypes}
@@ -129,13 +127,7 @@ def measure_all(knobs):
         for dtype in dtypes:
             found[dtype]["peak_bytes"][precision] = measure.in_own_process(peak_of, dtype, precision, knobs)
     packages = {pretrained.QUANTIZERS[dtype] for dtype in dtypes if dtype in pretrained.QUANTIZERS}
-    record = {
-        "task": "base_dtypes",
-        "configuration": results.configuration(knobs),
-        "bases": found,
-        "environment": results.environment(CPU),
-        "quantizers": {name: metadata.version(name) for name in sorted(packages)},
-    }
+    record.update(bases=found, quantizers=measure.versions(*sorted(packages)))
     print(tables.aligned(tables.in_lists(tables.base_rows(record))))
     measure.write(record, knobs, "base_dtypes")
     return record

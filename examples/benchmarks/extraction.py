@@ -28,11 +28,11 @@ sys.path.insert(3, str(Path(__file__).resolve().parents[2]))  # this checkout's 
 import run_training
 import run_training_nlu
 import torch
-from common.cli import UserError, call, fill_in, knob, parse_knobs, run
+from common.cli import UserError, fill_in, knob, make_output_folder, parse_knobs, require_positive, run
 from common.data import glue
 from common.models import causal_lm
 from common.models import sequence_classification as classification
-from common.records import results
+from common.records import results, runs
 from common.reports import tables
 
 import loralib as lora
@@ -57,11 +57,11 @@ class E2E:
     """The base and the full fine-tune for E2E, and how they are scored."""
 
     script = EXAMPLES / "NLG" / "run_training.py"
-    options = ["--skip_base"]
 
-    def __init__(self, name, knobs):
-        limits = {"max_eval_samples": knobs.max_eval_samples}
-        self.knobs = fill_in(run_training.Knobs, limits, run_training.PRESETS)
+    def __init__(self, name, given):
+        given |= {"lr": run_training.LEARNING_RATES["fast"]["full"], "skip_base": True}
+        self.knobs = fill_in(run_training.Knobs, given, run_training.PRESETS)
+        self.files = run_training.find_files(self.knobs)
         self.test = run_training.load_data(self.knobs)[2]
 
     def load(self, folder=None):
@@ -77,10 +77,11 @@ class Glue:
 
     script = EXAMPLES / "NLU" / "run_training_nlu.py"
 
-    def __init__(self, name, knobs):
-        limits = {"task": name, "max_eval_samples": knobs.max_eval_samples}
-        self.task, self.options = glue.task_of(name), [f"--task={name}"]
-        self.knobs = fill_in(run_training_nlu.Knobs, limits, run_training_nlu.presets)
+    def __init__(self, name, given):
+        self.task = glue.task_of(name)
+        given |= {"task": name, "lr": run_training_nlu.LEARNING_RATES["full"]}
+        self.knobs = fill_in(run_training_nlu.Knobs, given, run_training_nlu.presets)
+        self.files = glue.find_files(self.knobs.data_dir, self.task)
         self.dev = run_training_nlu.load_data(self.task, self.knobs)["dev"]
 
     def load(self, folder=None):
@@ -92,20 +93,10 @@ class Glue:
         return run_training_nlu.evaluate(model, samples, self.tokenizer, self.task, self.knobs)[0]
 
 
-def train(task, folder, knobs):
-    """Fine-tune all parameters, in a process of its own."""
-    if knobs.reuse and (folder / "model").is_dir():
-        print(f"taken from {folder}")
-        return
-    options = [*task.options, "--adapt=full", f"--output_dir={folder}"]
-    for name in ("max_steps", "max_eval_samples"):
-        options += [f"--{name}={getattr(knobs, name)}"] if getattr(knobs, name) else []
-    if call([sys.executable, str(task.script), *options]):
-        raise UserError(f"{task.script.name} {' '.join(options)} did not end well, for the reason above")
-
-
-def measure(task, folder, ranks):
-    """Scores and sizes of the base, of the adapter of each rank, and of the full fine-tune."""
+def measure(task, ranks, reuse):
+    """Scores and sizes of the base, of the adapter of each rank, and of the full fine-tune, which is made first."""
+    folder = Path(task.knobs.output_dir)
+    full = runs.make_all(task.script, {"full fine-tuning": task.knobs}, task.files, reuse)["full fine-tuning"]
     tuned = task.load(str(folder / "model"))
     found = {"base": {"scores": task.score(task.load())}, "ranks": {}}
     for r in ranks:
@@ -120,13 +111,13 @@ def measure(task, folder, ranks):
             "bytes": file.stat().st_size,
         }
         print(f"rank {r}: holds {extraction.energy:.1%} of the change")
-    weights = folder / "model" / "model.safetensors"
-    found["full"] = {"scores": task.score(tuned), "bytes": weights.stat().st_size}
+    found["full"] = {"scores": task.score(tuned), "bytes": full["bytes"]["checkpoint"]}
     return found
 
 
 def check(knobs):
     """(tasks, ranks); raise a UserError for others than there are."""
+    require_positive(knobs, "max_steps", "max_eval_samples")
     tasks = knobs.tasks.split(",")
     for name in tasks:
         if name != "e2e" and name not in glue.TASKS:
@@ -139,13 +130,14 @@ def check(knobs):
 def measure_all(knobs):
     """Train, extract, score, print, write and return the record."""
     tasks, ranks = check(knobs)
+    output_dir = make_output_folder(knobs.output_dir)
     record = {"task": "extraction", "configuration": results.configuration(knobs), "extracted": {}}
-    output_dir = Path(knobs.output_dir)
-    for name in tasks:
-        task = (E2E if name == "e2e" else Glue)(name, knobs)
-        train(task, output_dir / name, knobs)
-        record["extracted"][name] = measure(task, output_dir / name, ranks)
     record["environment"] = results.environment(CPU)
+    for name in tasks:
+        given = {"adapt": "full", "device": "cpu", "output_dir": str(output_dir / name)}
+        given |= {"max_steps": knobs.max_steps, "max_eval_samples": knobs.max_eval_samples}
+        task = (E2E if name == "e2e" else Glue)(name, given)
+        record["extracted"][name] = measure(task, ranks, knobs.reuse)
     results.write_json(output_dir / "extraction.json", record)
     if knobs.record:
         results.write_json(results.RESULTS / f"{knobs.record}.json", record)

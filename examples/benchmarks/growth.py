@@ -120,8 +120,6 @@ def timed(call, undo, rounds):
 
 def exponents(numbers, points):
     """{what: slope between the last two points}, both axes logarithmic."""
-    if len(numbers) < 2:
-        return {}
     wide = math.log(numbers[-1] / numbers[-2])
     return {what: math.log(points[-1][what] / points[-2][what]) / wide for what in points[-1]}
 
@@ -133,6 +131,8 @@ def check(knobs):
     for axis in axes:
         if axis not in AXES:
             raise UserError(f"--axes {axis}: must be one of {', '.join(AXES)}")
+        if knobs.largest < AXES[axis][1]:
+            raise UserError(f"--largest {knobs.largest}: {axis} are measured at {AXES[axis]}, two of them at least")
     return axes
 
 
@@ -159,8 +159,7 @@ def plot(record, path):
 def measure_all(knobs):
     """Measure, print, write and return the record."""
     axes = check(knobs)
-    measure.require_quiet(knobs)
-    torch.set_num_threads(knobs.threads)
+    record = measure.begin("growth", knobs, CPU)
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for axis in axes:
@@ -170,12 +169,7 @@ def measure_all(knobs):
                 for number in tqdm(numbers, axis, unit="point", leave=False)
             ]
             found[axis] = {"numbers": numbers, "points": points, "exponents": exponents(numbers, points)}
-    record = {
-        "task": "growth",
-        "configuration": results.configuration(knobs),
-        "axes": found,
-        "environment": results.environment(CPU),
-    }
+    record["axes"] = found
     plot(record, measure.write(record, knobs, "growth") / "growth.png")
     print(tables.aligned(tables.in_lists(tables.growth_rows(record))))
     return record

@@ -27,7 +27,7 @@ import integrations_trainer
 import measure
 import torch
 import transformers
-from common.cli import UserError, knob, parse_knobs, run
+from common.cli import UserError, knob, make_output_folder, parse_knobs, run
 from common.records import results
 from common.reports import tables
 
@@ -411,7 +411,7 @@ def run_one(tool, system):
         except Exception as error:  # a finding about the other system, to be shown
             if system == "loralib":
                 raise
-            return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+            return {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"}
 
 
 def accuracy():
@@ -427,8 +427,9 @@ def measure_all(knobs):
     unknown = [tool for tool in chosen if tool not in RUNS]
     if unknown:
         raise UserError(f"--tools {','.join(unknown)}: must be among {', '.join(RUNS)}")
+    make_output_folder(knobs.output_dir)
     torch.set_num_threads(1)
-    found = {}
+    environment, found = results.environment(torch.device("cpu")), {}
     for tool in chosen:
         try:
             found[tool] = {system: run_one(tool, system) for system in SYSTEMS}
@@ -444,7 +445,7 @@ def measure_all(knobs):
         "tools": found,
         "classifier": accuracy() if "Trainer" in chosen else None,
         "versions": versions,
-        "environment": results.environment(torch.device("cpu")),
+        "environment": environment,
     }
     print(tables.aligned(tables.in_lists(tables.integration_rows(record))))
     measure.write(record, knobs, "integrations")

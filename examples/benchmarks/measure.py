@@ -11,10 +11,11 @@ import statistics
 import sys
 import time
 from collections import Counter
+from importlib import metadata
 from pathlib import Path
 
 import torch
-from common.cli import UserError
+from common.cli import UserError, make_output_folder
 from common.records import results
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -72,10 +73,35 @@ def require_quiet(knobs):
         time.sleep(1)
 
 
+def versions(*packages):
+    """{package: version}; a UserError for one that is not installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            raise UserError(f"this benchmark needs {name}, which is not installed: pip install {name}") from None
+    return found
+
+
+def begin(task, knobs, device):
+    """The record of a benchmark so far, which code it is of included; on a machine at rest, with the threads asked for.
+
+    The folder of the results is tried, too: before the work rather than after it.
+    """
+    make_output_folder(knobs.output_dir)
+    require_quiet(knobs)
+    torch.set_num_threads(knobs.threads)
+    return {
+        "task": task,
+        "configuration": results.configuration(knobs),
+        "environment": results.environment(device),
+    }
+
+
 def write(record, knobs, name):
     """Write the record of a benchmark, to --output_dir and, if it is to be kept, to results; return the folder."""
     output_dir = Path(knobs.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     results.write_json(output_dir / f"{name}.json", record)
     if knobs.record:
         results.write_json(results.RESULTS / f"{knobs.record}.json", record)

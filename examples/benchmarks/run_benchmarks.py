@@ -31,7 +31,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -185,14 +184,30 @@ def check(knobs):
     levels = chosen(knobs.levels, LEVELS, "levels")
     precisions = chosen(knobs.precisions, PRECISIONS, "precisions")
     rivals = chosen(knobs.systems, systems.SYSTEMS, "systems")
-    if knobs.keep and not (knobs.record and (results.RESULTS / f"{knobs.record}.json").is_file()):
-        raise UserError(f"--keep: needs a record to keep levels of, and --record {knobs.record} is none")
     if "upstream" in rivals and not (systems.UPSTREAM / "loralib").is_dir():
         raise UserError(
             "upstream's package is not there; leave upstream out of --systems, or get it by "
             f"pip install --no-deps --target {systems.UPSTREAM} loralib==0.1.2"
         )
     return levels, precisions, [name for name in systems.SYSTEMS if name in (*rivals, "ours")]
+
+
+def read_kept(knobs, environment, rivals):
+    """The record whose levels --keep keeps; a UserError if its times are of another machine or of other packages."""
+    path = results.RESULTS / f"{knobs.record}.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        was = {**record["environment"], **record["rivals"]}
+        if not record["commits"].keys() == record["configurations"].keys() == record["levels"].keys():
+            raise KeyError("a commit and a configuration of each level")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--keep: {path} is no record to keep levels of ({error!r}); measure all of them") from error
+    now = {**environment, **rivals, "commit": was.get("commit")}
+    differing = [name for name in was.keys() | now.keys() if was.get(name) != now.get(name)]
+    if differing:
+        pairs = ", ".join(f"{name} {was.get(name)!r}, now {now.get(name)!r}" for name in sorted(differing))
+        raise UserError(f"--keep: the times of {path} cannot stand beside those of now: {pairs}; measure all levels")
+    return record
 
 
 def compare(title, calls, knobs, device, **facts):
@@ -542,9 +557,11 @@ def plot(record, path):
 def measure_all(knobs):
     """Measure the levels, print, write and return the record."""
     levels, precisions, names = check(knobs)
-    measure.require_quiet(knobs)
-    torch.set_num_threads(knobs.threads)
     device = compute.choose_device(knobs.device)
+    rivals = measure.versions(*(["peft"] if "peft" in names else []))
+    rivals |= {"loralib": "0.1.2"} if "upstream" in names else {}
+    record = measure.begin("benchmark", knobs, device)
+    kept = read_kept(knobs, record["environment"], rivals) if knobs.keep else {}
     suite = LARGE if device.type == "cuda" else SMALL
     calls = {
         "layers": lambda: layers(knobs, device, names, precisions),
@@ -555,22 +572,13 @@ def measure_all(knobs):
         "operations": lambda: operations(knobs, device, names, suite.adapted),
         "import": lambda: imports(knobs, names),
     }
-    found = {level: calls[level]() for level in levels}
-    environment = results.environment(device)
-    commits = dict.fromkeys(levels, environment["commit"])
-    if knobs.keep:
-        earlier = json.loads((results.RESULTS / f"{knobs.record}.json").read_text(encoding="utf-8"))
-        found, commits = earlier["levels"] | found, earlier["commits"] | commits
-    versions = {name: metadata.version(name) for name in ("peft",) if name in names}
-    record = {
-        "task": "benchmark",
-        "configuration": results.configuration(knobs),
-        "levels": found,
-        "bars": judge(found),
-        "environment": environment,
-        "commits": commits,
-        "rivals": versions | ({"loralib": "0.1.2"} if "upstream" in names else {}),
+    made = {
+        "levels": {level: calls[level]() for level in levels},
+        "commits": dict.fromkeys(levels, record["environment"]["commit"]),
+        "configurations": dict.fromkeys(levels, record.pop("configuration")),
     }
+    record |= {name: kept.get(name, {}) | each for name, each in made.items()}
+    record.update(bars=judge(record["levels"]), rivals=rivals)
     report(record)
     plot(record, measure.write(record, knobs, "benchmark") / "benchmark.png")
     return record

@@ -162,7 +162,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 outcome = loop.train(model, task, samples, self.held_out, knobs, Path(folder) / "state.pt", {})
-            except UserError as error:  # a rate so high that the loss is not finite
+            except loop.NotFinite as error:  # of a rate that is too high
                 tqdm.write(str(error))
                 return found
         seen = [[min(entry["step"] * batch_size, len(samples)), entry["valid_loss"]] for entry in outcome.history]
@@ -240,6 +240,7 @@ def repeat_best(bench, curve, seeds):
     best = min(curve.losses, key=curve.losses.get)
     found = [bench.point(curve.method, curve.batch_size, best, seed) for seed in range(seeds)]
     ends = [each["losses"][-1][1] for each in found if each["losses"]]
+    whole = len(ends) == seeds  # of the others a mean would leave out the worst
     return {
         **curve.method._asdict(),
         "batch_size": curve.batch_size,
@@ -247,8 +248,8 @@ def repeat_best(bench, curve, seeds):
         "points": [[rate, loss if math.isfinite(loss) else None] for rate, loss in curve.losses.items()],
         "best_rate": best,
         "at_best": ends,
-        "mean": statistics.fmean(ends),
-        "deviation": statistics.stdev(ends) if len(ends) > 1 else None,
+        "mean": statistics.fmean(ends) if whole else None,
+        "deviation": statistics.stdev(ends) if whole and seeds > 1 else None,
     }
 
 

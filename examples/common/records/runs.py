@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from common.cli import UserError, call
-from common.files import configuration, fingerprints, weights_fingerprint
+from common.files import configuration, fingerprints, sha256, weights_fingerprint
 
 # The knobs in which methods differ, those that only the runs with adapters read, and those that say where results go
 # or whether the run was cut off on the way, which changes nothing.
@@ -31,6 +31,8 @@ def make_all(script, wanted, files, reuse):
     require_alike(records)
     for name in there[:1]:  # the others have the same
         require_base_of_now(records[name], wanted[name])
+        if len(there) < len(wanted):
+            require_place_of_now(records[name], wanted[name])
     for name, knobs in wanted.items():
         if name in records:
             print(f"{name}: taken from {result_file(knobs)}")
@@ -81,6 +83,10 @@ def read_run(script, knobs, files):
         raise UserError(
             f"{path} holds another run than the one asked for: {differing}; run without --reuse, or repeat its knobs"
         )
+    for name, fingerprint in record.get("checkpoint_sha256", {}).items():
+        places = [path.parent / name, path.parent / "model" / name]
+        if not any(place.is_file() and sha256(place) == fingerprint for place in places):
+            raise UserError(f"{path}: beside it there is no {name} of that run; run without --reuse")
     return record
 
 
@@ -127,6 +133,22 @@ def require_base_of_now(record, knobs):
     if was != now:
         raise UserError(
             f"{result_file(knobs)} holds a run of a base with other weights: {was} against {now}; run without --reuse"
+        )
+
+
+def require_place_of_now(record, knobs):
+    """Raise a UserError if a run was made on another device, or with other versions, than one made now would be."""
+    from common.records import results  # seconds to import, and only who makes runs needs them
+    from common.training import compute
+
+    was = facts(record)
+    now = results.environment(compute.choose_device(knobs.device))
+    now = {**now, **now["versions"]}
+    differing = differences(*({name: side[name] for name in was.keys() & now.keys()} for side in (was, now)))
+    if differing:
+        raise UserError(
+            f"{result_file(knobs)} cannot stand beside a run made now: {differing}; run without --reuse, which makes "
+            "them alike"
         )
 
 

@@ -199,7 +199,7 @@ def regret(records):
         drawn[f"batches of {size}, {lines}"] = "learning rate", losses, math.log10
     drawn[f"longer, batches of {runs[0]['batch_size']}"] = "lines", [(run, run["losses"]) for run in runs], float
     low = min(loss for _, found, _ in drawn.values() for _, points in found for _, loss in points if loss) - 0.01
-    high = max(curve["mean"] for curve in curves) + 0.1  # what is above, or has diverged, is off the picture
+    high = max(curve["mean"] or 0 for curve in curves) + 0.1  # what is above, or has diverged, is off the picture
     for number, (title, (across, found, scale)) in enumerate(drawn.items()):
         left = 45 + number * (panel + 25)
         ends = [scale(at) for _, points in found for at, _ in points]

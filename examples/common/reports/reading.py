@@ -73,6 +73,8 @@ def read_folder(folder):
                 raise TypeError(f"a {type(record).__name__}, not an object")
             if is_run(record):
                 runs.facts(record)
+                if record.get("first_step"):  # it was stopped and resumed: they are of the last part
+                    record["seconds"].update(train=None, total=None)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}: not a whole record of the scripts in examples/ ({error!r}); make it again or take it away"
