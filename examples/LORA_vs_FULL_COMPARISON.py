@@ -181,6 +181,8 @@ def best(records, knobs):
     for pair in comparison.best_pairs(records).values():
         ratios = {}
         for title, keys in RATIOS.items():
+            if title == "peak memory" and dig(records[pair[0]], "peak_memory_bytes", "cuda"):
+                keys = ("peak_memory_bytes", "cuda")
             lora, full = (dig(records[name], *keys) for name in pair)
             ratios[title] = f"{lora / full:#.3g}" if lora is not None and full else "-"
         name, steps = comparison.steps_in_turn(records, pair)

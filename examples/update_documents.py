@@ -88,10 +88,10 @@ def with_tables(document, folder=RESULTS):
 
 def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    for name, (_, svg) in draw().items():
-        write_atomically(PICTURES / f"{name}.svg", svg)
-    for path in DOCUMENTS:
-        write_atomically(path, with_tables(path))
+    made = {PICTURES / f"{name}.svg": svg for name, (_, svg) in draw().items()}
+    made |= {path: with_tables(path) for path in DOCUMENTS}
+    for path, text in made.items():
+        write_atomically(path, text)
 
 
 if __name__ == "__main__":

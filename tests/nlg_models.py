@@ -112,7 +112,7 @@ def call(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
         capsys.readouterr()
         try:
-            cli.run(module.main)
+            cli.run(module.main, under_torchrun=module.__name__.startswith("run_training"))
             status = 0
         except SystemExit as end:
             status = end.code

@@ -292,6 +292,39 @@ def test_the_whole_on_one_layer(small, tmp_path, capsys):
     assert dataclasses.asdict(SMALL) == cases["gpt2_qv"]["work"]
 
 
+def test_levels_are_kept_of_this_machine_and_of_these_packages_alone(small, tmp_path, monkeypatch):
+    """Each with its commit and its configuration; what differs is told before anything is measured."""
+    monkeypatch.setattr(run_benchmarks.results, "RESULTS", tmp_path)
+    options = {"systems": "floor,peft", "allow_busy": True, "output_dir": str(tmp_path / "out"), "record": "benchmark"}
+    threads = torch.get_num_threads()
+    try:
+        first = run_benchmarks.measure_all(run_benchmarks.Knobs(levels="generation,import", rounds=1, **options))
+        again = run_benchmarks.Knobs(levels="import", rounds=2, keep=True, **options)
+        second = run_benchmarks.measure_all(again)
+        assert second["levels"]["generation"] == first["levels"]["generation"]
+        assert second["levels"]["import"] != first["levels"]["import"]
+        assert {level: each["rounds"] for level, each in second["configurations"].items()} == {
+            "generation": 1,
+            "import": 2,
+        }
+        path = tmp_path / "benchmark.json"
+        for change, message in {
+            ("rivals", "peft", "0.1"): "peft '0.1', now ",
+            ("environment", "threads", 7): "threads 7, now 2",
+            ("environment", "device", "cuda"): "device 'cuda', now 'cpu'",
+        }.items():
+            part, name, value = change
+            path.write_text(json.dumps({**second, part: {**second[part], name: value}}), encoding="utf-8")
+            with pytest.raises(cli.UserError, match=f"cannot stand beside those of now: {message}.*; measure all lev"):
+                run_benchmarks.measure_all(again)
+        for content in ("", "{}", json.dumps({**second, "commits": {}})):
+            path.write_text(content, encoding="utf-8")
+            with pytest.raises(cli.UserError, match="--keep: .*benchmark.json is no record to keep levels of"):
+                run_benchmarks.measure_all(again)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler
 def test_a_compiled_step_is_made_once_for_adapters_in_turn(small):
@@ -378,6 +411,8 @@ def test_growth_is_measured_along_every_axis(tmp_path, monkeypatch, capsys):
     assert "layers: exponent" in capsys.readouterr().out and len(tables.growth_rows(record)) == 11
     with pytest.raises(cli.UserError, match="--axes depth: must be one of layers, adapters, rank"):
         growth.measure_all(growth.Knobs(axes="depth"))
+    with pytest.raises(cli.UserError, match=r"--largest 1: layers are measured at \[1, 2\], two of them at least"):
+        growth.measure_all(growth.Knobs(largest=1))
 
 
 def test_an_exponent_is_the_slope_between_the_last_points():
@@ -485,6 +520,32 @@ def test_a_curve_goes_on_until_the_best_rate_has_neighbours(best, first, last):
 def test_a_rate_that_diverges_ends_a_curve():
     losses = equals.measure_losses(Valley(1e-2, diverges_from=1e-3), equals.FULL, 16)
     assert list(losses) == [3e-5, 1e-4, 3e-4, 1e-3] and losses[1e-3] == math.inf
+
+
+class Seeds(Valley):
+    """Points of which some seeds diverge."""
+
+    def point(self, method, batch_size, rate, seed):
+        return {"trained": 5, "losses": [] if seed in self.diverging else [[8, 0.25 + seed]]}
+
+
+@pytest.mark.parametrize(
+    "diverging, ends, mean, shown",
+    [((), [0.25, 1.25, 2.25], 1.25, "1.250 +- 1.000"), ((1,), [0.25, 2.25], None, "diverged")],
+)
+def test_a_seed_that_diverges_leaves_no_mean(diverging, ends, mean, shown):
+    bench = Seeds(1e-3)
+    bench.diverging = diverging
+    curves = [
+        equals.repeat_best(bench, equals.Curve(method, size, {1e-3: 0.5}), 3)
+        for size in (16, 64)
+        for method in (equals.Method("query and value", 1), equals.FULL)
+    ]
+    assert curves[0]["at_best"] == ends and curves[0]["mean"] == mean
+    rows = tables.regret_rows(
+        {"curves": curves, "long": [{"targets": None, "r": None, "losses": [[8, 0.5], [16, 0.4]]}]}
+    )
+    assert rows["query and value, r=1"][3] == shown and rows["query and value, r=1"][7] == ("0.000" if mean else "-")
 
 
 @pytest.mark.slow

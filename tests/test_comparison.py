@@ -26,7 +26,7 @@ import run_training_nlu
 import VISUAL_COMPARISON as visual
 from common import cli, files
 from common.records import runs
-from common.reports import comparison, missing, reached, reading
+from common.reports import comparison, missing, reached, reading, tables
 from nlg_models import NLG
 from nlu_models import load_script
 from test_nlu_benchmark import run_here
@@ -481,6 +481,55 @@ def test_of_runs_with_one_seed_the_best_is_chosen_by_validation(records):
 def test_a_run_that_was_cut_off_and_resumed_is_a_pair_all_the_same(records):
     records["nlg_smollm2_lora"]["configuration"]["resume"] = True
     assert ("nlg_smollm2_lora", "nlg_smollm2_full") in comparison.pairs(records)
+
+
+def test_the_seconds_of_a_part_are_no_costs(folder, tmp_path, capsys):
+    """The record of a resumed run has those of its last part."""
+    shutil.copytree(folder, tmp_path / "results")
+    path = tmp_path / "results" / f"{PAIR[0]}.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["first_step"] = 3
+    path.write_text(json.dumps(record), encoding="utf-8")
+    records = reading.read_folder(tmp_path / "results")
+    knobs = costs.Knobs(pair=PAIR, gpu_hour_price=1.0, gb_month_price=1.0)
+    blocks = costs.report(records, knobs)
+    for title in ("training with validations, s", "the whole run, s", "seconds to train a task"):
+        (found,) = cells(blocks, title)
+        assert found[1].startswith(("-", "not measured")) and float(found[2].replace(",", "")) > 0 and found[3] == "-"
+    assert cells(blocks, "together")[0][1] == "-" and cells(blocks, "bytes of a task")[0][1] != "-"
+    assert any("- / " in cell for row in costs.best(records, knobs)[0][1] for cell in row)
+
+
+def test_the_best_trial_is_not_chosen_by_lora_alone(records):
+    trial = records["nlu_tiny"]
+    for name, values in {"nlu_one": (0.5, 0.9, 0.7), "nlu_other": (0.5, 0.8, 0.9)}.items():
+        records[name] = copy.deepcopy(trial)
+        for system, mean in zip(("head", "lora", "full"), values, strict=True):
+            records[name]["systems"][system]["scores"]["accuracy"]["mean"] = mean
+    records["nlu_tiny"]["systems"]["head"]["scores"]["accuracy"]["mean"] = 0.0
+    assert reached.best_trials(records)[0] == "nlu_other"
+
+
+def test_query_and_value_stand_beside_a_trial_of_the_same_knobs(records):
+    """The rate with the most seeds, then with the best first run; whatever else differs shuts a run out."""
+    trial, run = records["nlu_tiny"], records[TINY[0]]
+
+    def put_run(name, seed, lr, accuracy, **knobs):
+        records[name] = copy.deepcopy(run)
+        settings = {"seed": seed, "lr": lr, "target_modules": None, **knobs}
+        records[name]["configuration"] |= {key: trial["configuration"][key] for key in ("max_eval_samples",)} | settings
+        records[name]["after"]["dev"]["accuracy"] = accuracy
+
+    found = tables._seeds_of_query_and_value
+    for name in [name for name in TINY if name in records]:
+        del records[name]
+    assert found(records, trial) == []
+    put_run("other_decay", 0, 1e-2, 0.99, weight_decay=0.5)
+    put_run("worse", 0, 1e-3, 0.5)
+    put_run("better", 0, 2e-3, 0.6)
+    assert found(records, trial) == ["better"]
+    put_run("worse_1", 1, 1e-3, 0.4)
+    assert found(records, trial) == ["worse", "worse_1"]
 
 
 def test_names_of_files_are_folded():

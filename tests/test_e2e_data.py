@@ -606,6 +606,8 @@ def test_a_meaning_may_be_given_in_either_form(tmp_path):
     """In that of the CSV files its marks are set apart, as in what a model has learnt from."""
     assert e2e.read_meaning("name[Ann's], priceRange[£20-25]", "here") == "name : Ann 's | price : £ 20 - 25"
     assert e2e.read_meaning(" name : Ann 's | food : Soup ", "here") == "name : Ann 's | food : Soup"
+    assert e2e.read_meaning("name : The [Old] Inn | food : Soup", "here") == "name : The [Old] Inn | food : Soup"
+    assert e2e.read_meaning("name[The : Inn], food[Soup]", "here") == "name : The : Inn | food : Soup"
     (tmp_path / "in.txt").write_text("name[Ann's], food[Soup]\nname : Ann 's | food : Soup\n", encoding="utf-8")
     assert e2e.read_meanings(tmp_path / "in.txt") == ["name : Ann 's | food : Soup"]
     assert e2e.written_together(["name : Ann's | food : Soup", "name : Ann 's"]) == ["Ann's"]

@@ -244,6 +244,42 @@ def test_contexts_must_leave_room_and_shorten_the_texts(gpt2):
         causal_lm.generate(model, tokenizer, [context + " | near : B" * 3], decoding())
 
 
+def test_a_long_context_shortens_no_text_but_those_of_its_batch(gpt2, capsys):
+    """What does not end within the window is counted."""
+    model, tokenizer = load(gpt2)
+    with torch.no_grad():
+        model.transformer.wte.weight[tokenizer.eos_token_id] = -1e3 * model.transformer.ln_f.bias  # never the likeliest
+    long, short = "name : A" + " | near : B" * 60, "name : A"
+    room = 256 - len(causal_lm.encode_context(tokenizer, long))
+    assert 0 < room < 40
+    alone = causal_lm.generate(model, tokenizer, [short], decoding(max_new_tokens=40))
+    assert alone.tokens == 40 and not capsys.readouterr().out
+    options = decoding(max_new_tokens=40)
+    options.eval_batch_size = 1
+    both = causal_lm.generate(model, tokenizer, [long, short], options)
+    assert both.texts[1] == alone.texts[0] and both.tokens == 40 + room
+    assert capsys.readouterr().out == "1 of 2 texts were cut off where the model's 256 tokens were full\n"
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_no_text_is_written_of_outputs_that_are_not_finite(gpt2, beams):
+    model, tokenizer = load(gpt2)
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = math.nan
+    with pytest.raises(cli.UserError, match="the model's outputs are not finite; nothing was written"):
+        causal_lm.generate(model, tokenizer, CONTEXTS, decoding(num_beams=beams))
+
+
+def test_a_test_text_that_the_model_cannot_read_is_refused_before_the_training(gpt2, tmp_path):
+    for name in ("train", "valid", "test"):
+        text = "a pub " * 200 if name == "test" else "a pub"
+        (tmp_path / f"{name}.txt").write_text(f"{PROMPT}||{text}\n", encoding="utf-8")
+    options = {"model": str(gpt2), "data_dir": str(tmp_path), "output_dir": str(tmp_path / "output")}
+    with pytest.raises(cli.UserError, match=r"a text of the test file has \d+ tokens, and the model reads at most 256"):
+        run_training.train_model(**options, max_steps=1)
+    assert not any((tmp_path / "output").iterdir())
+
+
 def test_weights_that_would_be_random_are_an_error(tokenizer, tmp_path):
     folder = save_model(tmp_path, tokenizer, transformers.LlamaModel(tiny_llama_config(tokenizer)))
     with pytest.raises(cli.UserError, match="no causal language model, its weights lack lm_head.weight"):
@@ -518,7 +554,7 @@ BAD_TRAINING = {
     "unknown model": (["--model", "no-such-model"], r"--model no-such-model: neither a folder nor .* Give a folder"),
     "unknown folder": (["--model", "./nowhere/model"], r"--model \./nowhere/model: no such folder, and no hub name"),
     "folder without model": (["--model", "{bad}"], r"cannot be loaded as a causal language model"),
-    "rank too small": (["--lora_dim", "0"], r"r=0: the rank to inject must be at least 1"),
+    "rank too small": (["--lora_dim", "0"], r"--lora_dim 0: must be above 0"),
     "rank too large": (["--lora_dim", "33"], r"r=33: .*at most 32"),
     "unknown target": (
         ["--target_modules", "c_attm"],
@@ -551,13 +587,13 @@ def test_user_errors_are_one_message_and_status_2(tmp_path, gpt2, arguments, mes
         cli.run(run_training.main)
     stderr = capsys.readouterr().err
     assert end.value.code == 2, stderr
-    assert re.match(r"error: ", stderr) and re.search(message, stderr), stderr
+    assert re.match(r"error: ", stderr.splitlines()[-1].strip()) and re.search(message, stderr), stderr
     assert not any((tmp_path / "output").glob("*"))
 
 
 def test_a_user_error_of_the_script(tmp_path):
     status, _, stderr = script("run_training.py", "--output_dir", tmp_path, "--lora_dim", 0)
-    assert (status, own_lines(stderr)) == (2, "error: r=0: the rank to inject must be at least 1\n")
+    assert (status, own_lines(stderr)) == (2, "error: --lora_dim 0: must be above 0\n")
 
 
 def test_every_knob_is_an_option_with_a_reason(capsys):

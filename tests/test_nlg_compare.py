@@ -329,20 +329,6 @@ def test_runs_of_different_lengths_are_refused(copied):
         comparing.compare(**options)
 
 
-def test_a_run_made_now_must_be_like_those_taken(copied, monkeypatch, tmp_path):
-    """Two runs of another machine agree, and what is missing is made here."""
-    folder, options = copied
-    for method in ("base", "lora"):
-        record = read(folder, method, "results.json")
-        change(record, "environment/device", "NVIDIA H100")
-        results.write_json(folder / method / "results.json", record)
-    (folder / "full" / "results.json").unlink()
-    monkeypatch.setenv("PATH", str(tmp_path))  # no Java, for speed
-    with pytest.raises(cli.UserError, match=r"the runs base and full differ in .*: device 'NVIDIA H100' against 'cpu'"):
-        comparing.compare(**options)
-    assert read(folder, "full", "results.json")["adapt"] == "full"
-
-
 OTHER_RUNS = {  # what is asked for now, the message
     "seed": (
         {"seed": 1},
@@ -442,10 +428,35 @@ def test_bad_knobs_are_refused_before_anything_is_done(tmp_path, given, message)
     assert not (tmp_path / "new").exists()
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
+def test_several_processes_are_refused(tmp_path, monkeypatch, call):
+    """By each script but the two that train."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(cli.UserError, match="takes place in one process; start it with python instead of torchrun"):
-        comparing.compare(output_dir=str(tmp_path / "new"))
+    status, _, stderr = call(comparing, "--output_dir", tmp_path / "new")
+    name = comparing.__name__
+    assert (status, stderr) == (2, f"error: {name} is one process; start it with python, not with torchrun\n")
+    assert not (tmp_path / "new").exists()
+
+
+def test_reuse_is_of_files_that_are_still_those_of_the_run(copied):
+    folder, options = copied
+    (folder / "lora" / "adapter.safetensors").write_bytes(b"of another run")
+    message = r"lora.results\.json: beside it there is no adapter\.safetensors of that run; run without --reuse"
+    with pytest.raises(cli.UserError, match=message):
+        comparing.compare(**options)
+
+
+def test_a_run_of_another_place_is_refused_before_the_others_are_made(copied):
+    """They would differ from it in the end."""
+    folder, options = copied
+    for method in ("base", "full"):
+        record = read(folder, method, "results.json")
+        change(record, "environment/versions/torch", "2.4.0")
+        results.write_json(folder / method / "results.json", record)
+    (folder / "lora" / "results.json").unlink()
+    message = r"base.results\.json cannot stand beside a run made now: .*torch '2\.4\.0' against '[^']+'.*; run without"
+    with pytest.raises(cli.UserError, match=message):
+        comparing.compare(**options)
+    assert not (folder / "lora" / "results.json").exists()
 
 
 def test_every_knob_is_an_option_with_a_reason(capsys):

@@ -514,7 +514,7 @@ BAD_INFERENCE = {
         "--adapter none does not go with --compare_speed",
     ),
     "alpha of nothing": (
-        {"prompt": PROMPT, "adapter": "none", "lora_alpha": "0"},
+        {"prompt": PROMPT, "adapter": "none", "lora_alpha": "8"},
         "--adapter none does not go with --lora_alpha",
     ),
     "merged twice": (
@@ -532,7 +532,7 @@ BAD_INFERENCE = {
     "output is a folder": ({"prompt": PROMPT, "output_file": "{bad}"}, "--output_file .*: a folder; give the name"),
     "output under a file": (
         {"prompt": PROMPT, "output_file": "{bad}/test.txt/texts.jsonl"},
-        r"(File exists|Not a directory).*test\.txt",
+        r"--output_file .*test\.txt.*: cannot be written there \((File exists|Not a directory)\)",
     ),
     "no beams": ({"prompt": PROMPT, "num_beams": "0"}, "--num_beams 0: must be above 0"),
 }

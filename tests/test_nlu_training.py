@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import math
 import operator
 import os
 import re
@@ -795,6 +796,35 @@ def test_the_window_is_what_the_model_can_read(request, architecture):
     assert classification.predict(model, [sample], Knobs(), tokenizer).isfinite().all()
 
 
+def test_a_window_that_a_configuration_does_not_tell_has_no_end():
+    model = transformers.XLNetModel(transformers.XLNetConfig(vocab_size=8, d_model=8, n_layer=1, n_head=2, d_inner=8))
+    assert model.config.max_position_embeddings == -1 and pretrained.context_window(model) == math.inf
+
+
+def test_a_tokenizer_in_python_cuts_as_well():
+    """Of characters, here: it knows of no overflow."""
+    tokenizer = transformers.CanineTokenizer()
+    assert not tokenizer.is_fast
+    assert [classification.encode(tokenizer, (text,), 8)["cut"] for text in ("abcdef", "abcdefg")] == [False, True]
+
+
+def test_a_model_in_fewer_files_leaves_none_of_the_earlier(roberta, tmp_path):
+    """transformers would read the single file of the two kinds, whichever is newer."""
+    model, tokenizer, _, _ = classification.load(roberta, glue.task_of("sst2"), CPU)
+    folder = tmp_path / "model"
+    pretrained.save(model, tokenizer, folder)
+    assert [path.name for path in folder.glob("model*")] == ["model.safetensors"]
+
+    class InShards:
+        def save_pretrained(self, path):
+            model.save_pretrained(path, max_shard_size="100KB")
+
+    files = pretrained.save(InShards(), tokenizer, folder)
+    assert len(files) > 1 and not (folder / "model.safetensors").exists()
+    pretrained.save(model, tokenizer, folder)
+    assert [path.name for path in folder.glob("model*")] == ["model.safetensors"]
+
+
 def test_lines_are_drawn_with_the_seed(capsys):
     examples = list(range(100))
     first, again, other = (run_training_nlu.some(examples, 9, "train", Knobs(seed=seed)) for seed in (1, 1, 2))
@@ -837,7 +867,7 @@ BAD = {  # of the command line: what, the message
     "no lines": ({"max_train_samples": 0}, "--max_train_samples 0: must be above 0"),
     "no steps": ({"max_steps": 0}, "--max_steps 0: must be above 0"),
     "rate": ({"lr": -1}, "--lr -1.0: must be above 0"),
-    "rank": ({"lora_dim": 0}, "r=0: the rank to inject must be at least 1"),
+    "rank": ({"lora_dim": 0}, "--lora_dim 0: must be above 0"),
     "layers": ({"target_modules": "querry"}, "nothing in the model is called 'querry'; did you"),
     "device": ({"device": "gpu"}, "--device gpu: no such device here"),
     "output is a file": ({"output_dir": "{some}/file"}, r"--output_dir .*file: .*\(File exists\)"),

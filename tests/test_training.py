@@ -11,6 +11,8 @@ import os
 import signal
 
 import pytest
+import run_training
+import run_training_nlu
 import torch
 from common import cli
 from common.models import causal_lm
@@ -202,6 +204,57 @@ def test_mean_loss_is_the_mean_over_labels_whatever_the_batches(gpt2, samples, b
     assert mean == pytest.approx(total / causal_lm.count_labels(samples[:7]), rel=1e-6)
 
 
+def test_a_loss_of_held_out_texts_that_is_not_finite_is_no_validation(model, samples, tmp_path):
+    """Of whatever cause: here of a weight that the held-out texts alone meet."""
+    with torch.no_grad():
+        model.transformer.wte.weight[samples[0]["input_ids"][0]] = math.nan
+    with pytest.raises(loop.NotFinite, match=r"the loss of 2 texts is nan; nothing was written .*--lr"):
+        loop.mean_loss(model, TASK, samples[:2], knobs())
+
+
+OUT_OF_RANGE = {
+    "no warmup is negative": ({"warmup_steps": -1}, "--warmup_steps -1: must be at least 0"),
+    "nor is it no number": ({"warmup_steps": math.nan}, "--warmup_steps nan: must be at least 0"),
+    "decay": ({"weight_decay": -0.1}, "--weight_decay -0.1: must be at least 0"),
+    "all smooth": ({"label_smoothing": 1.0}, "--label_smoothing 1.0: must be at least 0 and below 1"),
+    "infinite rate": ({"lr": math.inf}, "--lr inf: must be above 0"),
+    "no alpha": ({"lora_alpha": 0.0}, "--lora_alpha 0.0: must be above 0"),
+    "all dropped": ({"lora_dropout": 1.0}, "--lora_dropout 1.0: must be at least 0 and below 1"),
+    "no rank": ({"lora_dim": 0}, "--lora_dim 0: must be above 0"),
+    "nothing at a time": ({"eval_batch_size": 0}, "--eval_batch_size 0: must be above 0"),
+}
+
+
+@pytest.mark.parametrize("script", [run_training, run_training_nlu])
+@pytest.mark.parametrize("changes, message", OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
+def test_a_knob_out_of_range_is_refused(script, changes, message):
+    with pytest.raises(cli.UserError) as caught:
+        script.check(script.Knobs(**changes))
+    assert str(caught.value) == message
+
+
+def test_a_run_that_ends_within_its_warmup_says_so(model, samples, tmp_path, capsys):
+    train(model, samples[:8], tmp_path, warmup_steps=2, max_steps=2)
+    assert "this run of 2 steps ends within its warmup, --warmup_steps 2\n" in capsys.readouterr().out
+    train(model, samples[:8], tmp_path, warmup_steps=1, max_steps=2)
+    assert "warmup" not in capsys.readouterr().out
+
+
+def test_a_weight_without_gradient_has_none_in_several_processes(monkeypatch):
+    """Or its decay would move it, which it does not in one process."""
+    used, unused, elsewhere = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    used.grad = torch.full((2,), 3.0)
+
+    def add_up(everything):  # the other process has a gradient of the third, and a loss of 1
+        everything += torch.tensor([1.0, 1, 0, 1, 3, 3, 0, 0, 5, 5])
+
+    monkeypatch.setattr(loop.distributed, "add_up", add_up)
+    loss = torch.tensor(2.0)
+    loop._add_up(loss, [used, unused, elsewhere])
+    assert loss == 3 and unused.grad is None
+    assert used.grad.tolist() == [6, 6] and elsewhere.grad.tolist() == [5, 5]
+
+
 # Validation
 
 
@@ -302,6 +355,26 @@ def test_resuming_another_run_or_a_damaged_file_is_refused(model, samples, tmp_p
     with pytest.raises(cli.UserError, match=r"state.pt cannot be read \(.*\); start anew without --resume"):
         train(model, samples, tmp_path, identity={"lr": 1.0, "seed": 3}, resume=True)
     assert equal(trained(model), before)
+
+
+def test_a_state_that_is_none_is_refused(model, samples, tmp_path):
+    for state in ([1], {"step": 1}):
+        torch.save(state, tmp_path / "state.pt")
+        with pytest.raises(cli.UserError, match=r"--resume: .*state.pt cannot be read \(.*\); start anew"):
+            train(model, samples, tmp_path, resume=True)
+
+
+def test_a_run_goes_on_with_its_own_base_alone():
+    """Its file may have changed meanwhile."""
+    record = {"data": {"train": {"sha256": "1"}}, "base": {"model.safetensors": "2"}, "processes": 1}
+    before = loop.identity(knobs(), set(), record, ["train"])
+    after = loop.identity(knobs(), set(), {**record, "base": {"model.safetensors": "3"}}, ["train"])
+    assert {name for name in before if before[name] != after[name]} == {"base"}
+
+
+def test_a_run_may_go_on_with_a_gpu():
+    """The random numbers of a CPU say nothing of those of the GPU, which then begins its own."""
+    loop._set_random_state(torch.device("cuda"), [torch.get_rng_state()])
 
 
 def test_a_state_with_code_is_not_run(model, samples, tmp_path):

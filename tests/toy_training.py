@@ -52,4 +52,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, under_torchrun=True)

@@ -46,7 +46,7 @@ from common.cli import UserError, fill_in, knob, make_output_folder, parse_knobs
 from common.models import causal_lm
 from common.records import results, runs
 from common.reports import tables
-from common.training import compute, distributed, loop, memory
+from common.training import compute, loop, memory
 
 import loralib as lora
 
@@ -55,8 +55,7 @@ HERE = Path(__file__).resolve().parent
 METHODS = {"base": "none", "lora": "lora", "full": "full"}
 TRAINED = ("lora", "full")
 TITLES = {"base": "base", "lora": "LoRA", "full": "full"}
-# What is not offered: a resumed run has the times of a part, and with patience two runs end at different steps.
-DECIDED_HERE = runs.METHOD_KNOBS | runs.PLACE_KNOBS | {"resume", "patience"}
+DECIDED_HERE = runs.METHOD_KNOBS | runs.PLACE_KNOBS | runs.NOT_COMPARED
 # Pairs of steps before those that count: the first ones allocate memory.
 WARM_UP = 3
 QUALITY = {**run_training.SCORES, "sacrebleu": ("BLEU, cased", 1)}
@@ -96,8 +95,6 @@ def check(knobs):
     require_positive(knobs, "lr_lora", "lr_full")
     if knobs.pairs < 0 or knobs.pairs == 1:
         raise UserError(f"--pairs {knobs.pairs}: must be 0, or at least 2 for a spread")
-    if distributed.started() > 1:
-        raise UserError("the comparison takes place in one process; start it with python instead of torchrun")
     compute.choose_device(knobs.device)
     for method in METHODS:
         run_training.check(knobs_of_run(knobs, method))

@@ -27,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 from common.cli import UserError, as_user_error, knob, parse_knobs, run
 from common.data import e2e
-from common.records import results
+from common.files import sha256
 
 HERE = Path(__file__).resolve().parent
 TIMEOUT = 30  # seconds without a byte
@@ -65,7 +65,7 @@ def download(url, path):
             raise UserError(f"{url}: no E2E file: {str(error).replace(str(partial), path.name)}") from error
         if not is_official(partial):
             raise UserError(
-                f"{url}: not the official {path.name}: SHA-256 {results.sha256(partial)} instead of "
+                f"{url}: not the official {path.name}: SHA-256 {sha256(partial)} instead of "
                 f"{SHA256[path.name]}; name another address with --url"
             )
         os.replace(partial, path)
@@ -109,7 +109,7 @@ def receive(response, length, name):
 
 def is_official(path):
     """Whether a file has the SHA-256 of the official file of its name, as far as that is known."""
-    return path.name not in SHA256 or results.sha256(path) == SHA256[path.name]
+    return path.name not in SHA256 or sha256(path) == SHA256[path.name]
 
 
 def download_files(knobs):

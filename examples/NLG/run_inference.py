@@ -31,7 +31,17 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the package common
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout's loralib
-from common.cli import UserError, as_user_error, given, knob, make_place_for, parse_knobs, refuse_together, run
+from common.cli import (
+    UserError,
+    as_user_error,
+    given,
+    knob,
+    make_place_for,
+    parse_knobs,
+    refuse_together,
+    require_positive,
+    run,
+)
 from common.data import e2e
 from common.models import causal_lm
 from common.records import results
@@ -64,6 +74,7 @@ class Knobs(causal_lm.DecodingKnobs):
 def check(knobs):
     """Choose between prompt, file and terminal; raise a UserError for knobs that are out of range or do not agree."""
     causal_lm.check_decoding(knobs)
+    require_positive(knobs, "lora_alpha")
     sources = given(knobs, "prompt", "input_file", "interactive")
     if not sources and sys.stdin.isatty():
         knobs.interactive = True

@@ -172,7 +172,8 @@ def save_model(model, tokenizer, knobs):
 
 def encode_pairs(pairs, tokenizer, seq_len, purpose):
     """Token samples of the pairs but the too long ones: a text cut off would teach to stop in mid-sentence."""
-    bar = tqdm(pairs, f"reading {purpose} texts", unit="text", leave=False, disable=not distributed.is_main())
+    seen = {"unit": "text", "delay": 1, "leave": False, "disable": not distributed.is_main()}
+    bar = tqdm(pairs, f"reading {purpose} texts", **seen)
     samples = [causal_lm.encode(tokenizer, *pair) for pair in bar]
     short = [sample for sample in samples if len(sample["input_ids"]) <= seq_len]
     if len(short) < len(samples):
@@ -317,4 +318,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, under_torchrun=True)

@@ -355,4 +355,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, under_torchrun=True)

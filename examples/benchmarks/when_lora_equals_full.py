@@ -34,6 +34,7 @@ sys.path.insert(2, str(Path(__file__).resolve().parents[2]))  # this checkout's 
 
 import run_training_nlu
 import torch
+from common import stopping
 from common.cli import UserError, knob, make_output_folder, parse_knobs, require_positive, run
 from common.data import glue
 from common.models import sequence_classification as classification
@@ -162,6 +163,9 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 outcome = loop.train(model, task, samples, self.held_out, knobs, Path(folder) / "state.pt", {})
+            except stopping.Stopped as stop:
+                again = f"stopped; the same command goes on from the points in {self.path}"
+                raise stopping.Stopped(stop.signum, again) from stop
             except loop.NotFinite as error:  # of a rate that is too high
                 tqdm.write(str(error))
                 return found

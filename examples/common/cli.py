@@ -30,15 +30,17 @@ def as_user_error(*kinds):
         raise UserError(str(error)) from error
 
 
-def run(main):
+def run(main, under_torchrun=False):
     """Call `main()`; exit with status 2 and one message after a UserError, with 130 after Ctrl-C, 143 after SIGTERM.
 
-    Where nobody reads the output any more, with 141 and without a word.
+    Where nobody reads the output any more, with 141 and without a word. What is for one process is refused in several.
     """
     with stopping.ended_by_its_reader():
         status = 0
         try:
             with stopping.terminable():
+                if os.environ.get("WORLD_SIZE", "1") != "1" and not under_torchrun:
+                    raise UserError(f"{Path(sys.argv[0]).name} is one process; start it with python, not with torchrun")
                 main()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -174,5 +176,8 @@ def make_place_for(path, option):
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{option} {path}: a folder; give the name of a file")
-    with as_user_error(OSError):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written there ({error.strerror}); give another place") from error

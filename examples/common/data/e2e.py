@@ -79,7 +79,8 @@ def read_meanings(path):
 
 def read_meaning(text, where):
     """A meaning as the files have it, given as `slot : value | slot : value` or as `slot[value], slot[value]`."""
-    return _csv_meaning(text, where) if "[" in text else _line_meaning(text, where)
+    in_brackets = "[" in text and " : " not in text.partition("[")[0]  # a value may hold either mark
+    return _csv_meaning(text, where) if in_brackets else _line_meaning(text, where)
 
 
 def written_together(meanings):

@@ -99,8 +99,11 @@ def save(model, tokenizer, folder):
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         folder.mkdir(exist_ok=True)
-        for file in sorted(partial.iterdir()):
+        files = sorted(partial.iterdir())
+        for file in files:
             os.replace(file, folder / file.name)
+        for stale in {*folder.glob("model*.safetensors*")} - {folder / file.name for file in files}:
+            stale.unlink()  # of an earlier model, cut into another number of files
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be written ({error}); an earlier model is as it was") from error
     finally:

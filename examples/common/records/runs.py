@@ -19,6 +19,8 @@ from common.files import configuration, fingerprints, sha256, weights_fingerprin
 METHOD_KNOBS = {"adapt", "lr", "skip_base"}
 LORA_KNOBS = {"lora_dim", "lora_alpha", "lora_dropout", "target_modules", "init_adapter"}
 PLACE_KNOBS = {"output_dir", "record", "resume"}
+# What a comparison does not offer: with patience two runs end at different steps; the others are for frozen weights.
+NOT_COMPARED = {"patience", "fsdp", "base_dtype"}
 
 
 def make_all(script, wanted, files, reuse):

@@ -158,7 +158,7 @@ def how_long(records, line):
 def turns_command(records, pair):
     """The command that times the steps of both methods in turn, and makes the two runs anew."""
     lora, full = (records[name]["configuration"] for name in pair)
-    left_out = runs.METHOD_KNOBS | runs.PLACE_KNOBS | {"patience"}
+    left_out = runs.METHOD_KNOBS | runs.PLACE_KNOBS | runs.NOT_COMPARED
     settings = {key: value for key, value in lora.items() if key not in left_out}
     rates = {"lr_lora": lora["lr"], "lr_full": full["lr"]}
     name = pair[0].removesuffix("_lora")

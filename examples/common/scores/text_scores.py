@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from sacrebleu.metrics import BLEU
 
-from common.cli import UserError
+from common.cli import UserError, as_user_error
 from common.data.e2e import slots
 from common.data.lines import decoded
 from common.scores import e2e_scorer
@@ -161,7 +161,9 @@ def read_predictions(path, meanings):
     if not path.is_file():
         raise UserError(f"{path}: no such file of predictions; run_inference.py --output_file writes one")
     expected = f"are texts for {len(meanings)} meanings"
-    lines = [(line.strip(), where) for line, where in decoded(path.read_bytes(), path, expected)]
+    with as_user_error(OSError):
+        content = path.read_bytes()
+    lines = [(line.strip(), where) for line, where in decoded(content, path, expected)]
     first = lines[0][0]
     if first.startswith("{"):
         return _by_meaning(path, [(*_json_pair(line, where), where) for line, where in lines], meanings)

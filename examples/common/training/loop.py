@@ -263,6 +263,8 @@ def train(model, task, samples, valid_samples, knobs, state_path, identity, stat
             if signum:
                 distributed.largest(0, device)  # whoever ended while the file is written would end the others, too
                 raise stopping.Stopped(signum, _stopped(signum, step, steps) if distributed.is_main() else "")
+    if curve_losses:  # patience ended within a stretch
+        curve.append([step, statistics.fmean(curve_losses)])
     if knobs.gradient_checkpointing:
         set_checkpointing(model, False)
     if best["step"] < step:
