@@ -376,9 +376,10 @@ def test_commits_may_differ_and_are_told(copied, capsys):
     assert capsys.readouterr().out.endswith("\nthe runs were made at different commits: c1, c2\n")
 
 
-def test_a_run_that_fails_ends_the_comparison(copied, capfd):
+def test_a_run_that_fails_ends_the_comparison(copied, capfd, monkeypatch):
     """The run's own message, then that of the comparison; what is missing alone is made."""
     folder, options = copied
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as in the runs that are taken
     shutil.rmtree(folder / "full")
     (folder / "full").write_text("in the way", encoding="utf-8")
     with pytest.raises(cli.UserError, match=r"run_training\.py --adapt full ended with status 2, for the reason above"):
