@@ -17,6 +17,7 @@ from pathlib import Path
 import compare_lora_vs_full as comparing
 import pytest
 import run_training
+import torch
 from common import cli
 from common.models import causal_lm
 from common.records import results, runs
