@@ -184,6 +184,7 @@ def merge_and_unload(model: nn.Module, dequantize: bool = False) -> nn.Module:
                 f"{path}: a {_stored_as(layer)} of gptqmodel that does not tell the weight it computes with; nothing "
                 "was merged. Load a GPTQ model with backend=BACKEND.GPTQ_TORCH for that, without rotation or EoRA"
             )
+    _check_takes(model)
     if dequantize:
         _dequantize(model)
     _add_to_base(model)
@@ -425,13 +426,6 @@ def _add_to_base(model: nn.Module) -> None:
         if place.active is not None:
             own = place.tensors(module, place.active)
             values += [(module, key, own[key]) for key in of_base(own) if (id(module), key) not in summed]
-    for module, name, value in values:
-        if name not in module._parameters and name not in module._buffers and not _takes(module, name, value):
-            path = next(path for path, each in model.named_modules() if each is module)
-            raise ValueError(
-                f"{path}.{name} is computed by torch.nn.utils (pruning, weight norm, parametrize), and cannot be made "
-                "to be the sum; nothing was merged. Remove that first (torch.nn.utils.prune.remove, ...)"
-            )
     put(model, None)
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     held = [module._parameters.get(name, module._buffers.get(name)) for module, name, _ in values]
@@ -451,6 +445,26 @@ def _add_to_base(model: nn.Module) -> None:
             setattr(module, name, fresh[id(tensor)])
         else:
             tensor.copy_(value)
+
+
+@torch.no_grad()
+def _check_takes(model: nn.Module) -> None:
+    """Raise a ValueError if a weight is computed, and cannot be made to be what it has to become."""
+    values: list[tuple[nn.Module, str, Tensor]] = []
+    for layer in _lora_layers(model):
+        if parametrize.is_parametrized(layer) or layer._forward_pre_hooks:  # of pruning, weight and spectral norm
+            values += [(layer, name, value) for name, value in layer.sums().items()]
+    for module, place in places(model):
+        if place.active is not None:
+            own = place.tensors(module, place.active)
+            values += [(module, key, own[key]) for key in of_base(own)]
+    for module, name, value in values:
+        if name not in module._parameters and name not in module._buffers and not _takes(module, name, value):
+            path = next(path for path, each in model.named_modules() if each is module)
+            raise ValueError(
+                f"{path}.{name} is computed by torch.nn.utils (pruning, weight norm, parametrize), and cannot be made "
+                "to be the sum; nothing was merged. Remove that first (torch.nn.utils.prune.remove, ...)"
+            )
 
 
 def _takes(module: nn.Module, name: str, value: Tensor) -> bool:

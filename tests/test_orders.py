@@ -321,14 +321,19 @@ COMPUTED = {
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("how", COMPUTED)
-def test_what_computes_its_weight_is_not_merged_for_good(how):
-    model = drawn(small(), targets=["0", "2"]).eval()
+def test_what_computes_its_weight_is_not_merged_for_good(how, merged):
+    model = drawn(small(), targets=["0", "2"])
     COMPUTED[how](model[2])
+    model.eval()
+    if merged:
+        model[0].merge()
     before, wanted = {key: value.clone() for key, value in model.state_dict().items()}, model(X)
     with pytest.raises(ValueError, match=r"2\.weight is computed by torch.nn.utils"):
         lora.merge_and_unload(model)
-    assert torch.equal(model(X), wanted) and lora.list_adapters(model) == ["a"]
+    assert model[0].merged == merged and lora.list_adapters(model) == ["a"]
+    assert torch.equal(model(X), wanted)
     assert all(torch.equal(one, before[key]) for key, one in model.state_dict().items())
 
 
