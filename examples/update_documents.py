@@ -49,7 +49,12 @@ def api():
         if not getattr(member, "__module__", "").startswith("loralib."):  # of 0.1.2's star import
             continue
         said = " ".join(inspect.getdoc(member).split("\n\n")[0].split()).replace("|", "\\|")
-        arguments = ", ".join(_argument(a) for a in inspect.signature(member).parameters.values())
+        parameters = list(inspect.signature(member).parameters.values())
+        by_name = [a for a in parameters if a.kind is a.KEYWORD_ONLY]
+        shown = [_argument(a) for a in parameters]
+        if by_name and not any(a.kind is a.VAR_POSITIONAL for a in parameters):
+            shown.insert(parameters.index(by_name[0]), "*")
+        arguments = ", ".join(shown)
         rows[f"`{name}({arguments})`"] = [said]
     return rows
 

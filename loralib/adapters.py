@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from loralib.core import Adapted, InPlace, adapted, identity, is_sharded
+from loralib.core import Adapted, InPlace, adapted, identity, is_sharded, note_state
 from loralib.layers import Kernel
 from loralib.quantized import is_quantized
 from loralib.reloaded import check_not_reloaded
@@ -28,6 +28,7 @@ from loralib.reloaded import check_not_reloaded
 __all__ = ["active_adapter", "delete_adapter", "list_adapters"]
 
 DEFAULT_NAME = "default"
+BASE_NAME = "__base__"  # PEFT's, for the base among names of adapters
 LORA_NAMES = frozenset({"lora_A", "lora_B"})
 _OWN_PREFIXES = (*LORA_NAMES, "lora_rows_")
 # What a model that was given adapters knows: by adapter and module the shapes of the base's tensors; and whether its
@@ -120,10 +121,7 @@ class Place:
         there.update(self.replaced if self.suspended else {})
         missing = sorted(part.own - there.keys())
         if missing:
-            raise ValueError(
-                f"{', '.join(missing)} of {module} is computed, by torch.nn.utils.prune or parametrize; remove the "
-                "pruning or parametrization first"
-            )
+            raise ValueError(_COMPUTED.format(", ".join(missing), module))
         return {key: tensor for key, tensor in there.items() if key in part.own}  # in the order of the module
 
     def settings(self, module: nn.Module, name: str) -> dict[str, Any]:
@@ -184,6 +182,7 @@ class Place:
 
     def put(self, module: nn.Module, name: str | None) -> None:
         """Make `name` the adapter that is in the module; the base, if it has no part here."""
+        note_state(module)
         self.resume(module)
         if vars(module).pop("_disabled", False):  # what comes within disable_adapters does compute
             vars(module)["merged"] = False  # it said what is to be after the block
@@ -238,6 +237,7 @@ class Place:
     def suspend(self, module: nn.Module) -> None:
         """Put the base's heads and biases in for a while."""
         if self.active is not None and not self.suspended:
+            note_state(module)
             self._exchange(module)
             self.suspended = True
             there = {key: module._buffers.get(key) for key in self.replaced}
@@ -248,6 +248,7 @@ class Place:
             for key, values in self.statistics.items():
                 _tensors(module)[key].copy_(values)
             self.statistics = {}
+            note_state(module)
             self._exchange(module)
             self.suspended = False
 
@@ -429,6 +430,20 @@ def note_parts(model: nn.Module, name: str, own: dict[str, frozenset[str]], modu
         wanted = {*of_base(keys), "weight"}
         tensors = {} if is_quantized(modules[path]) else own_tensors(modules[path])
         noted[path] = {key: tensor.shape for key, tensor in tensors.items() if key in wanted}
+
+
+def check_stored(modules: Mapping[str, Any]) -> None:
+    """Raise ValueError if A or B of a layer is computed from something else, which files and sums do not know."""
+    for path, layer in modules.items():
+        if not isinstance(layer, Adapted):
+            continue
+        by_hand = layer._place is None and layer.has_adapter  # of the others `Place.tensors` says it
+        missing = [name for name in sorted(LORA_NAMES) if by_hand and name not in layer._parameters]
+        if missing:
+            raise ValueError(_COMPUTED.format(", ".join(missing), path))
+
+
+_COMPUTED = "{} of {} is computed, by torch.nn.utils.prune or parametrize; remove the pruning or parametrization first"
 
 
 def check_intact(model: nn.Module, names: Iterable[str | None] | None = None) -> None:
@@ -786,6 +801,8 @@ def check_adapter_name(adapter_name: str) -> None:
     """Raise if `adapter_name` is no name."""
     if not isinstance(adapter_name, str) or not adapter_name:
         raise ValueError(f"adapter_name={adapter_name!r}: must be a string that is not empty")
+    if adapter_name == BASE_NAME:
+        raise ValueError(f"adapter_name={adapter_name!r}: that is the base, among the names for the rows of a batch")
 
 
 def check_present(model: nn.Module, adapter_name: str) -> None:

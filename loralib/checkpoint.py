@@ -29,6 +29,7 @@ from loralib.adapters import (
     check_not_offloaded,
     check_not_partitioned,
     check_one,
+    check_stored,
     check_whole,
     named_modules,
     note_parts,
@@ -39,7 +40,7 @@ from loralib.adapters import (
     untied,
 )
 from loralib.architectures import base_name, group_spec, resized_embeddings, unwrapped
-from loralib.core import SHARED_BASE, Adapted, is_sharded, quiet_state, whole
+from loralib.core import SHARED_BASE, Adapted, as_number, is_sharded, quiet_state, whole
 from loralib.diffusers_format import FILE, is_of_diffusers, read_diffusers, write_diffusers
 from loralib.formats import (
     LORA_ENDINGS,
@@ -69,7 +70,7 @@ from loralib.parameters import Parameters, Rows
 from loralib.peft_format import CONFIG, read_peft, write_peft
 from loralib.reloaded import check_not_reloaded
 from loralib.several import set_adapter
-from loralib.utils import _join, match_modules_to_save
+from loralib.utils import _join, is_lora_name, match_modules_to_save
 from loralib.wrappers import prefix_of_wrappers, under_names_of, without_compiled
 
 __all__ = ["load_lora", "read_metadata", "save_lora"]
@@ -127,9 +128,9 @@ def save_lora(
     check_metadata({} if metadata is None else metadata)
     if metadata and format != "loralib":
         raise ValueError(f"metadata={metadata!r}: the files of {format} have no place for it")
-    path = Path(path)
-    if format == "loralib" and path.is_dir():
-        raise ValueError(f"{path} is a folder; give the name of a file, or format='peft'")
+    given, path = os.fspath(path), Path(path)
+    if format == "loralib" and (path.is_dir() or given.endswith(("/", os.sep))):
+        raise ValueError(f"{given} is a folder; give the name of a file, or format='peft'")
     if format == "loralib" and path.suffix in (*UPSTREAM_SUFFIXES, ".ckpt"):
         raise ValueError(f"{path}: files of that ending are pickles; the file is written by safetensors: name it so")
     folder = format == "peft" or (format == "diffusers" and path.suffix != ".safetensors")
@@ -175,8 +176,12 @@ def gather(
     found = _adapted(model)
     layers = _lora_layers(found)
     if not layers and not _token_indices(found):
-        raise ValueError(f"{type(model).__name__} has no adapters to save; call lora.inject_lora(model, ...) first")
+        what = f"{type(model).__name__} has no adapters to save"
+        if hasattr(model, "peft_config"):
+            raise ValueError(f"{what}; those of PEFT are saved by its own save_pretrained, and load_lora reads them")
+        raise ValueError(f"{what}; call lora.inject_lora(model, ...) first")
     check_not_offloaded(dict(found))
+    check_stored(layers)
     if not state:
         _warn_of_untrained(found)
     adapter = _collect(model, found, layers, bias, modules_to_save)
@@ -275,6 +280,7 @@ def load_lora(
             set_adapter(model, name)
             found = _adapted(model)
             layers = _lora_layers(found)
+            check_stored(layers)
             adapter = _read_for(path, modules, layers, lora_alpha, enable_lora, heads)
             there = _adapter_tensors(found)
             shapes = {path: {key: t.shape for key, t in tensors.items()} for path, tensors in there.items()}
@@ -335,7 +341,15 @@ def _apart(modules: dict[str, nn.Module], shared: Tensor) -> nn.Parameter:
 def _warn_of_left_out(model: nn.Module, adapter: Adapter) -> None:
     modules = base_modules(model)
     if not any("_place" in vars(module) for module in modules.values()):
-        return  # made by hand, what is saved is chosen by hand, as in 0.1.2
+        # Made by hand, what is saved is chosen by hand, as in 0.1.2; but all that is of LoRA is meant.
+        names = {name for name, parameter in model.named_parameters() if parameter.requires_grad and is_lora_name(name)}
+        if left := sorted(names - adapter.tensors.keys()):
+            warnings.warn(
+                f"{_some(left)}: trained, and not in the file, which holds the layers of this library; save "
+                "lora.lora_state_dict(model) for those of your own",
+                stacklevel=4,
+            )
+        return
     parts = active_parts(modules)
     trained = {
         _join(path, key)
@@ -480,6 +494,8 @@ def _read(
     lora_alpha: float | None,
     enable_lora: Sequence[bool],
 ) -> Adapter:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such adapter file")
     if _is_without_configuration(path):
         return read_upstream(path, modules, lora_alpha, enable_lora, groups)
     if lora_alpha is not None:
@@ -488,10 +504,10 @@ def _read(
         path = path / FILE
     if path.is_dir():
         if not (path / CONFIG).is_file():
-            raise FileNotFoundError(f"{path}: a folder without {CONFIG} holds no adapter of PEFT")
+            files = ", ".join(sorted(file.name for file in path.glob("*.safetensors")))
+            hint = f"; give the file, one of {files}" if files else ""
+            raise FileNotFoundError(f"{path}: a folder without {CONFIG} holds no adapter of PEFT{hint}")
         return read_peft(path, modules, groups)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such adapter file")
     if is_of_diffusers(path):
         return read_diffusers(path, modules, groups)
     return _named_as_here(read_native(path), modules)
@@ -720,7 +736,10 @@ def _renamed(adapter: Adapter, named: Callable[[str], str]) -> Adapter:
 
 
 def _spec(layer: Any) -> dict:
-    spec = {"r": layer.r, "lora_alpha": layer.lora_alpha, "scaling": layer.scaling}
+    scaling = as_number(layer.scaling)
+    if isinstance(scaling, Tensor):
+        raise ValueError(f"{layer}: its scaling trains or has several values, and files have a number for it")
+    spec = {"r": layer.r, "lora_alpha": layer.lora_alpha, "scaling": scaling}
     return {**spec, "lora_dropout": getattr(layer.lora_dropout, "p", 0.0), **_groups(layer)}
 
 

@@ -21,11 +21,13 @@ import numbers
 import sys
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import fusion
 
 from loralib.quantized import dequantized, is_quantized, merges
 
@@ -41,8 +43,48 @@ _cached: Any = functools.cache
 _Layer = TypeVar("_Layer", bound="InPlace")
 
 
+# What modules computed with before their adapters were switched, merged or disabled: by module the number that autograd
+# had reached then, and that state. Gradient checkpointing computes a forward anew in the backward pass, maybe with
+# another adapter than the first time.
+_STATES: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
+
+
 def identity(x: Tensor) -> Tensor:
     return x
+
+
+def note_state(module: nn.Module) -> None:
+    """Remember what `module` computes with, before that changes."""
+    if torch.compiler.is_compiling():
+        return
+    state = torch._C._autograd._get_sequence_nr(), _state_of(module)
+    _STATES[module] = (*_STATES.get(module, ())[-15:], state)
+
+
+def _state_of(module: nn.Module) -> tuple:
+    held = vars(module)
+    place, A = held.get("_place"), module._parameters.get("lora_A")
+    active = None if place is None or place.suspended else place.active
+    return active, A if A is None else id(A), "_disabled" in held, held.get("_aside") is not None
+
+
+def check_computed_anew(module: nn.Module) -> None:
+    """Raise a RuntimeError if a forward within a backward pass is to repeat one with another adapter."""
+    node: Any = torch._C._current_autograd_node()
+    if module not in _STATES or not hasattr(node, "_sequence_nr"):
+        return
+    made = node._sequence_nr()
+    then = next((state for reached, state in _STATES[module] if made < reached), None)
+    if then is not None and then != _state_of(module):
+        raise RuntimeError(
+            "gradient checkpointing computes a forward anew in the backward pass, and the model has been switched, "
+            "merged or disabled since: the gradients would be of another adapter. Call backward() before that, or turn "
+            "gradient checkpointing off"
+        )
+
+
+def _is_in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class LoRALayer:
@@ -156,25 +198,41 @@ def _called_by_own_method(frame: Any, module: nn.Module) -> bool:
     return frame.f_locals.get("self") is module
 
 
-def is_read_past_forward(frame: Any, layer: nn.Module) -> bool:
-    """Whether the code of `frame` reads an attribute of `layer` to compute with it in the forward of another module."""
-    while frame.f_code.co_name == "__getattr__":  # of a kind
+def reader_of(frame: Any) -> Any:
+    """The frame of the code that reads an attribute, behind those of `__getattr__` of several kinds."""
+    while frame.f_code.co_name == "__getattr__":
         frame = frame.f_back
+    return frame
+
+
+def is_read_past_forward(frame: Any, layer: nn.Module) -> bool:
+    """Whether the code of `frame` reads an attribute of `layer` to compute with it, in the forward of another module or
+    in a hook."""
     reader, depth = frame, 0
     while frame is not None and depth < 16:
         owner = frame.f_locals.get("self")
-        if owner is layer:
-            return False
-        if frame.f_code.co_name == "forward" and isinstance(owner, nn.Module):
-            return _computes_at(reader.f_code, reader.f_lasti)
+        if isinstance(owner, nn.Module):
+            # What is below a module's call and not in its forward is a hook, or has been put in the forward's place.
+            called = frame.f_code.co_name in _CALLS and frame.f_globals.get("__name__") == nn.Module.__module__
+            if called:
+                return _computes_at(reader.f_code, reader.f_lasti, by_name=True)
+            if owner is layer:
+                return False
+            if frame.f_code.co_name == "forward" or getattr(owner.forward, "__code__", None) is frame.f_code:
+                return _computes_at(reader.f_code, reader.f_lasti)
         frame, depth = frame.f_back, depth + 1
     return False
 
 
+_CALLS = ("_call_impl", "_wrapped_call_impl", "inner")
+
+
 @functools.lru_cache(maxsize=4096)
-def _computes_at(code: types.CodeType, offset: int) -> bool:
+def _computes_at(code: types.CodeType, offset: int, by_name: bool = False) -> bool:
     steps = steps_of(code)
     here = next((i for i, step in enumerate(steps) if step[2] == offset), None)
+    if by_name and (here is None or steps[here][0] != "LOAD_ATTR"):  # getattr, of a hook that moves tensors
+        return False
     return here is None or computes_with(steps, here)
 
 
@@ -184,6 +242,8 @@ def steps_of(code: types.CodeType) -> list[tuple[str, Any, int]]:
     return [(s.opname, s.argval, s.offset) for s in dis.get_instructions(code) if s.opname not in skipped]
 
 
+# What makes one layer of two, and reads the weight of the first for that.
+_FUSING = {fusion.fuse_conv_bn_eval.__code__, fusion.fuse_linear_bn_eval.__code__}
 # What code asks of a weight without computing with it.
 _HARMLESS = {"dtype", "device", "shape", "size", "requires_grad", "requires_grad_", "ndim", "dim", "numel", "is_meta"}
 
@@ -276,11 +336,18 @@ class Adapted(InPlace):
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
+        if name != "weight" or torch.compiler.is_compiling():
+            return value
+        reader = reader_of(sys._getframe(1))
+        if reader.f_code in _FUSING and self.has_adapter and not self.merged and not self._disabled:
+            raise ValueError(
+                f"{self}: a batch norm would be fused into the base alone; call lora.merge_lora_weights(model), or "
+                "lora.merge_and_unload(model), before that"
+            )
         # Layers made by hand hold the base's weight for whoever reads it, as in 0.1.2.
-        seen = name == "weight" and self._place is not None and not torch.compiler.is_compiling()
-        if seen and is_read_past_forward(sys._getframe(1), self) and not is_quantized(self) and not self.is_sharded():
-            return _computed_weight(self)
-        return value
+        if self._place is None or not is_read_past_forward(reader, self) or is_quantized(self) or self.is_sharded():
+            return value
+        return _computed_weight(self)
 
     @property
     def has_adapter(self) -> bool:
@@ -413,6 +480,7 @@ class Adapted(InPlace):
         # No Parameter: torch.nn.utils computes it, and the branch follows what it computes.
         if self.is_sharded() or not merges(self) or base is None or A is None or B is None:
             return
+        note_state(self)
         # Outside inference mode, so that the tensor can be used in and out of it.
         with torch.inference_mode(False), torch.no_grad():
             merged = nn.Parameter(self._sum(base.detach()), requires_grad=base.requires_grad)
@@ -437,6 +505,7 @@ class Adapted(InPlace):
             base, weight = self._aside.base, self._aside.weight
             if base.requires_grad != weight.requires_grad:  # set while merged
                 base.requires_grad_(weight.requires_grad)
+            note_state(self)
             self._parameters["weight"] = base
         self._aside, self.merged = None, False
 
@@ -565,7 +634,9 @@ class Adapted(InPlace):
 
     def extra_repr(self) -> str:
         parts = [self._base_class.extra_repr(self), f"r={self.r}", f"lora_alpha={self.lora_alpha}"]
-        if self.has_adapter and self.scaling != self.lora_alpha / self.r:
+        if self.has_adapter and isinstance(self.scaling, Tensor):
+            parts.append(f"scaling={self.scaling.tolist()}")
+        elif self.has_adapter and self.scaling != self.lora_alpha / self.r:
             parts.append(f"scaling={self.scaling:.6g}")
         return ", ".join([part for part in parts if part] + self._extra_repr() + (["merged"] if self.merged else []))
 
@@ -580,6 +651,8 @@ class Adapted(InPlace):
 def _forward(self: Any, input: Any = None, x: Any = None) -> Tensor:
     """Return the base's output plus that of the update. The argument is `input`, as torch names it, or `x` (0.1.2)."""
     input = x if input is None else input
+    if _is_in_backward():
+        check_computed_anew(self)
     if self.merged or self._aside is not None:
         return self._merged_forward(input)
     if self._disabled or not self.has_adapter:
@@ -662,6 +735,8 @@ def _members_in_place(cls: Any) -> dict:
             names = kwargs.pop(ADAPTER_NAMES)
             with contextlib.nullcontext() if names is None else per_row[0](self, names):
                 return self.forward(*args, **kwargs)
+        if _is_in_backward():
+            check_computed_anew(self)
         narrow = None if self._place is None else self._place.narrow(self)
         if narrow is None:
             return cls.forward(self, *args, **kwargs)
@@ -785,7 +860,8 @@ def check_hyperparameters(r: int, lora_alpha: float, lora_dropout: float) -> Non
     ValueError: r=-1: the rank must be 0 (no adapter) or a positive integer
     """
     if isinstance(r, bool) or not isinstance(r, numbers.Integral):
-        raise TypeError(f"r={r!r}: the rank must be an integer, not {type(r).__name__}")
+        said = repr(r) if len(repr(r)) < 80 else "..."  # a configuration of PEFT
+        raise TypeError(f"r={said}: the rank must be an integer, not {type(r).__name__}")
     if r < 0:
         raise ValueError(f"r={r}: the rank must be 0 (no adapter) or a positive integer")
     for name, value in (("lora_alpha", as_number(lora_alpha)), ("lora_dropout", lora_dropout)):
@@ -836,7 +912,9 @@ def whole(tensor: Any) -> Tensor:
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    kind = device.type
+    # torch 2.5 cannot compile the first question; "meta" has no answer to the second.
+    if (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -145,7 +145,8 @@ def inject_lora(
             ("mlp.experts.gate_up_proj", "in_proj_weight"): matrices, and stacks of matrices, each of which gets an
             update of rank `r`. Without `target_modules` nothing else is adapted. Dropout is not applied to them.
         trainable_token_indices: tokens whose rows of the input embeddings are trained; or such lists by the names of
-            embeddings. A layer that shares the table, such as a tied output layer, uses these rows, too.
+            embeddings. A layer that shares the table, such as a tied output layer, uses these rows, too. They come in
+            addition to the layers; with `target_modules=[]` they are all that is trained.
 
     Raises:
         TypeError: a target is of a class that cannot be adapted, or has an attribute that a LoRA layer needs for
@@ -177,11 +178,15 @@ def inject_lora(
         )
     extra = target_parameters is not None or trainable_token_indices is not None
     names: list[str] = []
-    aside = saved
-    if target_modules or not extra:
-        names, aside = _targets(model, modules, target_modules, exclude_modules, saved)
-        if enable_lora is None and target_modules is None:
-            enable_lora = (True, False, True)
+    aside, groups = saved, enable_lora
+    if target_modules or (target_modules is None and target_parameters is None) or not extra:
+        try:
+            names, aside = _targets(model, modules, target_modules, exclude_modules, saved)
+        except ValueError as error:
+            hint = "; target_modules=[] trains the rows of the embedding alone" if extra and not target_modules else ""
+            raise ValueError(f"{error}{hint}") from None
+        if groups is None and target_modules is None:
+            groups = (True, False, True)
     if target_parameters is not None:
         found = _target_parameters(model, modules, target_parameters, saved)
         excluded = []
@@ -193,9 +198,8 @@ def inject_lora(
     _warn_of_ties(modules, [*names, *saved])
     tokens = token_rows(model, modules, trainable_token_indices, saved) if trainable_token_indices is not None else {}
     knobs = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": float(lora_dropout)}
-    specs = {name: {**knobs, **_fused(modules, name, enable_lora)} for name in names}
-    named = target_modules is not None or target_parameters is not None
-    if named and enable_lora is not None and not any("enable_lora" in s for s in specs.values()):
+    specs = {name: {**knobs, **_fused(modules, name, groups)} for name in names}
+    if enable_lora is not None and not any("enable_lora" in s for s in specs.values()):
         raise ValueError(
             f"enable_lora={list(enable_lora)}: none of the targets is a fused projection whose layout is known; "
             "leave it out to adapt them whole"
@@ -285,7 +289,9 @@ def match_names(names: Iterable[str], targets: Sequence[str] | str, argument: st
         parts = sorted({name.rsplit(".", 1)[-1] for name in names})
         near = sorted({close for target in unmatched for close in difflib.get_close_matches(target, parts + names)})
         hint = f"did you mean {_some(near)}?" if near else f"the model has {_some(parts, 20)}"
-        if isinstance(targets, str):
+        if any(target.lower().replace("_", "-") == ALL_LINEAR for target in unmatched):
+            hint = f'did you mean {argument}="{ALL_LINEAR}"?'
+        elif isinstance(targets, str):
             hint = f"a string is a regular expression for full names, a list holds names; {hint}"
         raise ValueError(f"{argument}={targets!r}: nothing in the model is called {_some(unmatched)!r}; {hint}")
     chosen = {name for found in matched.values() for name in found}
@@ -422,6 +428,8 @@ def put_adapter(
     adopt(all_modules(model))
     put(model, None)
     model.requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.grad = None  # of before: an optimizer that has the frozen Parameters would go on with it
     keep_gradients(model)
     modules, done = base_modules(model), set()
     copies: dict = {}
@@ -636,9 +644,17 @@ def _targets(
     if exclude_modules:
         excluded = match_names([*modules, *_parameters(model, modules)], exclude_modules, "exclude_modules")
     inside = [name for name in names if any(f"{name}.".startswith(f"{head}.") for head in heads)]
+    for target in () if target_modules is None or isinstance(target_modules, str) else target_modules:
+        meant = match_names(every, [target], "target_modules")
+        if all(any(f"{name}.".startswith(f"{head}.") for head in heads) for name in meant):
+            raise ValueError(
+                f"target_modules={target_modules!r}: {target!r} is in {_some(heads)}, which is trained whole; leave it "
+                "out, or pass modules_to_save=[] to train no head"
+            )
     left = [name for name in names if name not in excluded and name not in inside]
     if not left:
-        hint = f"; {what_to_name(model)}" if target_modules in (ALL_LINEAR, ALL_LINEAR_PEFT) else ""
+        hint = "; modules_to_save=[] trains no head" if inside else ""
+        hint += f"; {what_to_name(model)}" if target_modules in (ALL_LINEAR, ALL_LINEAR_PEFT) else ""
         raise ValueError(
             f"target_modules={target_modules!r}: nothing is left of {_some(names) or 'it'} after exclude_modules="
             f"{exclude_modules!r} and the modules trained whole, {_some(dict.fromkeys(heads)) or 'none'}{hint}"
@@ -722,7 +738,7 @@ def _plan(name: str, modules: dict[str, nn.Module], spec: dict, merge_weights: b
         where = f"{cls.__module__}." if any(cls.__name__ == plain.__name__ for plain in _KINDS) else ""
         raise TypeError(
             f"{name} is a {where}{cls.__name__}, which LoRA cannot adapt; {allowed} and Conv1D it can. "
-            "exclude_modules leaves layers out"
+            + ("Name the layers in it" if module._modules else "exclude_modules leaves layers out")
         )
     if "weight" not in own_tensors(module) and not quantized:
         raise TypeError(f"{name} is a {cls.__name__} whose weight is computed, which LoRA cannot adapt")

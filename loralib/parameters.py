@@ -256,7 +256,8 @@ class Table(_Lazy):
 
     @staticmethod
     def _embedding(x: Any, weight: Any, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(x, Tensor) or not isinstance(weight, Table):
+        by_frequency = kwargs.get("scale_grad_by_freq", len(args) > 2 and args[2])  # counts that only the table has
+        if not isinstance(x, Tensor) or not isinstance(weight, Table) or by_frequency:
             return NotImplemented
         base = F.embedding(x, weight.weight, padding_idx, *args, **kwargs)
         ordered, order = weight.index.sort()

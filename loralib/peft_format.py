@@ -32,7 +32,7 @@ from loralib.architectures import (
     in_proj_layout,
     is_read_from_outside,
 )
-from loralib.core import check_hyperparameters, whole
+from loralib.core import as_number, check_hyperparameters, whole
 from loralib.formats import Adapter, read_safetensors, read_torch, sort_out, to_bytes, write_atomically
 from loralib.inject import compile_pattern, match_names, match_pattern
 from loralib.layers import Groups, is_conv1d
@@ -411,10 +411,22 @@ def _to_peft(name: str, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tenso
     if hasattr(layer, "enable_lora"):
         B = Groups._full_B(layer, B)
     if isinstance(layer, _CONVS):
-        if layer.groups > 1:
-            raise ValueError(f"{name}: PEFT has no equal of a LoRA convolution with groups={layer.groups}")
+        other = _beyond_peft(layer)
+        if other:
+            raise ValueError(f"{name}: PEFT has no equal of a LoRA convolution with {other}")
         A, B = _conv_to_peft(A, B, layer)
-    return A, B, layer.scaling
+    return A, B, as_number(layer.scaling)
+
+
+def _beyond_peft(convolution: Any) -> str:
+    """What a convolution has that those of PEFT's adapters have not, whose sum is then of another function."""
+    if convolution.groups > 1:
+        return f"groups={convolution.groups}"
+    pairs = zip(convolution.kernel_size, convolution.dilation, strict=True)
+    if any(size > 1 and step > 1 for size, step in pairs):
+        return f"dilation={convolution.dilation}"
+    padded = any(convolution._reversed_padding_repeated_twice)
+    return f"padding_mode={convolution.padding_mode!r}" if convolution.padding_mode != "zeros" and padded else ""
 
 
 def _conv_to_peft(A: Tensor, B: Tensor, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[Tensor, Tensor]:
@@ -443,9 +455,12 @@ def layer_from_peft(
 ) -> tuple[dict, Tensor, Tensor]:
     """Return the spec, A and B of a layer from PEFT's A and B; `there` is its name for the patterns of `config`."""
     module = modules.get(name)
-    groups = getattr(module, "groups", 1)
-    if A.dim() > 2 and groups > 1:
-        raise ValueError(f"{name}: a LoRA convolution with groups={groups} has no equal here")
+    other = _beyond_peft(module) if A.dim() > 2 and isinstance(module, _CONVS) else ""
+    if other:
+        raise ValueError(
+            f"{name}: a LoRA convolution with {other} has no equal here: unmerged, PEFT computes with a convolution "
+            "without that"
+        )
     if A.dim() != B.dim() or A.dim() < 2 or A.shape[0] != B.shape[1] or A.shape[0] == 0:
         raise ValueError(f"{name}: A of {tuple(A.shape)} and B of {tuple(B.shape)} make no product of low rank")
     path, _, key = name.rpartition(".")

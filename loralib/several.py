@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from loralib import core
 from loralib.adapters import (
+    BASE_NAME,
     LORA_NAMES,
     Place,
     _places,
@@ -59,7 +60,6 @@ from loralib.quantized import is_quantized
 
 __all__ = ["adapters_per_row", "set_adapter", "share_base"]
 
-BASE = "__base__"  # PEFT's name for it
 _flatten, _unflatten = torch.utils._pytree.tree_flatten, torch.utils._pytree.tree_unflatten
 Names = tuple[str, ...]
 
@@ -446,7 +446,9 @@ class Several(InPlace):
         work = vars(self).get("_several")
         if name != "weight" or not isinstance(work, Work) or work.block.off or work.block.recorder is not None:
             return value
-        if not torch.compiler.is_compiling() and core.is_read_past_forward(sys._getframe(1), self):
+        if torch.compiler.is_compiling():
+            return value
+        if core.is_read_past_forward(core.reader_of(sys._getframe(1)), self):
             raise ValueError(f"the weight of {work.path} is read past its forward, where rows share it; {_INSTEAD}")
         return value
 
@@ -553,6 +555,7 @@ def _entered(cls: Any) -> Any:
         @functools.wraps(cls.generate)
         def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
             block = self._several.block
+            _check_prompts(args, kwargs, len(block.rows))
             before, block.beams, block.enlarged = block.beams, True, 0
             try:
                 return cls.generate(self, *args, **kwargs)
@@ -561,6 +564,14 @@ def _entered(cls: Any) -> Any:
 
         members["generate"] = generate
     return types.new_class(cls.__name__, (Several, cls), exec_body=lambda body: body.update(members))
+
+
+def _check_prompts(args: tuple, kwargs: dict, rows: int) -> None:
+    # Before `generate` repeats them, after which too few names look like those of beams.
+    named = [kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds", "input_features", "input_values")]
+    for x in (*args[:1], *named):
+        if isinstance(x, Tensor) and x.dim() and len(x) != rows:
+            raise ValueError(f"{rows} names of adapters for a batch of {len(x)}: give one for each row")
 
 
 def _members(cls: Any, forward: Any) -> dict:
@@ -887,9 +898,9 @@ def _names_of(model: nn.Module, given: Any, there: list[str]) -> Names:
     if len(set(names)) < len(names) or (len(names) > 1 and None in names):
         raise ValueError(f"{given!r}: a sum is of different adapters")
     for name in names:
-        if name not in (None, BASE, *there):
+        if name not in (None, BASE_NAME, *there):
             check_present(model, name)  # raises
-    return tuple(name for name in names if name is not None and (name != BASE or name in there))
+    return tuple(name for name in names if name not in (None, BASE_NAME))
 
 
 def _begin(model: nn.Module, rows: list[Names], entries: bool = True) -> Block:
@@ -1031,8 +1042,9 @@ def _way(module: nn.Module, place: Place, used: set[str]) -> str:
             kinds.add("bias" if part.own == {"bias"} else "parts")
     if kinds <= {"linear", "bias"} and "linear" in kinds:
         return "linear"
-    bounded = getattr(module, "max_norm", None) is not None
-    return "lookup" if kinds == {"lookup"} and not bounded else "parts"
+    # Norms that lookups bound, and gradients that the counts of tokens scale, are of each adapter's own lookup.
+    alone = getattr(module, "max_norm", None) is not None or getattr(module, "scale_grad_by_freq", False)
+    return "lookup" if kinds == {"lookup"} and not alone else "parts"
 
 
 def _check_work(block: Block, model: nn.Module, modules: dict[str, nn.Module], work: Work, path: str) -> None:

@@ -19,6 +19,7 @@ from loralib.adapters import (
     base_modules,
     check_not_fsdp1,
     check_one,
+    check_stored,
     check_whole,
     is_bias,
     make_plain,
@@ -28,7 +29,7 @@ from loralib.adapters import (
     put,
 )
 from loralib.architectures import find_query_and_value, note_merged
-from loralib.core import SHARED_BASE, Adapted, LoRALayer, quiet_state, whole
+from loralib.core import SHARED_BASE, Adapted, LoRALayer, note_state, quiet_state, whole
 from loralib.inject import check_bias_mode, inject_lora, match_names
 from loralib.quantized import allow_packing, count, dequantized, is_quantized, make_float, merges, tells
 from loralib.reloaded import check_not_reloaded
@@ -184,6 +185,7 @@ def merge_and_unload(model: nn.Module, dequantize: bool = False) -> nn.Module:
                 f"{path}: a {_stored_as(layer)} of gptqmodel that does not tell the weight it computes with; nothing "
                 "was merged. Load a GPTQ model with backend=BACKEND.GPTQ_TORCH for that, without rotation or EoRA"
             )
+    check_stored(named_modules(model))
     _check_takes(model)
     if dequantize:
         _dequantize(model)
@@ -275,6 +277,7 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
         for layer in layers:
             merged = layer.merged
             layer.unmerge()
+            note_state(layer)
             # Until the end of the block `merged` says what is to be then.
             layer._disabled, layer.merged = True, merged
         for module, place in heads:
@@ -286,7 +289,9 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
         for module, place in heads:
             place.resume(module)
         for layer in layers:
-            if vars(layer).pop("_disabled", False):  # otherwise another adapter has come, or none
+            if vars(layer).get("_disabled"):  # otherwise another adapter has come, or none
+                note_state(layer)
+                del layer._disabled
                 merged, layer.merged = layer.merged, False
                 if merged:
                     layer.merge()

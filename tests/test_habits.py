@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import loralib as lora
@@ -145,3 +146,83 @@ def test_a_class_that_is_called_like_torchs_is_named_in_full():
     model = nn.Sequential(nn.ModuleDict({"attention": Linear()}))
     with pytest.raises(TypeError, match=r"^0.attention is a test_habits.Linear, which LoRA cannot adapt; nn.Linear, "):
         lora.inject_lora(model, r=2, target_modules=["attention"])
+
+
+def llama():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **sizes))
+
+
+def roberta():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.RobertaForSequenceClassification(transformers.RobertaConfig(vocab_size=32, **sizes))
+
+
+ARGUMENTS = {  # what is injected, with what, and what the message says
+    "underscore": (llama, {"target_modules": "all_linear"}, 'did you mean target_modules="all-linear"?'),
+    "in a list": (llama, {"target_modules": ["all-linear"]}, 'did you mean target_modules="all-linear"?'),
+    "large": (llama, {"target_modules": "All-Linear"}, 'did you mean target_modules="all-linear"?'),
+    "nothing fused": (llama, {"enable_lora": [False, True, False]}, "none of the targets is a fused projection whose"),
+    "name of the base": (llama, {"adapter_name": "__base__"}, "that is the base, among the names for the rows of a"),
+    "within a head": (
+        roberta,
+        {"target_modules": ["query", "classifier.dense"]},
+        "'classifier.dense' is in classifier, which is trained whole; leave it out, or pass modules_to_save=[]",
+    ),
+}
+
+
+@pytest.mark.parametrize("build, options, message", ARGUMENTS.values(), ids=ARGUMENTS)
+def test_an_argument_that_is_not_meant_so(build, options, message):
+    model = build()
+    with pytest.raises(ValueError) as caught:
+        lora.inject_lora(model, **options)
+    assert message in str(caught.value) and not lora.list_adapters(model)
+
+
+def test_a_block_is_no_layer():
+    with pytest.raises(TypeError, match="self_attn is a LlamaAttention, which LoRA cannot adapt; .* Name the layers"):
+        lora.inject_lora(llama(), target_modules=["self_attn"])
+    with pytest.raises(TypeError, match=r"r=\.\.\.: the rank must be an integer, not LoraConfig"):
+        lora.inject_lora(llama(), pytest.importorskip("peft").LoraConfig(r=4))
+
+
+def test_files_that_are_not_there(tmp_path):
+    model = build()
+    with pytest.raises(FileNotFoundError, match=r"typo\.bin: no such adapter file"):
+        lora.load_lora(model, tmp_path / "typo.bin", lora_alpha=16)
+    lora.inject_lora(model, r=2, target_modules=["0"])
+    lora.save_lora(model, tmp_path / "adapter.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"no adapter of PEFT; give the file, one of adapter\.safetensors"):
+        lora.load_lora(build(), tmp_path)
+    with pytest.raises(ValueError, match="new/ is a folder; give the name of a file"):
+        lora.save_lora(model, f"{tmp_path}/new/")
+    assert not (tmp_path / "new").exists()
+
+
+def test_adapters_of_peft_are_saved_by_peft(tmp_path):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install -e '.[test]'")
+    model = peft.get_peft_model(build(), peft.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match="those of PEFT are saved by its own save_pretrained"):
+        lora.save_lora(model, tmp_path / "a.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tiny configuration
+@pytest.mark.parametrize("how", ["given", "positional", "in a block"])
+def test_generate_is_told_of_every_prompt(how):
+    """Too few names would look like those of beams."""
+    model = llama().eval()
+    for name in "ab":
+        lora.inject_lora(model, r=2, adapter_name=name)
+    ids = torch.arange(1, 9).reshape(4, 2)
+    with pytest.raises(ValueError, match="2 names of adapters for a batch of 4: give one for each row"):
+        if how == "in a block":
+            with lora.adapters_per_row(model, ["a", "b"]):
+                model.generate(ids, max_new_tokens=1)
+        elif how == "positional":
+            model.generate(ids, adapter_names=["a", "b"], max_new_tokens=1)
+        else:
+            model.generate(input_ids=ids.repeat_interleave(1, 0), adapter_names=["a", "b"], max_new_tokens=1)
+    with pytest.raises(ValueError, match="1 names of adapters for a batch of 4: give one for each row"):
+        model.generate(ids, adapter_names=["a"], max_new_tokens=1)
+    model.generate(ids[:1], adapter_names=["a"], num_beams=3, max_new_tokens=2)

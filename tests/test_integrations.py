@@ -183,7 +183,7 @@ def test_a_language_model_within_a_wrapper(tmp_path):
     module = Lit(language_model())
     assert not any("lm_head" in name for name in lora.inject_lora(module, r=2, target_modules="all-linear"))
     module = Lit(language_model())
-    lora.inject_lora(module, r=2, trainable_token_indices=[3, 5])
+    lora.inject_lora(module, r=2, target_modules=[], trainable_token_indices=[3, 5])
     lora.save_lora(trained(module), tmp_path / "a")
     with pytest.warns(UserWarning, match="PEFT, and so from_pretrained, reads no adapter of token rows alone"):
         lora.save_lora(module, tmp_path / "c", format="peft")

@@ -294,7 +294,7 @@ def test_resizing_what_an_adapter_holds_is_refused(held):
     model = _model("Llama", tie_word_embeddings=False)
     how = {
         "saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
-        "rows": {"trainable_token_indices": [3]},
+        "rows": {"target_modules": [], "trainable_token_indices": [3]},
     }.get(held, {"target_modules": ["q_proj", held]})
     lora.inject_lora(model, r=2, **how)
     before = _logits(model)

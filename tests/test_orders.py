@@ -6,6 +6,7 @@ The oracle is the same model done in a plain order, or a copy made before. Run a
 import contextlib
 import copy
 import json
+import types
 import warnings
 
 import numpy as np
@@ -13,7 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import fusion, parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 
 import loralib as lora
 
@@ -344,6 +346,145 @@ def test_a_weight_norm_that_takes_what_it_is_to_be_is_merged():
     assert close(lora.merge_and_unload(model)(X), wanted)
 
 
+# Forwards that gradient checkpointing computes anew in the backward pass.
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.reentrant = small(), None
+
+    def forward(self, x):
+        if self.reentrant is None:
+            return self.inner(x)
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+def away(model):
+    lora.set_adapter(model, "b")
+    model(X.clone().requires_grad_())
+    lora.set_adapter(model, "a")
+
+
+def disabled(model):
+    with torch.no_grad(), lora.disable_adapters(model):
+        model(X.clone().requires_grad_())
+
+
+BETWEEN = {  # forward and backward: what is done, and whether the state is another one after it
+    "nothing": (lambda model: None, False),
+    "away and back": (away, False),
+    "disabled and back": (disabled, False),
+    "merged and back": (lambda model: lora.unmerge_lora_weights(lora.merge_lora_weights(model)), False),
+    "switched": (lambda model: lora.set_adapter(model, "b"), True),
+    "merged": (lora.merge_lora_weights, True),
+    "reloaded": (lambda model: (lora.set_adapter(model, "b"), lora.delete_adapter(model, "a")), True),
+}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("what", BETWEEN)
+def test_what_is_computed_anew_is_computed_with_the_same_adapter(what, reentrant):
+    between, differs = BETWEEN[what]
+    gradients = []
+    for model in (Blocks(), Blocks()):
+        drawn(model, "ba", ["0", "2"])
+        model.reentrant = reentrant if gradients else None
+        trained, x = model.inner[0].lora_A, X.clone().requires_grad_()
+        loss = model(x).pow(2).sum()
+        between(model)
+        with (
+            pytest.raises(RuntimeError, match="computes a forward anew .* Call backward")
+            if differs and (gradients)
+            else contextlib.nullcontext()
+        ):
+            loss.backward()
+        gradients.append((trained.grad, x.grad))
+    if not differs:
+        assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_losses_of_two_adapters_are_not_mixed_up(reentrant):
+    model = drawn(Blocks(), "ab", ["0", "2"])
+    model.reentrant = reentrant
+    loss = 0
+    for name in "ab":
+        lora.set_adapter(model, name)
+        loss = loss + model(X.clone().requires_grad_()).pow(2).sum()
+    with pytest.raises(RuntimeError, match="the gradients would be of another adapter"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_layer_by_hand_that_eval_merges_is_not_computed_anew(reentrant):
+    torch.manual_seed(0)
+    layer = lora.Linear(8, 8, r=2)
+    nn.init.normal_(layer.lora_B)
+    loss = checkpoint(layer, X.clone().requires_grad_(), use_reentrant=reentrant).sum()
+    layer.eval()
+    with pytest.raises(RuntimeError, match="computes a forward anew"):
+        loss.backward()
+
+
+# Weights that are read by others than their forward.
+
+
+def test_a_hook_of_a_layer_reads_the_sum():
+    model = drawn(small())
+    seen = []
+    model[0].register_forward_hook(lambda layer, x, y: seen.append((F.linear(x[0], layer.weight, layer.bias), y)))
+    model(X)
+    assert close(*seen[0])
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def fused_loss(self, x):
+    return F.linear(self.body(x), self.head.weight, self.head.bias)
+
+
+@pytest.mark.parametrize("place", ["instance", "class", "a function of nobody"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_forward_that_was_replaced_reads_the_sum(place, first, monkeypatch):
+    """By kernels that fuse the head with the loss, for example, under any name."""
+    torch.manual_seed(0)
+    model = Head()
+
+    def replace():
+        if place == "instance":
+            model.forward = types.MethodType(fused_loss, model)
+        elif place == "class":
+            monkeypatch.setattr(Head, "forward", fused_loss)
+        else:
+            model.forward = lambda x: fused_loss(model, x)
+
+    if first:
+        replace()
+    drawn(model, targets=["head"])
+    wanted = model.head(model.body(X))
+    if not first:
+        replace()
+    assert close(model(X), wanted)
+    assert close(lora.merge_lora_weights(model)(X), wanted)
+
+
+def test_a_batch_norm_is_fused_into_the_sum_or_not_at_all():
+    model = drawn(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
+    with pytest.raises(ValueError, match="a batch norm would be fused into the base alone; call lora.merge_lora"):
+        fusion.fuse_conv_bn_eval(*model)
+    images = torch.randn(2, 3, 5, 5)
+    wanted = model(images)
+    assert close(fusion.fuse_conv_bn_eval(*lora.merge_lora_weights(model))(images), wanted, 1e-4)
+
+
 # Checkpoints of the base.
 
 
@@ -414,7 +555,7 @@ def test_rows_of_one_table_are_given_once():
     model = nn.ModuleDict({"enc": nn.Embedding(9, 4), "dec": nn.Embedding(9, 4)})
     model["dec"].weight = model["enc"].weight
     with pytest.raises(ValueError, match="dec and enc are one table; give all rows under one name"):
-        lora.inject_lora(model, trainable_token_indices={"enc": [1, 2], "dec": [3]})
+        lora.inject_lora(model, target_modules=[], trainable_token_indices={"enc": [1, 2], "dec": [3]})
 
 
 def test_a_module_under_two_names():
@@ -707,3 +848,101 @@ def test_what_comes_after_distributed_data_parallel_is_refused(tmp_path):
         lora.load_lora(wrapped, path, adapter_name="frozen", trainable=False)
     finally:
         torch.distributed.destroy_process_group()
+
+
+# Layers by hand.
+
+
+@pytest.mark.parametrize("how", [prune.random_unstructured, parametrizations.weight_norm])
+def test_an_adapter_that_is_computed_is_neither_saved_nor_loaded_nor_merged(how, tmp_path):
+    def made():
+        torch.manual_seed(0)
+        layer = lora.Linear(8, 8, r=2)
+        nn.init.normal_(layer.lora_B)
+        return nn.Sequential(layer)
+
+    lora.save_lora(made(), tmp_path / "a.safetensors")
+    model = made()
+    how(model[0], "lora_B", **({"amount": 0.5} if how is prune.random_unstructured else {}))
+    wanted = model(X)
+    for call in (
+        lambda: lora.save_lora(model, tmp_path / "b.safetensors"),
+        lambda: lora.load_lora(model, tmp_path / "a.safetensors"),
+        lambda: lora.merge_and_unload(model),
+    ):
+        with pytest.raises(ValueError, match="lora_B of 0 is computed, by torch.nn.utils.prune or parametrize"):
+            call()
+    assert torch.equal(model(X), wanted) and not (tmp_path / "b.safetensors").exists()
+
+
+class Own(nn.Linear, lora.LoRALayer):
+    def __init__(self):
+        nn.Linear.__init__(self, 8, 8)
+        lora.LoRALayer.__init__(self, r=2, lora_alpha=4, lora_dropout=0.0, merge_weights=True)
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.randn(8, 2))
+
+
+def test_a_layer_of_ones_own_is_named_that_a_file_leaves_out(tmp_path):
+    model = nn.Sequential(Own(), lora.Linear(8, 8, r=2))
+    lora.mark_only_lora_as_trainable(model)
+    with pytest.warns(UserWarning, match=r"0\.lora_A, 0\.lora_B: trained, and not in the file"):
+        lora.save_lora(model, tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("format", ["loralib", "peft"])
+def test_a_scaling_that_is_a_tensor_is_saved_as_its_number(format, tmp_path):
+    model, other = (nn.Sequential(nn.Linear(8, 8)) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    drawn(model)
+    model[0].scaling = torch.tensor(3.0)
+    path = tmp_path / "a"
+    lora.save_lora(model, path, format=format)
+    lora.load_lora(other, path)
+    assert close(other(X), model(X)) and other[0].scaling == 3
+    model[0].scaling = nn.Parameter(torch.tensor(3.0))
+    with pytest.raises(ValueError, match="its scaling trains or has several values"):
+        lora.save_lora(model, tmp_path / "b", format=format)
+
+
+# Gradients of before.
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_an_optimizer_of_before_does_not_move_the_base(set_to_none):
+    model = small()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(X).sum().backward()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    model(X).sum().backward()
+    drawn(model)
+    before = model[0].weight.clone()
+    for _ in range(2):
+        model(X).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_gradients_that_the_counts_of_tokens_scale():
+    """Of trained rows, and of the rows of a batch: as of nn.Embedding, and as of each adapter alone."""
+    ids = torch.tensor([[1, 1, 1, 2]])
+    table = nn.Sequential(nn.Embedding(10, 3, scale_grad_by_freq=True))
+    other = copy.deepcopy(table)
+    other(ids).sum().backward()
+    lora.inject_lora(table, target_modules=[], trainable_token_indices={"0": [2, 1]})
+    table(ids).sum().backward()
+    assert torch.equal(table[0].lora_rows_weight.grad, other[0].weight.grad[[2, 1]])
+    model = drawn(nn.Sequential(nn.Embedding(10, 4, scale_grad_by_freq=True), nn.Linear(4, 2)), "ab")
+    found = {}
+    for name in "ab":
+        lora.set_adapter(model, name)
+        found[name] = model[0].lora_A
+        model(ids).sum().backward()
+    alone = {name: tensor.grad.clone() for name, tensor in found.items()}
+    for tensor in found.values():
+        tensor.grad = None
+    with lora.adapters_per_row(model, ["a", "b"]):
+        model(ids.expand(2, 4)).sum().backward()
+    assert all(close(tensor.grad, alone[name]) for name, tensor in found.items())
+    with pytest.raises(ValueError, match="that does not add up; choose one of them"):
+        lora.set_adapter(model, ["a", "b"])

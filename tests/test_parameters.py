@@ -527,14 +527,14 @@ def test_names_of_wrappers_match_for_experts_and_rows(kind, tmp_path):
 
 def test_rows_outside_of_the_table_change_nothing(tmp_path):
     model, _ = _transformer("Llama", **SMALL, intermediate_size=24)
-    lora.inject_lora(model, trainable_token_indices=[63])
+    lora.inject_lora(model, target_modules=[], trainable_token_indices=[63])
     lora.save_lora(model, tmp_path / "a.safetensors")
     small, _ = _transformer("Llama", **{**SMALL, "vocab_size": 32}, intermediate_size=24)
     with pytest.raises(ValueError, match="rows 63 to 63 of model.embed_tokens: the model has 32 rows"):
         lora.load_lora(small, tmp_path / "a.safetensors")
     assert not lora.list_adapters(small) and all(p.requires_grad for p in small.parameters())
     other, _ = _transformer("Llama", **SMALL, intermediate_size=24)
-    lora.inject_lora(other, trainable_token_indices=[7])
+    lora.inject_lora(other, target_modules=[], trainable_token_indices=[7])
     with pytest.raises(RuntimeError, match=r"the checkpoint has the rows {'weight': \[63\]}, the model trains"):
         other.load_state_dict(model.state_dict())
 
@@ -561,9 +561,22 @@ def test_a_table_beside_a_shared_one_is_named():
 def test_only_rows_through_peft(tmp_path):
     model, run = _transformer("Llama", **SMALL, intermediate_size=24)
     base = copy.deepcopy(model)
-    lora.inject_lora(model, trainable_token_indices=[5])
+    lora.inject_lora(model, target_modules=[], trainable_token_indices=[5])
     nn.init.normal_(model.model.embed_tokens.lora_rows_weight)
     with pytest.warns(UserWarning, match="reads no adapter of token rows alone; lora.load_lora reads the folder"):
         lora.save_lora(model, tmp_path, format="peft")
     lora.load_lora(base, tmp_path)
     assert torch.equal(run(base), run(model))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_rows_come_in_addition_to_the_layers_as_in_peft(tmp_path):
+    model, _ = _transformer("Llama", **SMALL, intermediate_size=24)
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install -e '.[test]'")
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, trainable_token_indices=[5]))
+    names = lora.inject_lora(model, r=2, trainable_token_indices=[5])
+    assert {name.rpartition(".")[2] for name in names} == {"q_proj", "v_proj"}
+    assert lora.count_parameters(model).trainable == theirs.get_nb_trainable_parameters()[0]
+    plain = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"no default target_modules .*; target_modules=\[\] trains the rows"):
+        lora.inject_lora(plain, trainable_token_indices={"0": [1]})

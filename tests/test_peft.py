@@ -217,23 +217,47 @@ def test_convolutions_travel(tmp_path):
     close(reloaded(x), ours(x), torch.float64)
 
 
-def test_convolution_in_groups_is_refused(tmp_path):
-    model = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2))
-    lora.inject_lora(model, r=2, target_modules=["0"])
-    with pytest.raises(ValueError, match="0: PEFT has no equal of a LoRA convolution with groups=2"):
-        lora.save_lora(model, tmp_path / "a", format="peft")
-    assert not list(tmp_path.iterdir())
+BEYOND_PEFT = {  # of a convolution: what PEFT's unmerged forward goes without
+    "groups=2": (nn.Conv1d, {"groups": 2}),
+    r"dilation=\(2,\)": (nn.Conv1d, {"dilation": 2}),
+    r"dilation=\(1, 2\)": (nn.Conv2d, {"dilation": (1, 2), "padding": "same"}),
+    "padding_mode='reflect'": (nn.Conv2d, {"padding": 1, "padding_mode": "reflect"}),
+    "padding_mode='circular'": (nn.Conv3d, {"padding": "same", "padding_mode": "circular"}),
+}
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning")
-def test_convolution_of_peft_in_groups_is_refused(tmp_path):
-    """PEFT adapts it with an A over the channels of one group, which no layer here has."""
-    base = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2))
-    config = peft.LoraConfig(r=2, target_modules=["0"])
-    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="0: a LoRA convolution with groups=2 has no equal here"):
+@pytest.mark.parametrize("what, case", BEYOND_PEFT.items(), ids=BEYOND_PEFT)
+def test_a_convolution_beyond_those_of_peft_is_refused_both_ways(what, case, tmp_path):
+    kind, options = case
+    base = nn.Sequential(kind(4, 4, 3, **options))
+    model = copy.deepcopy(base)
+    lora.inject_lora(model, r=2, target_modules=["0"])
+    for format in ("peft", "diffusers"):
+        with pytest.raises(ValueError, match=f"0: PEFT has no equal of a LoRA convolution with {what}"):
+            lora.save_lora(model, tmp_path / "a", format=format)
+    assert not list(tmp_path.iterdir())
+    peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["0"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"0: a LoRA convolution with {what} has no equal here: unmerged, PEFT"):
         lora.load_lora(base, tmp_path)
-    assert type(base[0]) is nn.Conv1d
+    assert type(base[0]) is kind
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 1, dilation=2),
+        nn.Conv2d(4, 6, 3, padding_mode="reflect"),
+        nn.Conv1d(4, 6, 3, padding="same", stride=1),
+    ],
+)
+def test_what_makes_no_difference_to_a_convolution_is_exchanged(layer, tmp_path):
+    base, ours = (nn.Sequential(copy.deepcopy(layer)).double() for _ in range(2))
+    lora.inject_lora(ours, r=2, target_modules=["0"])
+    nn.init.normal_(ours[0].lora_B)
+    lora.save_lora(ours, tmp_path, format="peft")
+    x = torch.randn(2, 4, *[5] * (layer.weight.dim() - 2), dtype=torch.float64)
+    close(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), ours(x), torch.float64)
 
 
 def test_of_several_dropouts_peft_gets_the_largest(tmp_path):

@@ -126,7 +126,7 @@ RIGHT = {
     "biases": (lambda: nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)), X, ["0"], {"bias": "all"}),
     "embedding": (lambda: nn.Sequential(nn.Embedding(10, 8, 0), nn.Linear(8, 8)), IDS, ["0", "1"], {}),
     "bounded": (lambda: nn.Sequential(nn.Embedding(10, 8, max_norm=0.5), nn.Linear(8, 8)), IDS, ["0"], {}),
-    "tokens": (lambda: nn.Sequential(nn.Embedding(10, 8)), IDS, None, {"trainable_token_indices": {"0": [1, 2]}}),
+    "tokens": (lambda: nn.Sequential(nn.Embedding(10, 8)), IDS, [], {"trainable_token_indices": {"0": [1, 2]}}),
     "conv": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2, padding=1, padding_mode="reflect")), IMAGES, ["0"], {}),
     "statistics": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)), IMAGES, ["0"], {}),
     "windows": (lambda: nn.Sequential(nn.Flatten(0, 1), nn.Linear(8, 8), nn.Unflatten(0, (-1, 4))), X, ["1"], {}),
