@@ -494,7 +494,7 @@ def _read(
     lora_alpha: float | None,
     enable_lora: Sequence[bool],
 ) -> Adapter:
-    if not path.exists():
+    if not path.is_dir() and not path.is_file():
         raise FileNotFoundError(f"{path}: no such adapter file")
     if _is_without_configuration(path):
         return read_upstream(path, modules, lora_alpha, enable_lora, groups)

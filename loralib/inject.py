@@ -185,6 +185,8 @@ def inject_lora(
         except ValueError as error:
             hint = "; target_modules=[] trains the rows of the embedding alone" if extra and not target_modules else ""
             raise ValueError(f"{error}{hint}") from None
+        if modules_to_save is None and target_modules is not None and not isinstance(target_modules, str):
+            _check_outside_of_heads(modules, target_modules, saved)
         if groups is None and target_modules is None:
             groups = (True, False, True)
     if target_parameters is not None:
@@ -644,13 +646,6 @@ def _targets(
     if exclude_modules:
         excluded = match_names([*modules, *_parameters(model, modules)], exclude_modules, "exclude_modules")
     inside = [name for name in names if any(f"{name}.".startswith(f"{head}.") for head in heads)]
-    for target in () if target_modules is None or isinstance(target_modules, str) else target_modules:
-        meant = match_names(every, [target], "target_modules")
-        if all(any(f"{name}.".startswith(f"{head}.") for head in heads) for name in meant):
-            raise ValueError(
-                f"target_modules={target_modules!r}: {target!r} is in {_some(heads)}, which is trained whole; leave it "
-                "out, or pass modules_to_save=[] to train no head"
-            )
     left = [name for name in names if name not in excluded and name not in inside]
     if not left:
         hint = "; modules_to_save=[] trains no head" if inside else ""
@@ -660,6 +655,16 @@ def _targets(
             f"{exclude_modules!r} and the modules trained whole, {_some(dict.fromkeys(heads)) or 'none'}{hint}"
         )
     return left, heads + excluded + aside
+
+
+def _check_outside_of_heads(modules: dict[str, nn.Module], targets: Sequence[str], heads: list[str]) -> None:
+    for target in targets:
+        meant = match_names(modules, [target], "target_modules")
+        if all(any(f"{name}.".startswith(f"{head}.") for head in heads) for name in meant):
+            raise ValueError(
+                f"target_modules={targets!r}: {target!r} is in {_some(heads)}, which is trained whole; leave it "
+                "out, or pass modules_to_save=[] to train no head"
+            )
 
 
 def _is_linear(module: nn.Module) -> bool:

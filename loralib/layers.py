@@ -534,7 +534,14 @@ class Kernel(Adapted):
         vars(inner)["_parameters"] = _ParametersOf(self)
         return inner
 
+    def _follow(self) -> None:
+        # What was set on the inner layer, as code for 0.1.2 does.
+        if "_inner" in vars(self):
+            vars(self).update({key: vars(self._inner)[key] for key in _SETTINGS if key in vars(self._inner)})
+
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in _SETTINGS and "_inner" in vars(self):
+            setattr(self._inner, name, value)
         if name != "conv":
             return super().__setattr__(name, value)
         sizes = ("in_channels", "out_channels", "kernel_size", "groups")
@@ -568,6 +575,7 @@ class Kernel(Adapted):
         return function(x, weight, bias, *sizes[:2], output_padding, self.groups, layer.dilation)
 
     def _adapted_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        self._follow()
         # A client's own convolution may compute with any function of the weight.
         of_torch = type(self)._conv_forward in _CONV_FORWARDS  # type: ignore[attr-defined]
         drops = self.training and self.lora_dropout is not identity
@@ -649,6 +657,8 @@ class Kernel(Adapted):
 
 
 _CONV_FORWARDS = [cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)]
+# What a convolution computes by, beside its tensors, and may be set to something else.
+_SETTINGS = ("stride", "padding", "dilation", "output_padding", "padding_mode", "_reversed_padding_repeated_twice")
 
 
 def _kernel_shape(layer: Any) -> tuple[int, int]:
@@ -715,6 +725,11 @@ class ConvLoRA(Kernel, LoRALayer):
         convolution = conv_module(in_channels, out_channels, kernel_size, **kwargs)
         if not isinstance(convolution, nn.modules.conv._ConvNd):
             raise TypeError(f"conv_module={conv_module!r}: must make a convolution of torch, such as nn.Conv2d")
+        if type(convolution).forward.__module__ != nn.Conv2d.__module__:
+            raise TypeError(
+                f"conv_module={conv_module!r}: has a forward of its own, which ConvLoRA would leave out; "
+                "lora.inject_lora adapts such a layer where it is"
+            )
         if not isinstance(self, type(convolution)):
             self.__class__ = with_convolution(type(self), type(convolution))
         nn.Module.__init__(self)

@@ -280,7 +280,7 @@ REFUSED = {
         gpt2,
         {"target_modules": ["c_fc"], "modules_to_save": ["mlp"]},
         ValueError,
-        "'c_fc' is in transformer.h.0.mlp, transformer.h.1.mlp, which is trained whole; .* modules_to_save=\\[\\]",
+        "nothing is left of .* trained whole, transformer.h.0.mlp, transformer.h.1.mlp; modules_to_save",
     ),
     "head": (gpt2, {"modules_to_save": ["lm_heat"]}, ValueError, "modules_to_save=.*'lm_heat'; did you mean lm_head"),
     "rank pattern": (gpt2, {"rank_pattern": {"c_atn": 2}}, ValueError, "'c_atn' applies to none .*h.0.attn.c_attn"),

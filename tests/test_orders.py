@@ -946,3 +946,45 @@ def test_gradients_that_the_counts_of_tokens_scale():
     assert all(close(tensor.grad, alone[name]) for name, tensor in found.items())
     with pytest.raises(ValueError, match="that does not add up; choose one of them"):
         lora.set_adapter(model, ["a", "b"])
+
+
+# Settings of a convolution, on the layer and on what 0.1.2 has within it.
+
+
+@pytest.mark.parametrize("where", ["layer", "conv"])
+@pytest.mark.parametrize("made", ["by hand", "injected"])
+@pytest.mark.parametrize(
+    "name, value, options", [("stride", (2, 2), {}), ("dilation", (2, 2), {}), ("padding", (1, 1), {"padding": 1})]
+)
+def test_a_setting_of_a_convolution_counts_in_every_mode(where, made, name, value, options):
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    torch.manual_seed(0)
+    if made == "by hand":
+        layer = lora.Conv2d(3, 4, 3, r=2, padding=1).double()
+        nn.init.normal_(layer.lora_B)
+    else:
+        layer = drawn(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)).double())[0]
+    assert layer.conv.padding == (1, 1)
+    setattr(layer if where == "layer" else layer.conv, name, value)
+    settings = {"padding": (1, 1), **options, name: value}
+    base = layer.base_weight().detach()
+    wanted = F.conv2d(images, base + layer.delta_weight(), layer.bias, **settings)
+    assert close(layer(images), wanted)
+    layer.eval()
+    assert close(layer(images), wanted)
+    layer.merge()
+    assert close(layer(images), wanted)
+    with lora.disable_adapters(layer):
+        assert close(layer(images), F.conv2d(images, base, layer.bias, **settings))
+
+
+def test_a_convolution_with_a_forward_of_its_own_is_injected_or_refused():
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(TypeError, match="has a forward of its own, which ConvLoRA would leave out; lora.inject_lora"):
+        lora.ConvLoRA(Doubled, 3, 4, 3, r=2)
+    model, images = drawn(nn.Sequential(Doubled(3, 4, 3)).double()), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    weight = model[0].base_weight() + model[0].delta_weight()
+    assert close(model(images), 2 * F.conv2d(images, weight, model[0].bias))
