@@ -347,6 +347,9 @@ def test_dropout_makes_the_test_above_sharp(gpt2, samples, tmp_path):
 def test_resuming_another_run_or_a_damaged_file_is_refused(model, samples, tmp_path):
     with pytest.raises(cli.UserError, match="--resume: there is no .*state.pt to go on from; it is written at each"):
         train(model, samples, tmp_path, resume=True)
+    (tmp_path / "results.json").touch()
+    with pytest.raises(cli.UserError, match="the run whose results.json is there came to its end; start another"):
+        train(model, samples, tmp_path, resume=True)
     train(model, samples, tmp_path, identity={"lr": 1.0, "seed": 3}, max_steps=1)
     before = trained(model)
     with pytest.raises(cli.UserError, match=r"is of another run: lr 1.0, now 2.0; start anew without --resume, or"):

@@ -152,6 +152,8 @@ def read_state(path, identity):
     """What --resume goes on with; a UserError if there is nothing, or of another run."""
     if not path.is_file():
         when = "it is written at each validation, and when a signal stops a run"
+        if (path.parent / "results.json").is_file():
+            when = "the run whose results.json is there came to its end; start another without --resume"
         raise UserError(f"--resume: there is no {path} to go on from; {when}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
