@@ -138,8 +138,8 @@ HEADS_OF = {
 def test_heads_of_classifiers_are_trained_and_saved(name, config, options, heads):
     """The head, and nothing else beside the adapters; [] switches it off."""
     model = getattr(transformers, name)(getattr(transformers, config)(**options))
-    if not hasattr(model, model.base_model_prefix):
-        pytest.skip(f"in transformers {transformers.__version__} a {name} names no base model, so no head can be told")
+    if name == "SiglipForImageClassification" and transformers.__version__ < "5":
+        pytest.skip("the head of this class cannot be told in transformers 4, which an error says")
     lora.inject_lora(model, r=R)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     beside = {name for name in trained if not name.endswith(("lora_A", "lora_B"))}
