@@ -515,6 +515,7 @@ class Kernel(Adapted):
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     groups: int
+    _inner: Any = None
 
     @classmethod
     def shapes(cls, layer: Any, settings: dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -536,7 +537,7 @@ class Kernel(Adapted):
 
     def _follow(self) -> None:
         # What was set on the inner layer, as code for 0.1.2 does.
-        if "_inner" in vars(self):
+        if self._inner is not None:
             vars(self).update({key: vars(self._inner)[key] for key in _SETTINGS if key in vars(self._inner)})
 
     def __setattr__(self, name: str, value: Any) -> None:
